@@ -1,0 +1,64 @@
+# `make serve` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+# Where torch comes as a CPU build; where it cannot be reached, pip takes a wheel on disk or the plain package.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TASK ?= all
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+GOOGLEAPIS = $(shell $(BIN)/python -c "import google.rpc, pathlib; print(pathlib.Path(google.rpc.__path__[0]).parents[1])")
+PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GOOGLEAPIS)
+PROTOS := protos/rnnserve/v1/*.proto
+LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
+
+.PHONY: setup serve demo train test check proto clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv (once, about a minute; torch is the large part)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --retries 1 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
+	$(PIP_INSTALL) --editable '.[service,training,dev]'
+	@touch $(READY)
+
+serve: $(READY)  ## the server, on localhost:50051, until Ctrl-C
+	$(BIN)/python -m service
+
+demo: $(READY)  ## what the server can do, in a minute; `make serve` must run
+	$(BIN)/rnnserve demo
+
+train: $(READY)  ## `make train TASK=speaker`, or all of them
+	$(BIN)/python -m models train $(TASK)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto
+
+check: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@mkdir -p build/stubs
+	$(PROTOC) -I protos --include_imports --include_source_info -o build/rnnserve.binpb $(PROTOS)
+	$(BIN)/buf lint build/rnnserve.binpb --config buf.yaml
+ifneq ($(LAST_RELEASE),)
+	@rm -rf build/release && mkdir -p build/release && git archive $(LAST_RELEASE) protos | tar -x -C build/release
+	cd build/release && $(subst $(BIN),$(CURDIR)/$(BIN),$(PROTOC)) -I protos --include_imports -o ../release.binpb $(PROTOS)
+	$(BIN)/buf breaking build/rnnserve.binpb --against build/release.binpb --config buf.yaml
+endif
+	@$(MAKE) --no-print-directory stubs INTO=build/stubs
+	diff --recursive --exclude __pycache__ build/stubs/rnnserve/v1 clients/rnnserve/v1
+
+proto: $(READY)  ## write the stubs again after a change of protos/
+	@$(MAKE) --no-print-directory stubs INTO=clients
+
+.PHONY: stubs
+stubs:
+	@$(PROTOC) -I protos --python_out=$(INTO) --grpc_python_out=$(INTO) --mypy_out=quiet:$(INTO) --mypy_grpc_out=quiet:$(INTO) $(PROTOS)
+
+clean:
+	rm -rf .venv .state build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""A trained network on disk: `<name>/<version>/` with manifest.json and weights.safetensors, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from models.manifest import Manifest
+from models.predictor import Predictor
+from models.recurrent import RecurrentNetwork
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+class BundleError(ValueError):
+    """A bundle that must not be served. `field` names the part that is wrong."""
+
+    def __init__(self, folder: Path, field: str, problem: str) -> None:
+        super().__init__(f"bundle {folder}: {field}: {problem}")
+        self.folder, self.field, self.problem = folder, field, problem
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle, ready to predict."""
+
+    folder: Path
+    manifest: Manifest
+    predictor: Predictor
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and verify `<name>/<version>/`.
+
+    Raises BundleError if a file is missing or unreadable, the manifest does not fit its schema or its folder,
+    or the weights do not fit their digest or the network.
+    """
+    manifest = load_manifest(folder)
+    weights = _read(folder, WEIGHTS)
+    if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
+        raise BundleError(
+            folder, "weights_sha256", f"{WEIGHTS} has another digest, so it is damaged or not the one meant"
+        )
+    try:
+        tensors = load(weights)
+    except SafetensorError as error:
+        raise BundleError(folder, WEIGHTS, str(error)) from None
+    network = RecurrentNetwork(manifest.network)
+    _check_weights(folder, tensors, network.state_dict())
+    network.load_state_dict(tensors)
+    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json` alone. Raises BundleError."""
+    try:
+        manifest = Manifest.model_validate_json(_read(folder, MANIFEST))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or MANIFEST
+        raise BundleError(folder, field, first["msg"]) from None
+    if manifest.name != folder.parent.name:
+        raise BundleError(folder, "name", f"is {manifest.name!r}, but the folder says {folder.parent.name!r}")
+    if str(manifest.version) != folder.name:
+        raise BundleError(folder, "version", f"is {manifest.version}, but the folder says {folder.name!r}")
+    return manifest
+
+
+def save_bundle(repository: Path, manifest: Manifest, network: RecurrentNetwork) -> Path:
+    """Write manifest and weights to `<repository>/<name>/<version>/` and return that folder.
+
+    The digest in the manifest is set here, whatever it was.
+    """
+    folder = repository / manifest.name / str(manifest.version)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    manifest = manifest.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
+    (folder / WEIGHTS).write_bytes(weights)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return folder
+
+
+def _read(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise BundleError(folder, name, error.strerror or "cannot be read") from None
+
+
+def _check_weights(folder: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise BundleError(folder, WEIGHTS, f"{name} is missing")
+        if name not in wanted:
+            raise BundleError(folder, WEIGHTS, f"{name} is no part of the network that the manifest describes")
+        if found[name].shape != wanted[name].shape:
+            shapes = f"{tuple(found[name].shape)}, but the manifest asks for {tuple(wanted[name].shape)}"
+            raise BundleError(folder, WEIGHTS, f"{name} has the shape {shapes}")
+        if found[name].dtype != torch.float32:
+            raise BundleError(folder, WEIGHTS, f"{name} is {found[name].dtype}, not float32")
+        if not bool(torch.isfinite(found[name]).all()):
+            raise BundleError(folder, WEIGHTS, f"{name} holds a value that is not finite")

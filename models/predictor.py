@@ -1,0 +1,65 @@
+"""From the values that a user sends to the outputs of a network; training, evaluation and serving all go this way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.manifest import FeatureInput, TextInput
+from models.recurrent import RecurrentNetwork
+
+
+class Predictor:
+    """A network with its inputs' normalisation and rule for missing values.
+
+    Values are (…, features) float32, NaN where one is missing, or the numbers of symbols (…,) int64.
+    The state of a session is one row of `row_size` float32: the network's state, then, where missing values
+    hold the last one, that one for each feature (normalised, so that the mean, 0, stands in at first).
+    """
+
+    def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput) -> None:
+        self.network = network
+        self._is_numeric = isinstance(input_spec, FeatureInput)
+        self._holds_last = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "hold_last"
+        if isinstance(input_spec, FeatureInput):
+            self._mean, self._std = torch.tensor(input_spec.mean), torch.tensor(input_spec.std)
+        self._state_size = network.spec.state_layout.size
+        self.row_size = self._state_size + (network.spec.features or 0) * self._holds_last
+
+    def step(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of each of several sessions.
+
+        values (batch, features) or (batch,), rows (batch, row_size) -> outputs (batch, outputs), new rows.
+        """
+        state, last = rows[:, : self._state_size], rows[:, self._state_size :]
+        inputs = self._normalise(values)
+        if self._holds_last:
+            inputs = last = torch.where(inputs.isnan(), last, inputs)
+        outputs, state = self.network.step(self._fill_with_mean(inputs), state)
+        return outputs, torch.cat([state, last], dim=-1)
+
+    def run(self, values: Tensor, lengths: Tensor) -> Tensor:
+        """Whole sequences padded to the longest, from the initial state.
+
+        values (batch, steps, features) or (batch, steps), lengths (batch,)
+        -> (batch, steps, outputs), or (batch, outputs) where the network answers about the whole sequence only.
+        """
+        inputs = self._normalise(values)
+        if self._holds_last:
+            inputs = hold_last(inputs)
+        outputs: Tensor = self.network(self._fill_with_mean(inputs), lengths)[0]
+        return outputs
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        return (values - self._mean) / self._std if self._is_numeric else values
+
+    def _fill_with_mean(self, inputs: Tensor) -> Tensor:
+        return torch.where(inputs.isnan(), 0.0, inputs) if self._is_numeric else inputs
+
+
+def hold_last(inputs: Tensor) -> Tensor:
+    """(batch, steps, features): put each feature's last number, 0 at first, in place of NaN."""
+    t = torch.arange(inputs.shape[1]).view(1, -1, 1).expand_as(inputs)
+    last_t = torch.where(inputs.isnan(), -1, t).cummax(dim=1).values
+    held = inputs.gather(1, last_t.clamp(min=0))
+    return torch.where(last_t < 0, 0.0, held)

@@ -1,0 +1,166 @@
+"""What is the same for every call: it is counted, timed, tracked by the drain, and its errors become statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+from google.rpc import code_pb2, status_pb2
+from grpc_status import rpc_status
+
+from service.api.drain import Drain, draining
+from service.api.statuses import status_of
+from service.errors import Internal, ServingError
+
+log = logging.getLogger(__name__)
+
+WORK = ("rnnserve.v1.RealTimeService", "rnnserve.v1.SequenceService")
+"""The services whose calls a drain waits for and refuses; health and models are told until the end."""
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Method = tuple[str, str, str]
+"""Type (unary, bidi_stream, …), service and name, as the metrics label them."""
+
+
+class CallMetrics(Protocol):
+    """Where calls and their messages are counted."""
+
+    def call_started(self, method: Method) -> None: ...
+    def call_ended(self, method: Method, code: str, duration_s: float) -> None: ...
+    def message_received(self, method: Method) -> None: ...
+    def message_sent(self, method: Method) -> None: ...
+    def refused(self, reason: str) -> None: ...
+
+
+class Refusals:
+    """Turns errors into statuses and counts them, so that none is silent."""
+
+    def __init__(self, metrics: CallMetrics) -> None:
+        self._metrics = metrics
+
+    def status(self, error: ServingError) -> status_pb2.Status:
+        """What the client is told."""
+        self._metrics.refused(error.reason)
+        return status_of(error)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Stands in front of every method."""
+
+    def __init__(self, metrics: CallMetrics, refusals: Refusals, drain: Drain) -> None:
+        self._metrics = metrics
+        self._refusals = refusals
+        self._drain = drain
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Wrap the method's handler; a method that does not exist has none."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind, behaviour, wrap = _describe(handler)
+        _, service, name = handler_call_details.method.split("/")
+        call = self._wrap(behaviour, handler.request_streaming, (kind, service, name))
+        return wrap(call, handler.request_deserializer, handler.response_serializer)
+
+    def _wrap(self, behaviour: Callable[..., Any], request_streaming: bool, method: Method) -> Callable[..., Any]:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            start_s = time.perf_counter()
+            self._metrics.call_started(method)
+            code: int = code_pb2.CANCELLED
+            try:
+                response = await self._run(behaviour, self._count(request, request_streaming, method), context, method)
+                code = code_pb2.OK
+                return response
+            except grpc.aio.AbortError:  # the health service's own
+                code = _number(context.code())
+                raise
+            except (Exception, asyncio.CancelledError) as error:
+                refusal = self._refusal(error)
+                code = refusal.code
+                await context.abort_with_status(rpc_status.to_status(refusal))
+            finally:
+                self._metrics.call_ended(method, code_pb2.Code.Name(code), time.perf_counter() - start_s)
+
+        return call
+
+    def _refusal(self, error: BaseException) -> status_pb2.Status:
+        """The status for what ended a call. Raises CancelledError again if the client itself has gone."""
+        if isinstance(error, ServingError):
+            return self._refusals.status(error)
+        if isinstance(error, asyncio.CancelledError):
+            if not self._drain.ended:
+                raise error
+            return self._refusals.status(draining())
+        log.error("unexpected", exc_info=error)
+        return self._refusals.status(Internal("an unexpected error; the server's log has it"))
+
+    async def _run(
+        self, behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any], method: Method
+    ) -> Any:
+        with self._drain.track() if method[1] in WORK else nullcontext():
+            result = behaviour(request, _CountingContext(context, self._metrics, method))
+            if not isinstance(result, AsyncIterator):
+                response = await result
+                if response is not None:
+                    self._metrics.message_sent(method)
+                return response
+            async for message in result:
+                await context.write(message)
+                self._metrics.message_sent(method)
+            return None
+
+    def _count(self, request: Any, streaming: bool, method: Method) -> Any:
+        if not streaming:
+            self._metrics.message_received(method)
+            return request
+        return self._count_each(request, method)
+
+    async def _count_each(self, requests: AsyncIterator[Any], method: Method) -> AsyncIterator[Any]:
+        async for request in requests:
+            self._metrics.message_received(method)
+            yield request
+
+
+class _CountingContext:
+    """A context whose writes are counted."""
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], metrics: CallMetrics, method: Method) -> None:
+        self._context = context
+        self._metrics = metrics
+        self._method = method
+
+    async def write(self, message: Any) -> None:
+        await self._context.write(message)
+        self._metrics.message_sent(self._method)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+
+def _number(code: Any) -> int:
+    """The context gives a StatusCode or its number."""
+    return code if isinstance(code, int) else int(code.value[0])
+
+
+def _describe(handler: Handler) -> tuple[str, Callable[..., Any], Callable[..., Handler]]:
+    """The type of a method, what serves it, and what makes a handler of that type."""
+    found: Any
+    match (handler.request_streaming, handler.response_streaming):
+        case (False, False):
+            found = "unary", handler.unary_unary, grpc.unary_unary_rpc_method_handler
+        case (False, True):
+            found = "server_stream", handler.unary_stream, grpc.unary_stream_rpc_method_handler
+        case (True, False):
+            found = "client_stream", handler.stream_unary, grpc.stream_unary_rpc_method_handler
+        case _:
+            found = "bidi_stream", handler.stream_stream, grpc.stream_stream_rpc_method_handler
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,28 @@
+"""The limits that the API enforces; they are settings of the service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from service.errors import MessageTooLarge
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Units are in the names."""
+
+    max_message_bytes: int
+    max_steps_per_message: int
+    max_sequence_steps: int
+    max_queued_sequences: int
+    max_bulk_sequences: int
+
+    def check_size(self, message: Message) -> None:
+        """Raises MessageTooLarge."""
+        size_bytes = message.ByteSize()
+        if size_bytes > self.max_message_bytes:
+            raise MessageTooLarge(
+                f"the message has {size_bytes} bytes, more than {self.max_message_bytes}", limit=self.max_message_bytes
+            )

@@ -1,0 +1,114 @@
+"""ModelService: what is served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from models.bundle import Bundle
+from models.manifest import FeatureInput, Manifest, TextInput
+from models.samples import read_sample
+from rnnserve.v1 import model_service_pb2 as pb
+from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
+from service.api.codec import encode_tensor
+from service.catalog.catalog import Catalog
+from service.errors import FieldInvalid
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+MAX_PAGE_SIZE = 100
+
+
+class ModelService(ModelServiceServicer):
+    """See the contract."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def ListModels(
+        self,
+        request: pb.ListModelsRequest,
+        context: ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],  # noqa: ARG002
+    ) -> pb.ListModelsResponse:
+        """A page token is the number of models before the page."""
+        bundles = list(self._catalog)
+        token = request.page_token or "0"
+        if not token.isdecimal() or int(token) > len(bundles):
+            raise FieldInvalid("this is no token that an earlier page gave", field="page_token")
+        start = int(token)
+        end = start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
+        return pb.ListModelsResponse(
+            models=map(describe, bundles[start:end]), next_page_token=str(end) if end < len(bundles) else ""
+        )
+
+    async def GetModel(
+        self,
+        request: pb.GetModelRequest,
+        context: ServicerContext[pb.GetModelRequest, pb.GetModelResponse],  # noqa: ARG002
+    ) -> pb.GetModelResponse:
+        """Version 0 is the newest."""
+        return pb.GetModelResponse(model=describe(self._catalog.find(request.model, request.version)))
+
+    async def ListSamples(
+        self,
+        request: pb.ListSamplesRequest,
+        context: ServicerContext[pb.ListSamplesRequest, pb.ListSamplesResponse],  # noqa: ARG002
+    ) -> pb.ListSamplesResponse:
+        """Read from the bundle's folder."""
+        return pb.ListSamplesResponse(samples=_samples(self._catalog.find(request.model, request.version)))
+
+
+def _samples(bundle: Bundle) -> list[pb.Sample]:
+    samples = []
+    for sample in bundle.manifest.samples:
+        name = sample.file.removeprefix("samples/").rpartition(".")[0]
+        message = pb.Sample(name=name, label=sample.label, description=sample.description)
+        values = read_sample(bundle.folder, sample)
+        if isinstance(values, str):
+            message.text = values
+        else:
+            message.tensor.CopyFrom(encode_tensor(values))
+        samples.append(message)
+    return samples
+
+
+def describe(bundle: Bundle) -> pb.Model:
+    """What the contract says of a model."""
+    manifest = bundle.manifest
+    network = manifest.network
+    return pb.Model(
+        name=manifest.name,
+        version=manifest.version,
+        summary=manifest.summary,
+        pattern=pb.Pattern.Value("PATTERN_" + _enum_name(manifest.pattern)),
+        cell=pb.Cell.Value("CELL_" + _enum_name(network.cell)),
+        layers=network.layers,
+        transition_layers=network.transition_layers,
+        hidden_size=network.hidden_size,
+        direction=pb.Direction.Value("DIRECTION_" + _enum_name(network.direction)),
+        streamable=network.streamable,
+        why_not_streamable=network.why_not_streamable or "",
+        outputs=network.outputs,
+        labels=manifest.output.labels,
+        parameters=sum(parameter.numel() for parameter in bundle.predictor.network.parameters()),
+        quality=pb.Quality(**manifest.quality.model_dump()),
+        training_data=pb.TrainingData(
+            name=manifest.data.name, licence=manifest.data.licence, credit=manifest.data.credit
+        ),
+        weights_sha256=manifest.weights_sha256,
+        **_input_fields(manifest),
+    )
+
+
+def _input_fields(manifest: Manifest) -> dict[str, Any]:
+    match manifest.input:
+        case TextInput(symbols=symbols):
+            return {"symbols": symbols}
+        case FeatureInput() as features:
+            missing = pb.MissingValues.Value("MISSING_VALUES_" + _enum_name(features.missing_values))
+            rate = features.steps_per_second or 0.0
+            return {"features": features.feature_names, "missing_values": missing, "steps_per_second": rate}
+
+
+def _enum_name(word: str) -> str:
+    return word.replace("-", "_").replace(" ", "_").upper()

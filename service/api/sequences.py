@@ -1,0 +1,138 @@
+"""SequenceService: whole sequences in, predictions out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.manifest import Manifest, ModelKey
+from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPECIFIED, OutputOptions, Prediction
+from rnnserve.v1.sequence_service_pb2 import (
+    IdentifiedSequence,
+    PredictRequest,
+    PredictResponse,
+    PredictStreamRequest,
+    PredictStreamResponse,
+    Sequence,
+)
+from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceServicer
+from service.api import codec
+from service.api.calls import Refusals
+from service.api.limits import Limits
+from service.catalog.catalog import Catalog
+from service.engine.sequence_lane import SequenceLane
+from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+
+class SequenceMetrics(Protocol):
+    """Where answers are timed."""
+
+    def sequences_answered(self, model: ModelKey, duration_s: float) -> None:
+        """A request, or one sequence of a bulk stream, was answered."""
+        ...
+
+
+class SequenceService(SequenceServiceServicer):
+    """See the contract."""
+
+    def __init__(
+        self, catalog: Catalog, lane: SequenceLane, limits: Limits, refusals: Refusals, metrics: SequenceMetrics
+    ) -> None:
+        self._catalog = catalog
+        self._lane = lane
+        self._limits = limits
+        self._refusals = refusals
+        self._metrics = metrics
+
+    async def Predict(
+        self,
+        request: PredictRequest,
+        context: ServicerContext[PredictRequest, PredictResponse],  # noqa: ARG002
+    ) -> PredictResponse:
+        """All sequences of the request, or none."""
+        self._limits.check_size(request)
+        bundle = self._find(request.model, request.version, request.options)
+        self._check_count(len(request.sequences))
+        inputs = [
+            self._decode(sequence, bundle.manifest, f"sequences[{i}]") for i, sequence in enumerate(request.sequences)
+        ]
+        predictions = await self._predict(bundle, inputs, request.options, wait=False)
+        return PredictResponse(model=bundle.manifest.name, version=bundle.manifest.version, predictions=predictions)
+
+    async def PredictStream(  # type: ignore[override]
+        self,
+        requests: AsyncIterator[PredictStreamRequest],
+        context: ServicerContext[PredictStreamRequest, PredictStreamResponse],
+    ) -> None:
+        """Each sequence by itself; reading pauses while as many as may be are in flight."""
+        request = await anext(requests, None)
+        if request is None or request.WhichOneof("request") != "open":
+            raise OpenMissing("the first message of a stream must be `open`", field="open")
+        bundle = self._find(request.open.model, request.open.version, request.open.options)
+        slots, writing = asyncio.Semaphore(self._limits.max_bulk_sequences), asyncio.Lock()
+
+        async def answer(message: PredictStreamRequest) -> None:
+            response = await self._reply(message, bundle, request.open.options)
+            async with writing:
+                await context.write(response)
+            slots.release()
+
+        async with asyncio.TaskGroup() as answers:
+            async for message in requests:
+                await slots.acquire()
+                answers.create_task(answer(message))
+
+    def _find(self, model: str, version: int, options: OutputOptions) -> Bundle:
+        bundle = self._catalog.find(model, version)
+        codec.check_options(options, bundle.manifest)
+        if options.steps == STEP_SELECTION_ALL and bundle.manifest.network.readout != "each_step":
+            raise FieldInvalid(f"model {model!r} answers about the whole sequence only", field="options.steps")
+        return bundle
+
+    def _check_count(self, sequences: int) -> None:
+        limit = self._limits.max_queued_sequences
+        if not 1 <= sequences <= limit:
+            raise FieldInvalid(f"there must be 1 to {limit} sequences, not {sequences}", field="sequences", limit=limit)
+
+    def _decode(self, sequence: Sequence, manifest: Manifest, field: str) -> NDArray[np.generic]:
+        return codec.decode(sequence, manifest, max_steps=self._limits.max_sequence_steps, field=field)
+
+    async def _reply(
+        self, message: PredictStreamRequest, bundle: Bundle, options: OutputOptions
+    ) -> PredictStreamResponse:
+        item: IdentifiedSequence = message.sequence
+        try:
+            self._limits.check_size(message)
+            if message.WhichOneof("request") != "sequence":
+                raise OpenRepeated("this stream is open already", field="open")
+            inputs = self._decode(item.sequence, bundle.manifest, "sequence.sequence")
+            predictions = await self._predict(bundle, [inputs], options, wait=True)
+            return PredictStreamResponse(id=item.id, prediction=predictions[0])
+        except ServingError as error:
+            return PredictStreamResponse(id=item.id, error=self._refusals.status(error))
+
+    async def _predict(
+        self, bundle: Bundle, inputs: list[NDArray[np.generic]], options: OutputOptions, *, wait: bool
+    ) -> list[Prediction]:
+        start_s = time.perf_counter()
+        results = await self._lane.predict(bundle, inputs, wait=wait)
+        if not _wants_all_steps(options, bundle.manifest):
+            results = [outputs[-1:] for outputs in results]
+        predictions = [codec.encode(outputs, bundle.manifest, options) for outputs in results]
+        self._metrics.sequences_answered(bundle.manifest.key, time.perf_counter() - start_s)
+        return predictions
+
+
+def _wants_all_steps(options: OutputOptions, manifest: Manifest) -> bool:
+    if options.steps == STEP_SELECTION_UNSPECIFIED:
+        return manifest.pattern != "many-to-one"
+    return options.steps == STEP_SELECTION_ALL

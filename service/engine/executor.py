@@ -1,0 +1,55 @@
+"""The networks behind the ticks: pure functions from inputs and states to outputs and states. No queues."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.predictor import Predictor
+
+Floats = NDArray[np.float32]
+
+
+class StepExecutor(Protocol):
+    """One step of each of several sessions."""
+
+    @property
+    def row_size(self) -> int:
+        """Width of a session's state, in float32 values; the initial state is all zeros."""
+        ...
+
+    def step(self, inputs: NDArray[np.generic], rows: Floats) -> tuple[Floats, Floats]:
+        """inputs (batch, features) or (batch,), rows (batch, row_size) -> outputs (batch, outputs), new rows."""
+        ...
+
+
+class TorchExecutor:
+    """A StepExecutor that runs a bundle's own network."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self.row_size = predictor.row_size
+
+    @torch.inference_mode()
+    def step(self, inputs: NDArray[np.generic], rows: Floats) -> tuple[Floats, Floats]:
+        """As StepExecutor has it."""
+        outputs, new_rows = self._predictor.step(torch.from_numpy(inputs), torch.from_numpy(rows))
+        return outputs.numpy(), new_rows.numpy()
+
+
+@torch.inference_mode()
+def run_sequences(predictor: Predictor, sequences: list[NDArray[np.generic]]) -> list[Floats]:
+    """Whole sequences in one padded forward.
+
+    Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) where the network answers
+    about the whole sequence only.
+    """
+    tensors = [torch.from_numpy(sequence) for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    outputs = predictor.run(torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths)
+    if outputs.dim() == 2:
+        return list(outputs.unsqueeze(1).numpy())
+    return [row[:length].numpy() for row, length in zip(outputs, lengths.tolist(), strict=True)]

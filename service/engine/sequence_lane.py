@@ -1,0 +1,170 @@
+"""The lane for whole sequences: a process of its own, so that it never holds up a live step.
+
+Sequences wait in a bounded queue; those of one model that wait together share a padded forward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.manifest import ModelKey
+from service.engine import lane_process
+from service.engine.executor import Floats
+from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+
+
+class LaneMetrics(Protocol):
+    """Where whole sequences are counted."""
+
+    def queued(self, sequences: int) -> None:
+        """So many wait or run now."""
+        ...
+
+    def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
+        """So many shared a forward."""
+        ...
+
+
+@dataclass(eq=False)
+class _Job:
+    bundle: Bundle
+    sequence: NDArray[np.generic]
+    result: asyncio.Future[Floats]
+
+
+class SequenceLane:
+    """Queues whole sequences and runs them batch by batch in its process."""
+
+    def __init__(self, *, threads: int, niceness: int, max_queued: int, max_batch: int, metrics: LaneMetrics) -> None:
+        self._threads = threads
+        self._niceness = niceness
+        self._max_queued = max_queued
+        self._max_batch = max_batch
+        self._metrics = metrics
+        self._queue: deque[_Job] = deque()
+        self._in_flight = 0
+        self._room = asyncio.Condition()
+        self._job_added = asyncio.Event()
+        self._process = self._spawn()
+
+    def _spawn(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=lane_process.start,
+            initargs=(self._threads, self._niceness),
+        )
+
+    async def warm_up(self, folders: list[Path]) -> None:
+        """Start the process and load the bundles of these folders, so that the first request need not wait."""
+        await asyncio.get_running_loop().run_in_executor(self._process, lane_process.load, folders)
+
+    async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
+        """Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) about the whole of it.
+
+        Where the queue has no room, waits or raises QueueFull. Also raises ExecutionFailed, and LaneLost if the
+        process died.
+        """
+        await self._enter(len(sequences), wait=wait)
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(bundle, sequence, loop.create_future()) for sequence in sequences]
+        self._queue.extend(jobs)
+        self._job_added.set()
+        try:
+            return await asyncio.gather(*(job.result for job in jobs))
+        finally:
+            for job in jobs:
+                job.result.cancel()  # what still waits is left out of the next batch
+            await self._leave(len(jobs))
+
+    async def run(self) -> None:
+        """Take and run batches until cancelled."""
+        while True:
+            await self._job_added.wait()
+            while batch := self._take():
+                await self._run(batch)
+            self._job_added.clear()
+
+    def close(self) -> None:
+        """End the process after its batch."""
+        self._process.shutdown(cancel_futures=True)
+
+    async def _enter(self, count: int, *, wait: bool) -> None:
+        async with self._room:
+            if wait:
+                await self._room.wait_for(lambda: self._in_flight + count <= self._max_queued)
+            elif self._in_flight + count > self._max_queued:
+                raise QueueFull(
+                    f"{self._in_flight} sequences wait; with {count} more there would be over {self._max_queued}",
+                    retry_after_s=RETRY_AFTER_S,
+                    limit=self._max_queued,
+                )
+            self._in_flight += count
+        self._metrics.queued(self._in_flight)
+
+    async def _leave(self, count: int) -> None:
+        self._in_flight -= count
+        self._metrics.queued(self._in_flight)
+        async with self._room:
+            self._room.notify_all()
+
+    def _take(self) -> list[_Job]:
+        """The longest waiting sequence and others of its model, in the order of their arrival."""
+        waiting = [job for job in self._queue if not job.result.done()]
+        batch = [job for job in waiting if job.bundle is waiting[0].bundle][: self._max_batch]
+        taken = set(batch)
+        self._queue = deque(job for job in waiting if job not in taken)
+        return batch
+
+    async def _run(self, batch: list[_Job]) -> None:
+        start_s = time.perf_counter()
+        bundle, sequences = batch[0].bundle, [job.sequence for job in batch]
+        try:
+            outputs = await asyncio.get_running_loop().run_in_executor(
+                self._process, lane_process.run, bundle.folder, sequences
+            )
+        except Exception as error:
+            await self._fail(batch, error)
+            return
+        self._metrics.batch(bundle.manifest.key, len(batch), time.perf_counter() - start_s)
+        for job, output in zip(batch, outputs, strict=True):
+            if job.result.done():
+                continue
+            if np.isfinite(output).all():
+                job.result.set_result(output)
+            else:
+                job.result.set_exception(ExecutionFailed("the sequence leads to a value that is not finite"))
+
+    async def _fail(self, batch: list[_Job], error: Exception) -> None:
+        """A batch fails one by one, so that only the guilty sequence does; a dead process fails what it held."""
+        if isinstance(error, BrokenProcessPool):
+            log.error("the process for whole sequences died; starting another")
+            self._process = self._spawn()
+            refusal: ServingError = LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)
+        elif len(batch) > 1:
+            for job in batch:
+                await self._run([job])
+            return
+        else:
+            log.error("a sequence failed", exc_info=error)
+            refusal = ExecutionFailed("the network could not compute this sequence")
+        for job in batch:
+            if not job.result.done():
+                job.result.set_exception(refusal)

@@ -1,0 +1,166 @@
+"""Everything that a client can be told went wrong.
+
+ServingError
+├── Invalid              the request itself is wrong, and stays wrong however often it is sent
+│   ├── FieldInvalid         OpenMissing, OpenRepeated
+│   ├── InputKindMismatch    DataTypeMismatch, ShapeMismatch
+│   ├── StepsMissing         TooManySteps, MessageTooLarge
+│   └── NotFinite            UnknownSymbol
+├── Conflict             another order of calls is needed
+│   └── StepOutOfOrder
+├── NotFound
+│   └── ModelNotFound
+├── AlreadyExists
+│   └── SessionExists
+├── NotPossible          this model can never do it
+│   └── ModelNotStreamable
+├── Exhausted            a limit is reached; later there may be room
+│   ├── SessionLimit
+│   └── QueueFull
+├── Unavailable          this server cannot now; retry
+│   ├── Draining
+│   └── LaneLost
+└── Failed               our fault
+    ├── ExecutionFailed
+    └── Internal
+
+The reason on the wire is the name of the class in CAPITALS_WITH_UNDERSCORES.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class ServingError(Exception):
+    """A refusal. `field` is the path of the field that is wrong, `metadata` what a program may want to know."""
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None, **metadata: object
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def reason(self) -> str:
+        """The name of this refusal on the wire and in the metrics."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).upper()
+
+
+class Invalid(ServingError):
+    """The request itself is wrong."""
+
+
+class FieldInvalid(Invalid):
+    """A field is missing or outside its bounds."""
+
+
+class OpenMissing(Invalid):
+    """The first message of a stream is not `open`."""
+
+
+class OpenRepeated(Invalid):
+    """A stream was opened before."""
+
+
+class InputKindMismatch(Invalid):
+    """Text for a numeric model, or numbers for a text model."""
+
+
+class DataTypeMismatch(Invalid):
+    """The values have another type than the model reads."""
+
+
+class ShapeMismatch(Invalid):
+    """The values have another rank or width than the model reads, or other bytes than their shape says."""
+
+
+class StepsMissing(Invalid):
+    """There is no step in the message."""
+
+
+class TooManySteps(Invalid):
+    """There are more steps than one message or one sequence may hold."""
+
+
+class NotFinite(Invalid):
+    """A value is infinite, or NaN where the model takes no missing values."""
+
+
+class UnknownSymbol(Invalid):
+    """A character is none of the model's symbols."""
+
+
+class MessageTooLarge(Invalid):
+    """The message has more bytes than the limit."""
+
+
+class Conflict(ServingError):
+    """Another order of calls is needed."""
+
+
+class StepOutOfOrder(Conflict):
+    """The index is not the session's next one."""
+
+
+class NotFound(ServingError):
+    """There is no such thing."""
+
+
+class ModelNotFound(NotFound):
+    """No model of that name, or not in that version."""
+
+
+class AlreadyExists(ServingError):
+    """There is such a thing already."""
+
+
+class SessionExists(AlreadyExists):
+    """The session id is in use; it is never taken over."""
+
+
+class NotPossible(ServingError):
+    """This model can never do it."""
+
+
+class ModelNotStreamable(NotPossible):
+    """The network cannot answer before the sequence ends."""
+
+
+class Exhausted(ServingError):
+    """A limit is reached."""
+
+
+class SessionLimit(Exhausted):
+    """There are as many sessions as there may be."""
+
+
+class QueueFull(Exhausted):
+    """There are as many sequences waiting as there may be."""
+
+
+class Unavailable(ServingError):
+    """This server cannot now."""
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+
+class LaneLost(Unavailable):
+    """The process that computes whole sequences died."""
+
+
+class Failed(ServingError):
+    """Our fault."""
+
+
+class ExecutionFailed(Failed):
+    """The network could not compute this step or sequence."""
+
+
+class Internal(Failed):
+    """Something unexpected. What it was stays in the server's log."""

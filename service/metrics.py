@@ -1,0 +1,124 @@
+"""Every Prometheus metric of the service. The parts that count are handed small Protocols of their own."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from models.manifest import ModelKey
+
+DURATION_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600,
+)  # fmt: skip
+COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+METHOD = ("grpc_type", "grpc_service", "grpc_method")
+MODEL = ("model", "version")
+
+
+class Metrics:
+    """All metrics in one registry. Labels are bounded: never a session id."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._declare_calls()
+        self._declare_work()
+
+    def _declare_calls(self) -> None:
+        r = self.registry
+        self._started = Counter("grpc_server_started_total", "Calls begun.", METHOD, registry=r)
+        self._handled = Counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"), registry=r)
+        self._received = Counter("grpc_server_msg_received_total", "Messages received.", METHOD, registry=r)
+        self._sent = Counter("grpc_server_msg_sent_total", "Messages sent.", METHOD, registry=r)
+        self._handling = Histogram(
+            "grpc_server_handling_seconds", "Duration of calls.", METHOD, registry=r, buckets=DURATION_BUCKETS_S
+        )
+        self._refusals = Counter("rnnserve_refusals_total", "Calls and messages refused.", ("reason",), registry=r)
+        self._build = Info("rnnserve_build", "The running version.", registry=r)
+        self._build.info({"version": _version()})
+
+    def _declare_work(self) -> None:
+        r = self.registry
+        self._steps = Counter("rnnserve_steps_total", "Steps applied to a session.", MODEL, registry=r)
+        self._step_s = Histogram(
+            "rnnserve_step_seconds",
+            "From a message of steps to its answer.",
+            MODEL,
+            registry=r,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self._sessions = Gauge("rnnserve_sessions", "Sessions open now.", MODEL, registry=r)
+        self._opened = Counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL, registry=r)
+        self._tick_sessions = Histogram(
+            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, registry=r, buckets=COUNT_BUCKETS
+        )
+        self._tick_s = Histogram(
+            "rnnserve_tick_seconds", "Duration of a tick.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
+        )
+        self._sequences = Counter("rnnserve_sequences_total", "Whole sequences computed.", MODEL, registry=r)
+        self._sequence_s = Histogram(
+            "rnnserve_sequence_seconds", "From whole sequences to their answers.", MODEL, registry=r,
+            buckets=DURATION_BUCKETS_S,
+        )  # fmt: skip
+        self._batch_sequences = Histogram(
+            "rnnserve_batch_sequences", "Sequences that shared a forward.", MODEL, registry=r, buckets=COUNT_BUCKETS
+        )
+        self._batch_s = Histogram(
+            "rnnserve_batch_seconds", "Duration of such a forward.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
+        )
+        self._queued = Gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.", registry=r)
+        self._models = Gauge("rnnserve_models", "Models served, always 1.", MODEL, registry=r)
+
+    def call_started(self, method: tuple[str, str, str]) -> None:
+        self._started.labels(*method).inc()
+
+    def call_ended(self, method: tuple[str, str, str], code: str, duration_s: float) -> None:
+        self._handled.labels(*method, code).inc()
+        self._handling.labels(*method).observe(duration_s)
+
+    def message_received(self, method: tuple[str, str, str]) -> None:
+        self._received.labels(*method).inc()
+
+    def message_sent(self, method: tuple[str, str, str]) -> None:
+        self._sent.labels(*method).inc()
+
+    def refused(self, reason: str) -> None:
+        self._refusals.labels(reason).inc()
+
+    def model_loaded(self, model: ModelKey) -> None:
+        self._models.labels(*model).set(1)
+
+    def session_opened(self, model: ModelKey) -> None:
+        self._opened.labels(*model).inc()
+        self._sessions.labels(*model).inc()
+
+    def session_closed(self, model: ModelKey) -> None:
+        self._sessions.labels(*model).dec()
+
+    def steps(self, model: ModelKey, applied: int) -> None:
+        self._steps.labels(*model).inc(applied)
+
+    def steps_answered(self, model: ModelKey, duration_s: float) -> None:
+        self._step_s.labels(*model).observe(duration_s)
+
+    def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
+        self._tick_sessions.labels(*model).observe(sessions)
+        self._tick_s.labels(*model).observe(duration_s)
+
+    def queued(self, sequences: int) -> None:
+        self._queued.set(sequences)
+
+    def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
+        self._sequences.labels(*model).inc(sequences)
+        self._batch_sequences.labels(*model).observe(sequences)
+        self._batch_s.labels(*model).observe(duration_s)
+
+    def sequences_answered(self, model: ModelKey, duration_s: float) -> None:
+        self._sequence_s.labels(*model).observe(duration_s)
+
+
+def _version() -> str:
+    try:
+        return version("rnnserve")
+    except PackageNotFoundError:
+        return "unknown"

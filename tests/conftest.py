@@ -1,0 +1,31 @@
+"""Servers that the tests share: one of each kind for each worker of the test run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bundles import write_test_repository
+from tests.support.server import RunningServer, start_server
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles with random weights: vanilla (versions 1 and 2), text, bidirectional, stacked."""
+    return write_test_repository(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[RunningServer]:
+    """A server of the random bundles."""
+    with start_server(repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def trained_server() -> Iterator[RunningServer]:
+    """A server of the trained bundles."""
+    with start_server() as running:
+        yield running

@@ -1,0 +1,77 @@
+"""Small bundles with random weights, for tests of everything but quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from models.bundle import Bundle, load_bundle, save_bundle
+from models.manifest import DataSource, FeatureInput, Manifest, Output, Pattern, Quality, TextInput
+from models.recurrent import NetworkSpec, RecurrentNetwork
+
+LABELS = ("north", "east", "south", "west")
+
+
+def features(count: int, **rules: object) -> FeatureInput:
+    """Inputs whose mean and deviation are no trivial ones."""
+    return FeatureInput.model_validate(
+        {
+            "feature_names": [f"feature {i}" for i in range(count)],
+            "mean": [0.5 * i for i in range(count)],
+            "std": [1.0 + 0.25 * i for i in range(count)],
+            **rules,
+        }
+    )
+
+
+def manifest(
+    name: str,
+    network: NetworkSpec,
+    inputs: FeatureInput | TextInput,
+    *,
+    labels: tuple[str, ...] = (),
+    pattern: Pattern = "many-to-many aligned",
+    version: int = 1,
+) -> Manifest:
+    """A manifest that passes, for a network that learned nothing."""
+    return Manifest(
+        name=name,
+        version=version,
+        summary="random weights, for tests",
+        pattern=pattern,
+        network=network,
+        input=inputs,
+        output=Output(activation="softmax" if labels else "none", labels=labels),
+        data=DataSource(name="none", archive="none", archive_sha256="0" * 64, licence="none", credit="nobody"),
+        quality=Quality(metric="none", value=0.0, split="none", items=1),
+        weights_sha256="0" * 64,
+    )
+
+
+def write_bundle(repository: Path, described: Manifest, *, seed: int = 0, scale: float = 1.0) -> Bundle:
+    """Write it with seeded random weights, multiplied by `scale`, and load it again."""
+    torch.manual_seed(seed)
+    network = RecurrentNetwork(described.network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(scale)
+    return load_bundle(save_bundle(repository, described, network))
+
+
+def write_test_repository(repository: Path) -> Path:
+    """One bundle of each kind that the service treats differently."""
+    vanilla = NetworkSpec(cell="tanh", features=3, hidden_size=8, outputs=4)
+    for version in (1, 2):
+        described = manifest("vanilla", vanilla, features(3), labels=LABELS, pattern="many-to-one", version=version)
+        write_bundle(repository, described, seed=version)
+    text = NetworkSpec(cell="gru", symbols=4, embedding_size=5, hidden_size=8, outputs=4)
+    write_bundle(repository, manifest("text", text, TextInput(symbols=tuple("abc ")), labels=LABELS))
+    both_ways = NetworkSpec(
+        cell="lstm", direction="bidirectional", features=3, hidden_size=6, outputs=2, readout="mean"
+    )
+    described = manifest("bidirectional", both_ways, features(3), labels=("yes", "no"), pattern="many-to-one")
+    write_bundle(repository, described)
+    stacked = NetworkSpec(cell="gru", features=3, hidden_size=8, layers=2, outputs=2)
+    write_bundle(repository, manifest("stacked", stacked, features(3, missing_values="hold_last")))
+    return repository

@@ -1,0 +1,83 @@
+"""The real server, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED_REPOSITORY = ROOT / "models" / "repository"
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Where a server listens."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    metrics_port: int
+    log_file: Path
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+    def terminate(self) -> None:
+        """Send SIGTERM and return at once."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """Send SIGTERM if it still runs; the exit code."""
+        if self.process.poll() is None:
+            self.terminate()
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+
+@contextmanager
+def start_server(repository: Path = COMMITTED_REPOSITORY, **settings: object) -> Iterator[RunningServer]:
+    """Start `python -m service` on free ports, with settings by name (drain_timeout_s=1); stopped at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        state_dir = Path(folder)
+        given = {"port": 0, "metrics_port": 0, "model_repository": repository, "state_dir": state_dir, **settings}
+        variables = {f"RNNSERVE_{name.upper()}": str(value) for name, value in given.items()}
+        log_file = state_dir / "server.log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | variables, stderr=log
+            )
+        try:
+            ports = _wait_for_ports(process, state_dir / "server.json", log_file)
+            server = RunningServer(process, ports["port"], ports["metrics_port"], log_file)
+            yield server
+            server.stop()
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_ports(process: subprocess.Popen[bytes], file: Path, log_file: Path) -> dict[str, int]:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not file.exists():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            raise RuntimeError(f"the server did not start:\n{log_file.read_text()}")
+        time.sleep(0.02)
+    ports: dict[str, int] = json.loads(file.read_text())
+    return ports
