@@ -6,14 +6,17 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from models.manifest import Manifest
+from models.manifest import FeatureInput, Manifest, Sample
 from models.predictor import Predictor
 from models.recurrent import RecurrentNetwork
+from models.samples import read_sample
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -34,13 +37,15 @@ class Bundle:
     folder: Path
     manifest: Manifest
     predictor: Predictor
+    samples: tuple[NDArray[np.float32] | str, ...]
+    """The values of each of the manifest's samples, in their order: (steps, features), or a text."""
 
 
 def load_bundle(folder: Path) -> Bundle:
     """Read and verify `<name>/<version>/`.
 
     Raises BundleError if a file is missing or unreadable, the manifest does not fit its schema or its folder,
-    or the weights do not fit their digest or the network.
+    the weights do not fit their digest or the network, or a sample is none that the network reads.
     """
     manifest = load_manifest(folder)
     weights = _read(folder, WEIGHTS)
@@ -55,7 +60,8 @@ def load_bundle(folder: Path) -> Bundle:
     network = RecurrentNetwork(manifest.network)
     _check_weights(folder, tensors, network.state_dict())
     network.load_state_dict(tensors)
-    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input))
+    samples = tuple(_read_sample(folder, sample, manifest) for sample in manifest.samples)
+    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input), samples)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -107,3 +113,17 @@ def _check_weights(folder: Path, found: dict[str, torch.Tensor], wanted: dict[st
             raise BundleError(folder, WEIGHTS, f"{name} is {found[name].dtype}, not float32")
         if not bool(torch.isfinite(found[name]).all()):
             raise BundleError(folder, WEIGHTS, f"{name} holds a value that is not finite")
+
+
+def _read_sample(folder: Path, sample: Sample, manifest: Manifest) -> NDArray[np.float32] | str:
+    try:
+        values = read_sample(folder, sample)
+    except (OSError, ValueError) as error:
+        raise BundleError(folder, "samples", f"{sample.file} cannot be read: {error}") from None
+    if isinstance(manifest.input, FeatureInput):
+        fits = not isinstance(values, str) and values.shape[1] == len(manifest.input.feature_names)
+    else:
+        fits = isinstance(values, str) and set(values) <= set(manifest.input.symbols)
+    if not fits or not len(values):
+        raise BundleError(folder, "samples", f"{sample.file} holds no steps that the network reads")
+    return values

@@ -72,6 +72,7 @@ class Service:
             niceness=settings.sequence_niceness,
             max_queued=settings.max_queued_sequences,
             max_batch=settings.max_batch_sequences,
+            max_batch_steps=settings.max_batch_steps,
             metrics=self.metrics,
         )
         refusals = Refusals(self.metrics)

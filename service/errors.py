@@ -47,7 +47,16 @@ class ServingError(Exception):
     @property
     def reason(self) -> str:
         """The name of this refusal on the wire and in the metrics."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).upper()
+        return _reason(type(self))
+
+
+def _reason(kind: type[ServingError]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).upper()
+
+
+def reasons() -> list[str]:
+    """Every reason that a client can be told."""
+    return sorted(_reason(kind) for group in ServingError.__subclasses__() for kind in group.__subclasses__())
 
 
 class Invalid(ServingError):

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from models.manifest import ModelKey
+from service.errors import reasons
 
 DURATION_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600,
@@ -34,6 +35,8 @@ class Metrics:
             "grpc_server_handling_seconds", "Duration of calls.", METHOD, registry=r, buckets=DURATION_BUCKETS_S
         )
         self._refusals = Counter("rnnserve_refusals_total", "Calls and messages refused.", ("reason",), registry=r)
+        for reason in reasons():
+            self._refusals.labels(reason)  # from 0 on, so that the first one shows as a rise
         self._build = Info("rnnserve_build", "The running version.", registry=r)
         self._build.info({"version": _version()})
 

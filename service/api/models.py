@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from models.bundle import Bundle
 from models.manifest import FeatureInput, Manifest, TextInput
-from models.samples import read_sample
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
 from service.api.codec import encode_tensor
@@ -54,16 +53,15 @@ class ModelService(ModelServiceServicer):
         request: pb.ListSamplesRequest,
         context: ServicerContext[pb.ListSamplesRequest, pb.ListSamplesResponse],  # noqa: ARG002
     ) -> pb.ListSamplesResponse:
-        """Read from the bundle's folder."""
+        """As they ship with the bundle."""
         return pb.ListSamplesResponse(samples=_samples(self._catalog.find(request.model, request.version)))
 
 
 def _samples(bundle: Bundle) -> list[pb.Sample]:
     samples = []
-    for sample in bundle.manifest.samples:
+    for sample, values in zip(bundle.manifest.samples, bundle.samples, strict=True):
         name = sample.file.removeprefix("samples/").rpartition(".")[0]
         message = pb.Sample(name=name, label=sample.label, description=sample.description)
-        values = read_sample(bundle.folder, sample)
         if isinstance(values, str):
             message.text = values
         else:

@@ -90,7 +90,8 @@ class RealTimeService(RealTimeServiceServicer):
             message=f"the server is shutting down; it ends this stream in {time_left_s:g} s",
             time_left=duration_pb2.Duration(seconds=int(time_left_s), nanos=int(time_left_s % 1 * 1e9)),
         )
-        await asyncio.gather(*(stream.send(StreamStepsResponse(notice=notice)) for stream in self._streams))
+        sending = (stream.send(StreamStepsResponse(notice=notice)) for stream in self._streams)
+        await asyncio.gather(*sending, return_exceptions=True)  # a client may have gone
 
     def _open(self, request: StreamStepsRequest, context: Context) -> _Stream:
         self._limits.check_size(request)

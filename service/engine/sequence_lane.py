@@ -6,6 +6,7 @@ Sequences wait in a bounded queue; those of one model that wait together share a
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import multiprocessing
 import time
@@ -52,11 +53,21 @@ class _Job:
 class SequenceLane:
     """Queues whole sequences and runs them batch by batch in its process."""
 
-    def __init__(self, *, threads: int, niceness: int, max_queued: int, max_batch: int, metrics: LaneMetrics) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        niceness: int,
+        max_queued: int,
+        max_batch: int,
+        max_batch_steps: int,
+        metrics: LaneMetrics,
+    ) -> None:
         self._threads = threads
         self._niceness = niceness
         self._max_queued = max_queued
         self._max_batch = max_batch
+        self._max_batch_steps = max_batch_steps
         self._metrics = metrics
         self._queue: deque[_Job] = deque()
         self._in_flight = 0
@@ -103,7 +114,9 @@ class SequenceLane:
             self._job_added.clear()
 
     def close(self) -> None:
-        """End the process after its batch."""
+        """End the process at once, whatever it computes."""
+        for process in list((self._process._processes or {}).values()):  # `kill_workers` from Python 3.14 on
+            process.kill()
         self._process.shutdown(cancel_futures=True)
 
     async def _enter(self, count: int, *, wait: bool) -> None:
@@ -128,7 +141,10 @@ class SequenceLane:
     def _take(self) -> list[_Job]:
         """The longest waiting sequence and others of its model, in the order of their arrival."""
         waiting = [job for job in self._queue if not job.result.done()]
-        batch = [job for job in waiting if job.bundle is waiting[0].bundle][: self._max_batch]
+        same_model = (job for job in waiting if job.bundle is waiting[0].bundle)
+        batch = list(itertools.islice(same_model, self._max_batch))
+        while len(batch) > 1 and len(batch) * max(len(job.sequence) for job in batch) > self._max_batch_steps:
+            batch.pop()  # padded to the longest, they would take too much memory
         taken = set(batch)
         self._queue = deque(job for job in waiting if job not in taken)
         return batch

@@ -103,7 +103,7 @@ class StepEngine:
             failure = outcome if isinstance(outcome, ExecutionFailed) else None
             if not isinstance(outcome, ExecutionFailed):
                 job.apply(*outcome)
-            if job.abandoned:
+            if job.abandoned or self._results[job].cancelled():  # a caller may go before its own cleanup has run
                 continue
             if failure or job.done:
                 outputs = np.stack(job.outputs) if job.outputs else np.empty((0, 0), np.float32)

@@ -64,7 +64,7 @@ def start_server(repository: Path = COMMITTED_REPOSITORY, **settings: object) ->
                 [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | variables, stderr=log
             )
         try:
-            ports = _wait_for_ports(process, state_dir / "server.json", log_file)
+            ports = wait_for_ports(process, state_dir / "server.json", log_file)
             server = RunningServer(process, ports["port"], ports["metrics_port"], log_file)
             yield server
             server.stop()
@@ -73,7 +73,8 @@ def start_server(repository: Path = COMMITTED_REPOSITORY, **settings: object) ->
             process.wait()
 
 
-def _wait_for_ports(process: subprocess.Popen[bytes], file: Path, log_file: Path) -> dict[str, int]:
+def wait_for_ports(process: subprocess.Popen[bytes], file: Path, log_file: Path) -> dict[str, int]:
+    """The contents of server.json, once the server serves."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while not file.exists():
         if process.poll() is not None or time.monotonic() > deadline_s:

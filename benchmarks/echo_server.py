@@ -1,0 +1,45 @@
+"""What the transport alone can do: sends the steps of each message back and computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import uvloop
+
+from rnnserve.v1.prediction_pb2 import Prediction
+from rnnserve.v1.real_time_service_pb2 import SessionOpened, StepsAnswer, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer, add_RealTimeServiceServicer_to_server
+
+
+class Echo(RealTimeServiceServicer):
+    """Opens any session and sends the steps back as the outputs."""
+
+    async def StreamSteps(self, requests: AsyncIterator[StreamStepsRequest], context: object) -> None:  # type: ignore[override]
+        async for request in requests:
+            if request.HasField("open"):
+                response = StreamStepsResponse(opened=SessionOpened())
+            else:
+                steps = request.steps
+                answer = StepsAnswer(
+                    first_step=steps.first_step,
+                    next_step=steps.first_step + 1,
+                    prediction=Prediction(outputs=steps.tensor),
+                )
+                response = StreamStepsResponse(answer=answer)
+            await context.write(response)  # type: ignore[attr-defined]
+
+
+async def serve() -> None:
+    """Print the port and serve until killed."""
+    server = grpc.aio.server()
+    add_RealTimeServiceServicer_to_server(Echo(), server)
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())

@@ -1,0 +1,91 @@
+"""Every shell and Python block of the README runs as it is written, in one server that its own `make serve` started.
+
+Only the port is another one, so that a server that runs already is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ROOT, wait_for_ports
+
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+SERVE = "make serve\n"
+TIMEOUT_S = 300
+
+
+def first_line(block: tuple[str, str]) -> str:
+    return block[1].splitlines()[0]
+
+
+def is_compose(block: tuple[str, str]) -> bool:
+    return "docker compose" in block[1]
+
+
+TRIED = [block for block in BLOCKS if block[1] != SERVE and not is_compose(block)]
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A newcomer's second terminal."""
+
+    port: int
+
+    def run(self, language: str, text: str) -> str:
+        text = text.replace("localhost:50051", f"localhost:{self.port}")
+        command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+        variables = os.environ | {"RNNSERVE_TARGET": f"localhost:{self.port}"}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    """The README's own command serves, on free ports."""
+    folder: Path = tmp_path_factory.mktemp("readme")
+    ports = {"RNNSERVE_PORT": "0", "RNNSERVE_METRICS_PORT": "0", "RNNSERVE_STATE_DIR": str(folder)}
+    log_file = folder / "server.log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", SERVE], cwd=ROOT, env=os.environ | ports, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        yield Terminal(wait_for_ports(process, folder / "server.json", log_file)["port"])
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def test_the_readme_says_how_to_serve() -> None:
+    assert ("sh", SERVE) in BLOCKS
+    assert len(TRIED) >= 6
+
+
+@pytest.mark.parametrize("block", TRIED, ids=[f"{i} {first_line(block)}" for i, block in enumerate(TRIED)])
+@pytest.mark.xdist_group("readme")
+def test_a_block_of_the_readme_runs_as_written(block: tuple[str, str], terminal: Terminal) -> None:
+    assert terminal.run(*block).strip()
+
+
+def compose_works() -> bool:
+    return shutil.which("docker") is not None and all(
+        subprocess.run(["docker", *words], capture_output=True).returncode == 0
+        for words in (["compose", "version"], ["info"])
+    )
+
+
+@pytest.mark.skipif(not compose_works(), reason="no Docker engine with compose runs here")
+def test_the_containers_of_the_readme_come_up_as_written() -> None:
+    (block,) = filter(is_compose, BLOCKS)
+    Terminal(50051).run(*block)

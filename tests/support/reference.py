@@ -1,0 +1,184 @@
+"""What a bundle must answer, computed without `models`: by the equations in NumPy, and by plain `torch.nn`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from torch import nn
+
+Array = NDArray[Any]
+Weights = Mapping[str, Array]
+State = list[tuple[Array, ...]]
+"""Of each layer its (h,) or (h, c), each (hidden,)."""
+
+
+def sigmoid(x: Array) -> Array:
+    return np.asarray(1.0 / (1.0 + np.exp(-x)))
+
+
+class NumpyNetwork:
+    """The equations, one step of one sequence at a time, in double precision."""
+
+    def __init__(self, network: Mapping[str, Any], weights: Weights) -> None:
+        self.network = network
+        self.weights = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+
+    def initial_state(self) -> State:
+        values = 2 if self.network["cell"] == "lstm" else 1
+        return [tuple(np.zeros(self.network["hidden_size"]) for _ in range(values)) for _ in range(self._layers)]
+
+    def step(self, x: Array, state: State) -> tuple[Array, State]:
+        """(features,) or a symbol's number -> (outputs,), the state after it."""
+        signal, new_state = self._read(x), []
+        for layer, values in enumerate(state):
+            new_state.append(self._transition(signal, values, f"l{layer}"))
+            signal = new_state[-1][0]
+        return self._answer(signal), new_state
+
+    def run(self, inputs: Array) -> Array:
+        """(steps, …) -> (steps, outputs), or (1, outputs) where the network answers about the mean."""
+        signals = [self._read(x) for x in inputs]
+        for layer in range(self._layers):
+            hidden = self._pass(signals, f"l{layer}")
+            if self.network["direction"] == "bidirectional":
+                backward = self._pass(signals[::-1], f"l{layer}_reverse")[::-1]
+                hidden = [np.concatenate(pair) for pair in zip(hidden, backward, strict=True)]
+            signals = hidden
+        if self.network["readout"] == "mean":
+            signals = [np.mean(signals, axis=0)]
+        return np.stack([self._answer(signal) for signal in signals])
+
+    @property
+    def _layers(self) -> int:
+        return int(self.network["layers"])
+
+    def _pass(self, signals: list[Array], layer: str) -> list[Array]:
+        values, hidden = self.initial_state()[0], []
+        for signal in signals:
+            values = self._transition(signal, values, layer)
+            hidden.append(values[0])
+        return hidden
+
+    def _transition(self, x: Array, values: tuple[Array, ...], layer: str) -> tuple[Array, ...]:
+        share = self._of(f"weight_ih_{layer}") @ x
+        for depth in range(self.network["transition_layers"]):
+            cell = layer if depth == 0 else f"{layer}_t{depth}"
+            values = self._cell(share + self._of(f"bias_ih_{cell}"), values, cell)
+            share = np.zeros_like(share)
+        return values
+
+    def _cell(self, from_input: Array, values: tuple[Array, ...], cell: str) -> tuple[Array, ...]:
+        h = values[0]
+        from_hidden = self._of(f"weight_hh_{cell}") @ h + self._of(f"bias_hh_{cell}")
+        match self.network["cell"]:
+            case "tanh":
+                return (np.tanh(from_input + from_hidden),)
+            case "relu":
+                return (np.maximum(0.0, from_input + from_hidden),)
+            case "gru":
+                (r_x, z_x, n_x), (r_h, z_h, n_h) = np.split(from_input, 3), np.split(from_hidden, 3)
+                z = sigmoid(z_x + z_h)
+                return ((1.0 - z) * np.tanh(n_x + sigmoid(r_x + r_h) * n_h) + z * h,)
+            case "lstm":
+                i, f, g, o = np.split(from_input + from_hidden, 4)
+                c = sigmoid(f) * values[1] + sigmoid(i) * np.tanh(g)
+                return sigmoid(o) * np.tanh(c), c
+        raise ValueError(self.network["cell"])
+
+    def _of(self, name: str) -> Array:
+        return self.weights[f"recurrent.{name}"]
+
+    def _read(self, x: Array) -> Array:
+        signal = self.weights["embedding.weight"][int(x)] if self.network["symbols"] else np.asarray(x, np.float64)
+        return self._dense("input_block", len(self.network["input_layers"]), signal)
+
+    def _answer(self, signal: Array) -> Array:
+        signal = self._dense("output_block", len(self.network["output_layers"]), signal)
+        return self.weights["output.weight"] @ signal + self.weights["output.bias"]
+
+    def _dense(self, block: str, layers: int, signal: Array) -> Array:
+        for i in range(0, 2 * layers, 2):  # between the linear layers stand those with ReLU
+            signal = np.maximum(0.0, self.weights[f"{block}.{i}.weight"] @ signal + self.weights[f"{block}.{i}.bias"])
+        return signal
+
+
+TORCH_MODULES = {"tanh": nn.RNN, "relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+def torch_module(
+    cell: str, width: int, hidden: int, *, layers: int = 1, bidirectional: bool = False
+) -> nn.RNN | nn.GRU | nn.LSTM:
+    """The `torch.nn` module of that cell, batch first."""
+    extra: dict[str, Any] = {"nonlinearity": cell} if cell in ("tanh", "relu") else {}
+    return TORCH_MODULES[cell](width, hidden, layers, batch_first=True, bidirectional=bidirectional, **extra)
+
+
+@torch.inference_mode()
+def run_in_torch(network: Mapping[str, Any], weights: Weights, inputs: Array) -> Array:
+    """One whole sequence through `torch.nn`; only where transition_layers is 1. Shapes as in `NumpyNetwork.run`."""
+    of = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+    signal = torch.from_numpy(np.array(inputs))
+    if network["symbols"]:
+        signal = of["embedding.weight"][signal]
+    signal = _dense(of, "input_block", len(network["input_layers"]), signal)
+    module = torch_module(
+        network["cell"],
+        signal.shape[-1],
+        network["hidden_size"],
+        layers=network["layers"],
+        bidirectional=network["direction"] == "bidirectional",
+    )
+    recurrent = {name.removeprefix("recurrent."): w for name, w in of.items() if name.startswith("recurrent.")}
+    module.load_state_dict(recurrent)
+    signal = module(signal.unsqueeze(0))[0].squeeze(0)
+    if network["readout"] == "mean":
+        signal = signal.mean(dim=0, keepdim=True)
+    signal = _dense(of, "output_block", len(network["output_layers"]), signal)
+    outputs: Array = nn.functional.linear(signal, of["output.weight"], of["output.bias"]).numpy()
+    return outputs
+
+
+def _dense(of: Mapping[str, torch.Tensor], block: str, layers: int, signal: torch.Tensor) -> torch.Tensor:
+    for i in range(0, 2 * layers, 2):
+        signal = torch.relu(nn.functional.linear(signal, of[f"{block}.{i}.weight"], of[f"{block}.{i}.bias"]))
+    return signal
+
+
+class Reference:
+    """A bundle's folder, read by itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        self.weights: dict[str, Array] = load_file(folder / "weights.safetensors")
+
+    def predict(self, values: Array | str) -> Array:
+        """(steps, features) or a text -> (steps, outputs), or (1, outputs) where the network answers about the mean."""
+        network = self.manifest["network"]
+        inputs = self._inputs(values)
+        if network["transition_layers"] == 1:
+            return run_in_torch(network, self.weights, inputs)
+        return NumpyNetwork(network, self.weights).run(inputs)
+
+    def _inputs(self, values: Array | str) -> Array:
+        spec = self.manifest["input"]
+        if isinstance(values, str):
+            return np.array([spec["symbols"].index(symbol) for symbol in values])
+        mean, std = np.array(spec["mean"], np.float32), np.array(spec["std"], np.float32)
+        filled = np.array(values, np.float32)
+        for step, feature in np.argwhere(np.isnan(filled)):  # in the order of the steps
+            held = spec["missing_values"] == "hold_last" and step > 0
+            filled[step, feature] = filled[step - 1, feature] if held else mean[feature]
+        return np.asarray((filled - mean) / std)
+
+
+def assert_close(found: Array, wanted: Array, tolerance: float = 1e-5) -> None:
+    """Within tolerance · max(1, |wanted|)."""
+    assert found.shape == wanted.shape
+    np.testing.assert_array_less(np.abs(found - wanted), tolerance * np.maximum(1.0, np.abs(wanted)))
