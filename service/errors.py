@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import re
 
+MAX_TEXT = 256  # characters; the transport refuses an end of call of more than 8 kB, and with it the reason
+
 
 class ServingError(Exception):
     """A refusal. `field` is the path of the field that is wrong, `metadata` what a program may want to know."""
@@ -39,15 +41,19 @@ class ServingError(Exception):
         self, message: str, *, field: str | None = None, retry_after_s: float | None = None, **metadata: object
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _short(message)
         self.field = field
         self.retry_after_s = retry_after_s
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {key: _short(str(value)) for key, value in metadata.items()}
 
     @property
     def reason(self) -> str:
         """The name of this refusal on the wire and in the metrics."""
         return _reason(type(self))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 def _reason(kind: type[ServingError]) -> str:

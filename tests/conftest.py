@@ -25,6 +25,20 @@ def server(repository: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="session")
+def small_server(repository: Path) -> Iterator[RunningServer]:
+    """A server of the random bundles whose limits are soon reached."""
+    with start_server(
+        repository,
+        max_message_bytes=4_096,
+        max_steps_per_message=50,
+        max_sessions=4,
+        max_sequence_steps=100,
+        max_queued_sequences=4,
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def trained_server() -> Iterator[RunningServer]:
     """A server of the trained bundles."""
     with start_server() as running:

@@ -131,7 +131,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _CountingContext:
-    """A context whose writes are counted."""
+    """A context whose writes are counted; writing to a client that has gone cancels."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], metrics: CallMetrics, method: Method) -> None:
         self._context = context
@@ -139,7 +139,10 @@ class _CountingContext:
         self._method = method
 
     async def write(self, message: Any) -> None:
-        await self._context.write(message)
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:
+            raise asyncio.CancelledError("the client has gone") from None
         self._metrics.message_sent(self._method)
 
     def __getattr__(self, name: str) -> Any:

@@ -32,7 +32,7 @@ class ModelService(ModelServiceServicer):
         """A page token is the number of models before the page."""
         bundles = list(self._catalog)
         token = request.page_token or "0"
-        if not token.isdecimal() or int(token) > len(bundles):
+        if token not in map(str, range(len(bundles) + 1)):
             raise FieldInvalid("this is no token that an earlier page gave", field="page_token")
         start = int(token)
         end = start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)

@@ -77,14 +77,17 @@ class SequenceService(SequenceServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
+        self._limits.check_size(request)
         bundle = self._find(request.open.model, request.open.version, request.open.options)
         slots, writing = asyncio.Semaphore(self._limits.max_bulk_sequences), asyncio.Lock()
 
         async def answer(message: PredictStreamRequest) -> None:
-            response = await self._reply(message, bundle, request.open.options)
-            async with writing:
-                await context.write(response)
-            slots.release()
+            try:
+                response = await self._reply(message, bundle, request.open.options)
+                async with writing:
+                    await context.write(response)
+            finally:
+                slots.release()
 
         async with asyncio.TaskGroup() as answers:
             async for message in requests:
@@ -112,8 +115,11 @@ class SequenceService(SequenceServiceServicer):
         item: IdentifiedSequence = message.sequence
         try:
             self._limits.check_size(message)
-            if message.WhichOneof("request") != "sequence":
-                raise OpenRepeated("this stream is open already", field="open")
+            match message.WhichOneof("request"):
+                case "open":
+                    raise OpenRepeated("this stream is open already", field="open")
+                case None:
+                    raise FieldInvalid("the message is empty", field="request")
             inputs = self._decode(item.sequence, bundle.manifest, "sequence.sequence")
             predictions = await self._predict(bundle, [inputs], options, wait=True)
             return PredictStreamResponse(id=item.id, prediction=predictions[0])

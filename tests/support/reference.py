@@ -117,7 +117,10 @@ def torch_module(
 ) -> nn.RNN | nn.GRU | nn.LSTM:
     """The `torch.nn` module of that cell, batch first."""
     extra: dict[str, Any] = {"nonlinearity": cell} if cell in ("tanh", "relu") else {}
-    return TORCH_MODULES[cell](width, hidden, layers, batch_first=True, bidirectional=bidirectional, **extra)
+    module: nn.RNN | nn.GRU | nn.LSTM = TORCH_MODULES[cell](
+        width, hidden, layers, batch_first=True, bidirectional=bidirectional, **extra
+    )
+    return module
 
 
 @torch.inference_mode()
@@ -170,12 +173,16 @@ class Reference:
         spec = self.manifest["input"]
         if isinstance(values, str):
             return np.array([spec["symbols"].index(symbol) for symbol in values])
-        mean, std = np.array(spec["mean"], np.float32), np.array(spec["std"], np.float32)
         filled = np.array(values, np.float32)
         for step, feature in np.argwhere(np.isnan(filled)):  # in the order of the steps
             held = spec["missing_values"] == "hold_last" and step > 0
-            filled[step, feature] = filled[step - 1, feature] if held else mean[feature]
-        return np.asarray((filled - mean) / std)
+            filled[step, feature] = filled[step - 1, feature] if held else spec["mean"][feature]
+        return self.normalised(filled)
+
+    def normalised(self, values: Array) -> Array:
+        """(…, features) -> what the network sees."""
+        spec = self.manifest["input"]
+        return np.asarray((values - np.array(spec["mean"], np.float32)) / np.array(spec["std"], np.float32))
 
 
 def assert_close(found: Array, wanted: Array, tolerance: float = 1e-5) -> None:

@@ -47,6 +47,14 @@ class RunningServer:
             self.terminate()
         return self.process.wait(STOP_TIMEOUT_S)
 
+    def lane_pid(self) -> int:
+        """The process for whole sequences. Linux only."""
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                    return int(child)
+        raise RuntimeError("the server has no process for whole sequences")
+
     def log(self) -> str:
         return self.log_file.read_text()
 

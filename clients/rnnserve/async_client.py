@@ -1,0 +1,233 @@
+"""The client on an event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+import grpc
+
+from rnnserve.async_duplex import AsyncDuplex
+from rnnserve.async_stream import AsyncStream
+from rnnserve.bulk import Bulk, ErrorHandling, open_bulk
+from rnnserve.calls import Call, Calls, Program
+from rnnserve.channel import TLS, call_metadata, channel_options, credentials
+from rnnserve.errors import RnnserveError
+from rnnserve.models import Model, Sample
+from rnnserve.requests import StepSelection, output_options
+from rnnserve.results import Prediction
+from rnnserve.retry import RetryPolicy
+from rnnserve.session import Session
+from rnnserve.statuses import error_from_call
+from rnnserve.stubs import Stubs
+from rnnserve.tensors import Input
+from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
+
+_T = TypeVar("_T")
+
+
+class AsyncClient:
+    """Talks to a server from an event loop: the names of `Client`, awaited. A stream belongs to one task at a time.
+
+    Args:
+        target: "host:port", or any other target that gRPC knows.
+        tls: None = plaintext; True = the usual certificate authorities; else a file of CA certificates, or its bytes.
+        token: sent as `authorization: Bearer`, and only over TLS or to this machine itself.
+        timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
+        retry: when calls that change nothing are tried again.
+
+    Raises:
+        ValueError: a token was to be sent in plaintext to another machine.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        tls: TLS = None,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry: RetryPolicy = RetryPolicy(),
+    ) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._metadata = call_metadata(target, tls, token)
+        self._calls = Calls(timeout_s, retry)
+        self._channel = _channel(target, tls)
+        self._stubs = Stubs(self._channel)
+
+    async def models(self) -> list[Model]:
+        """All models, by name and version."""
+        return await self._run(self._calls.models())
+
+    async def model(self, name: str, version: int = 0) -> Model:
+        """One model; version 0 = the newest. Raises ModelNotFound."""
+        return await self._run(self._calls.model(name, version))
+
+    async def samples(self, name: str, version: int = 0) -> list[Sample]:
+        """The held-out recordings that ship with a model; may be empty. Raises ModelNotFound."""
+        return await self._run(self._calls.samples(name, version))
+
+    async def health(self, model: str | None = None) -> str:
+        """ "serving" or "not_serving": the whole server, or one model. Raises ModelNotFound."""
+        return await self._run(self._calls.health(model))
+
+    def stream(
+        self,
+        model: str,
+        *,
+        version: int = 0,
+        session: str | None = None,
+        steps: StepSelection = "all",
+        probabilities: bool = False,
+        top_k: int = 0,
+    ) -> AsyncStream:
+        """A real-time stream, to be used in an `async with` block, which begins and ends its session.
+
+        Args:
+            model: the name of a streamable model.
+            version: 0 = the newest.
+            session: the session id; None = a random one.
+            steps: "all" = an answer about each step; "last" = only about the last step of each message.
+            probabilities: whether the answers carry the probability of each label.
+            top_k: how many of the most probable labels they carry.
+        """
+        opened = Session(model, version, session, output_options(steps, probabilities, top_k))
+        start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
+        return AsyncStream(opened, start, self._target, self._timeout_s)
+
+    async def predict(
+        self,
+        model: str,
+        inputs: Iterable[Input],
+        *,
+        version: int = 0,
+        steps: StepSelection | None = None,
+        probabilities: bool = False,
+        top_k: int = 0,
+    ) -> list[Prediction]:
+        """A prediction for each of a few whole sequences, in one message; for many use `predict_many`.
+
+        Args:
+            model: the name of a model.
+            inputs: arrays of (steps, features), which may differ in length, or texts.
+            version: 0 = the newest.
+            steps: about which steps; None = the last one for a many-to-one model, all of them otherwise.
+            probabilities: whether the predictions carry the probability of each label.
+            top_k: how many of the most probable labels they carry.
+
+        Raises:
+            InvalidArgument: one of the sequences is bad, which refuses them all; `.field` says which.
+        """
+        options = output_options(steps, probabilities, top_k)
+        return await self._run(self._calls.predict(model, version, inputs, options))
+
+    @overload
+    def predict_many(
+        self,
+        model: str,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        *,
+        version: int = ...,
+        steps: StepSelection | None = ...,
+        probabilities: bool = ...,
+        top_k: int = ...,
+        errors: Literal["raise"] = ...,
+        ahead: int = ...,
+    ) -> AsyncIterator[Prediction]: ...
+
+    @overload
+    def predict_many(
+        self,
+        model: str,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        *,
+        version: int = ...,
+        steps: StepSelection | None = ...,
+        probabilities: bool = ...,
+        top_k: int = ...,
+        errors: Literal["return"],
+        ahead: int = ...,
+    ) -> AsyncIterator[Prediction | RnnserveError]: ...
+
+    def predict_many(
+        self,
+        model: str,
+        inputs: Iterable[Input] | AsyncIterable[Input],
+        *,
+        version: int = 0,
+        steps: StepSelection | None = None,
+        probabilities: bool = False,
+        top_k: int = 0,
+        errors: ErrorHandling = "raise",
+        ahead: int = 64,
+    ) -> AsyncIterator[Prediction | RnnserveError]:
+        """A prediction for each of any number of whole sequences, in their order, as they become ready.
+
+        Args as for `predict`, and:
+            inputs: an iterable, or an async one; read in a task of its own, only as far as `ahead` allows.
+            errors: "raise" = a sequence that is refused raises when its turn comes, with its index in `.index`;
+                "return" = it yields that exception in the place of a prediction, and the others go on.
+            ahead: how many sequences are under way at most, which bounds the memory.
+        """
+        bulk = Bulk(errors)
+        opening = open_bulk(model, version, output_options(steps, probabilities, top_k))
+        return self._run_bulk(opening, bulk, inputs, ahead)
+
+    async def close(self) -> None:
+        """Ends the connection and whatever still uses it."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, program: Program[_T]) -> _T:
+        """Does what a program asks for until it returns."""
+        advance: Any = partial(next, program)
+        while True:
+            try:
+                action = advance()
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            try:
+                advance = partial(program.send, await self._do(action))
+            except RnnserveError as error:
+                advance = partial(program.throw, error)
+
+    async def _do(self, action: Any) -> Any:
+        if not isinstance(action, Call):
+            return await asyncio.sleep(action.duration_s)
+        method = action.method(self._stubs)
+        try:
+            return await method(action.request, timeout=action.timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_from_call(error, self._target) from None
+
+    async def _run_bulk(
+        self, opening: PredictStreamRequest, bulk: Bulk, inputs: Iterable[Input] | AsyncIterable[Input], ahead: int
+    ) -> AsyncIterator[Prediction | RnnserveError]:
+        start = partial(self._stubs.sequences.PredictStream, metadata=self._metadata)
+        duplex: AsyncDuplex[Input, PredictStreamRequest, PredictStreamResponse]
+        duplex = AsyncDuplex(start, self._target, self._timeout_s)
+        try:
+            duplex.send(opening)
+            async with contextlib.aclosing(duplex.drive(bulk, inputs, ahead)) as results:
+                async for result in results:
+                    yield result
+            await duplex.finish()
+        finally:
+            duplex.cancel()
+
+
+def _channel(target: str, tls: TLS) -> grpc.aio.Channel:
+    secure = credentials(tls)
+    if secure is None:
+        return grpc.aio.insecure_channel(target, channel_options(target))
+    return grpc.aio.secure_channel(target, secure, channel_options(target))

@@ -1,0 +1,217 @@
+"""One bidirectional call on an event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from rnnserve.errors import RnnserveError
+from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response
+from rnnserve.statuses import ended_by_server, error_from_call, timed_out
+
+_X = TypeVar("_X")
+_Q = TypeVar("_Q")
+_A = TypeVar("_A")
+_R = TypeVar("_R")
+
+Inbox = asyncio.Queue[tuple[object, Any]]
+"""Pairs of source and event; the source None is the server."""
+
+_WRITE_FAILED = "Internal error from Core"
+
+
+class AsyncDuplex(Generic[_X, _Q, _A]):
+    """Requests go out as they are sent; whatever comes back waits in an inbox, which one task at a time reads.
+
+    What waits raises TimedOut after `timeout_s`, and the reason for which the server or the connection ended the call.
+    """
+
+    def __init__(self, call: Callable[[AsyncIterator[_Q]], Any], target: str, timeout_s: float) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._requests: asyncio.Queue[_Q | None] = asyncio.Queue()  # None = no more
+        self._inbox: Inbox = asyncio.Queue()
+        self._feeder: _Feeder | None = None
+        self._failure: RnnserveError | None = None
+        self._status: grpc.aio.AioRpcError
+        self._call = call(self._outgoing())
+        self._call.add_done_callback(self._keep_status)
+        self._reading = asyncio.create_task(self._read(), name="rnnserve-responses")
+
+    def send(self, request: _Q) -> None:
+        """Does not wait."""
+        self._requests.put_nowait(request)
+
+    async def receive(self) -> Event[_X, _A]:
+        """The next event."""
+        return await self._next_event(_now_s() + self._timeout_s)
+
+    async def drive(
+        self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], inputs: Iterable[_X] | AsyncIterable[_X], ahead: int
+    ) -> AsyncGenerator[_R]:
+        """Sends the inputs, at most `ahead` of them before their answers, and yields the results as they come.
+
+        `inputs` is read in a task of its own, so that no answer waits for the next input.
+        """
+        feeder = self._feed(inputs, ahead)
+        deadline: float | None = None
+        try:
+            while not bookkeeper.done:
+                event = await self._next_event(deadline)
+                turn = bookkeeper.handle(event)
+                for request in turn.requests:
+                    self.send(request)
+                for result in turn.results:
+                    yield result
+                if self._feeder is not feeder:
+                    raise RuntimeError("these steps were ended by another call on their stream")
+                feeder.free(turn.places)
+                deadline = self._deadline_after(event, deadline) if bookkeeper.waiting else None
+        finally:
+            feeder.stop()
+        if bookkeeper.failure is not None:
+            raise bookkeeper.failure
+
+    def stop_feeding(self) -> None:
+        """Ends `drive`; what it has not sent of its inputs is left there."""
+        if self._feeder is not None:
+            self._feeder.stop()
+        self._feeder = None
+
+    async def finish(self) -> None:
+        """Sends no more and waits for the end of the call, however it ends."""
+        self._requests.put_nowait(None)
+        deadline = _now_s() + self._timeout_s
+        with contextlib.suppress(RnnserveError):
+            while True:
+                await self._next_event(deadline)
+
+    def cancel(self) -> None:
+        """Ends the call at once."""
+        self.stop_feeding()
+        self._requests.put_nowait(None)
+        self._call.cancel()
+
+    def _feed(self, inputs: Iterable[_X] | AsyncIterable[_X], ahead: int) -> "_Feeder":
+        self.stop_feeding()
+        self._feeder = _Feeder(inputs, ahead, self._inbox)
+        return self._feeder
+
+    def _deadline_after(self, event: Event[_X, _A], deadline: float | None) -> float:
+        """Only a response gives the server more time."""
+        if deadline is None or isinstance(event, Response):
+            return _now_s() + self._timeout_s
+        return deadline
+
+    async def _next_event(self, deadline: float | None) -> Event[_X, _A]:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            source, event = await self._take(deadline)
+            if isinstance(event, CallEnded):
+                self._failure = event.error
+            elif source is None or source is self._feeder:
+                return event  # type: ignore[no-any-return]
+
+    async def _take(self, deadline: float | None) -> tuple[object, Any]:
+        if not self._inbox.empty():
+            return self._inbox.get_nowait()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._inbox.get()
+        except TimeoutError:
+            self._failure = timed_out(self._target, self._timeout_s)
+            self.cancel()
+            raise self._failure from None
+
+    async def _outgoing(self) -> AsyncIterator[_Q]:
+        while (request := await self._requests.get()) is not None:
+            yield request
+
+    async def _read(self) -> None:
+        error: RnnserveError = ended_by_server(self._target)
+        try:
+            async for message in self._call:
+                self._inbox.put_nowait((None, Response(message)))
+        except grpc.RpcError:
+            error = error_from_call(await self._final_status(), self._target)
+        except asyncio.CancelledError:  # how grpc.aio reports that the call was cancelled here
+            pass
+        self._inbox.put_nowait((None, CallEnded(error)))
+        self._requests.put_nowait(None)
+
+    async def _final_status(self) -> grpc.aio.AioRpcError:
+        """Why the call ended.
+
+        Where it ended while a request was being written, grpc.aio sets a status of its own as well: before the one that
+        the server sent or, overwriting that, behind it.
+        """
+        for _ in range(100):
+            if self._status.details() != _WRITE_FAILED:
+                break
+            await asyncio.sleep(0.01)
+            self._keep_status(self._call)
+        return self._status
+
+    def _keep_status(self, call: Any) -> None:
+        """Runs at once when the call has ended, so that none of these waits."""
+        code, details, trailers = _at_once(call.code()), _at_once(call.details()), _at_once(call.trailing_metadata())
+        self._status = grpc.aio.AioRpcError(code, trailing_metadata=trailers, details=details)
+
+
+class _Feeder:
+    """Reads an iterable in a task of its own, as long as there are places."""
+
+    def __init__(self, inputs: Iterable[Any] | AsyncIterable[Any], places: int, inbox: Inbox) -> None:
+        if places < 1:
+            raise ValueError("at least one input must be allowed ahead of its answer")
+        self._inputs = inputs
+        self._places = asyncio.Semaphore(places)
+        self._inbox = inbox
+        self._task = asyncio.create_task(self._run(), name="rnnserve-inputs")
+
+    def free(self, places: int) -> None:
+        """So many more inputs may be read."""
+        for _ in range(places):
+            self._places.release()
+
+    def stop(self) -> None:
+        """Reads no more."""
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            inputs = _as_async(self._inputs)
+            while await self._places.acquire():
+                self._inbox.put_nowait((self, NextInput(await anext(inputs))))
+        except StopAsyncIteration:
+            pass
+        except Exception as raised:
+            error = raised
+        self._inbox.put_nowait((self, InputsEnded(error)))
+
+
+def _as_async(inputs: Iterable[_X] | AsyncIterable[_X]) -> AsyncIterator[_X]:
+    return aiter(inputs) if isinstance(inputs, AsyncIterable) else _each(inputs)
+
+
+async def _each(inputs: Iterable[_X]) -> AsyncIterator[_X]:
+    for value in inputs:
+        yield value
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _at_once(coroutine: Coroutine[Any, Any, _R]) -> _R:
+    """The result of a coroutine that does not wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: _R = end.value
+        return result
+    raise RuntimeError("the coroutine waits")

@@ -1,0 +1,114 @@
+"""The unary calls, as programs without I/O.
+
+A program is a generator: it yields a Call or a Pause, is sent the response (or thrown the error), and returns its
+result. `client.py` runs them blocking, `async_client.py` on an event loop.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from rnnserve.errors import ModelNotFound, RnnserveError, TryAgain
+from rnnserve.models import Model, Sample, model_from, samples_from
+from rnnserve.requests import predict_request
+from rnnserve.results import Prediction, prediction_from
+from rnnserve.retry import RetryPolicy
+from rnnserve.stubs import HealthCheckRequest, Stubs, health_status_name
+from rnnserve.tensors import Input
+from rnnserve.v1 import model_service_pb2, prediction_pb2
+
+_Q = TypeVar("_Q", bound=Message)
+_A = TypeVar("_A")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Make this call; the program is sent its response."""
+
+    method: Callable[[Stubs], Any]
+    request: Message
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait; the program is sent None."""
+
+    duration_s: float
+
+
+Program = Generator[Call | Pause, Any, _T]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The programs of one client. Each may take `timeout_s` for each of its calls, retries and pauses included."""
+
+    timeout_s: float
+    retry: RetryPolicy
+
+    def models(self) -> Program[list[Model]]:
+        """All models, page by page."""
+        found: list[Model] = []
+        page_token = ""
+        while True:
+            request = model_service_pb2.ListModelsRequest(page_token=page_token)
+            page = yield from self._call(lambda stubs: stubs.models.ListModels, request)
+            found += map(model_from, page.models)
+            page_token = page.next_page_token
+            if not page_token:
+                return found
+
+    def model(self, name: str, version: int) -> Program[Model]:
+        """One model."""
+        request = model_service_pb2.GetModelRequest(model=name, version=version)
+        response = yield from self._call(lambda stubs: stubs.models.GetModel, request)
+        return model_from(response.model)
+
+    def samples(self, name: str, version: int) -> Program[list[Sample]]:
+        """The samples of a model."""
+        request = model_service_pb2.ListSamplesRequest(model=name, version=version)
+        response = yield from self._call(lambda stubs: stubs.models.ListSamples, request)
+        return samples_from(response.samples)
+
+    def predict(
+        self, model: str, version: int, inputs: Iterable[Input], options: prediction_pb2.OutputOptions
+    ) -> Program[list[Prediction]]:
+        """One prediction for each sequence."""
+        request = predict_request(model, version, inputs, options)
+        response = yield from self._call(lambda stubs: stubs.sequences.Predict, request)
+        return [prediction_from(prediction) for prediction in response.predictions]
+
+    def health(self, model: str | None) -> Program[str]:
+        """The state of the server or of one model, in lower case."""
+        request = HealthCheckRequest(service=f"models/{model}" if model else "")
+        try:
+            response = yield from self._call(lambda stubs: stubs.health_check, request)
+        except RnnserveError as error:
+            if model and error.code == "NOT_FOUND":
+                message = f"the server has no model {model!r}"
+                raise ModelNotFound(message, reason="MODEL_NOT_FOUND", code=error.code) from error
+            raise
+        return health_status_name(response)
+
+    def _call(self, method: "Callable[[Stubs], grpc.UnaryUnaryMultiCallable[_Q, _A]]", request: _Q) -> Program[_A]:
+        """One call, tried again where that is safe and may help."""
+        deadline = time.monotonic() + self.timeout_s
+        backoffs_s = self.retry.backoffs_s()
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                return cast(_A, (yield Call(method, request, left_s)))
+            except TryAgain as error:
+                backoff_s = next(backoffs_s, None)
+                if backoff_s is None:
+                    raise
+                pause_s = backoff_s + (error.retry_after_s or 0.0)
+                if time.monotonic() + pause_s >= deadline:
+                    raise
+            yield Pause(pause_s)

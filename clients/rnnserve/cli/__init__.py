@@ -1,0 +1,5 @@
+"""The command `rnnserve`."""
+
+from rnnserve.cli.app import main
+
+__all__ = ["main"]

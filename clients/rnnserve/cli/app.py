@@ -1,0 +1,198 @@
+"""The commands."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from rnnserve import Answer, Client, Model
+from rnnserve.channel import TLS
+from rnnserve.cli import demo as story
+from rnnserve.cli import show
+from rnnserve.cli.inputs import at_rate, opened, read_sequences, read_steps, write_sample
+from rnnserve.cli.live import StreamView
+from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, stderr
+
+app = typer.Typer(
+    help="Stream steps and sequences to an rnnserve server. Exit codes: 0 good, 1 refused, 2 usage, 3 unreachable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+stdout = Console(highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all commands."""
+
+    target: str
+    tls: TLS
+    token: str | None
+    timeout_s: float
+    json: bool
+
+    def client(self) -> Client:
+        try:
+            return Client(self.target, tls=self.tls, token=self.token, timeout_s=self.timeout_s)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    target: Annotated[str, typer.Option("--target", "-t", envvar="RNNSERVE_TARGET")] = "localhost:50051",
+    tls: Annotated[bool, typer.Option("--tls", help="Connect over TLS.")] = False,
+    ca_file: Annotated[Path | None, typer.Option(help="CA certificates for TLS, instead of the usual ones.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="RNNSERVE_TOKEN", show_envvar=True)] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for an answer.", min=0.001)] = 30.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
+) -> None:
+    """Where the server is, and how to print."""
+    context.obj = Options(target, ca_file or tls, token, timeout_s, json)
+
+
+@app.command()
+def models(context: typer.Context, name: Annotated[str | None, typer.Argument()] = None) -> None:
+    """What is served; all about one model if it is named."""
+    with exit_codes(), _options(context).client() as client:
+        found = client.models() if name is None else [client.model(name)]
+        if _options(context).json:
+            for model in found:
+                show.print_json(show.model_json(model))
+        else:
+            stdout.print(show.models_table(found) if name is None else show.model_details(found[0]))
+
+
+@app.command()
+def stream(
+    context: typer.Context,
+    model: str,
+    file: Annotated[str, typer.Argument(help="CSV, JSON lines or text; - for standard input.")] = "-",
+    rate: Annotated[
+        float | None, typer.Option(help="Steps a second; else as fast as they are answered.", min=0.001)
+    ] = None,
+    real_time: Annotated[bool, typer.Option("--real-time", help="At the rate of the model's recordings.")] = False,
+) -> None:
+    """Stream steps, and see a prediction after each of them."""
+    options = _options(context)
+    with exit_codes(), options.client() as client, opened(file) as lines:
+        described = client.model(model)
+        steps = read_steps(lines, described)
+        rate_hz = _rate_hz(described, rate, real_time)
+        paced = at_rate(steps, rate_hz) if rate_hz else steps
+        with (
+            client.stream(model, probabilities=bool(described.labels)) as open_stream,
+            _answer_printer(options, described) as print_answer,
+        ):
+            # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
+            for answer in map(open_stream.step, paced) if file == "-" else open_stream.steps(paced):
+                print_answer(answer)
+
+
+def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | None:
+    if rate_hz is None and real_time:
+        if not model.steps_per_second:
+            raise BadInput(f"{model.name} has no rate of its own: use --rate")
+        return model.steps_per_second
+    return rate_hz
+
+
+@contextmanager
+def _answer_printer(options: Options, model: Model) -> Iterator[Callable[[Answer], None]]:
+    """Draws on a terminal, else prints a line for each answer."""
+    if options.json:
+        yield lambda answer: show.print_json(show.answer_json(answer, model))
+    elif stdout.is_terminal:
+        view = StreamView(model, f"{model.name}: {model.summary}")
+        with view.on(stdout):
+            yield view.show
+    else:
+        yield lambda answer: print(show.answer_line(answer), flush=True)
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    model: str,
+    files: Annotated[list[Path], typer.Argument(help="Each one sequence, or JSON lines of many.", metavar="FILE…")],
+) -> None:
+    """Predict whole sequences."""
+    options = _options(context)
+    with exit_codes(), options.client() as client:
+        described = client.model(model)
+        sequences = [sequence for file in files for sequence in read_sequences(file, described)]
+        predictions = client.predict_many(model, sequences, probabilities=bool(described.labels))
+        for prediction in track(
+            predictions,
+            "predicting",
+            total=len(sequences),
+            console=stderr,
+            transient=True,
+            disable=len(sequences) < 2 or not stderr.is_terminal,
+        ):
+            if options.json:
+                show.print_json(show.prediction_json(prediction, described))
+            else:
+                print(show.prediction_line(prediction), flush=True)
+
+
+@app.command()
+def health(context: typer.Context, model: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Whether the server, or one model, is ready. Exit code 1 if not."""
+    with exit_codes(), _options(context).client() as client:
+        status = client.health(model)
+        if _options(context).json:
+            show.print_json({"model": model, "status": status})
+        else:
+            print(status.replace("_", " "))
+        if status != "serving":
+            raise typer.Exit(REFUSED)
+
+
+@app.command()
+def samples(
+    context: typer.Context,
+    model: str,
+    save: Annotated[Path | None, typer.Option(help="Also write them into this folder.")] = None,
+) -> None:
+    """The held-out recordings that ship with a model."""
+    with exit_codes(), _options(context).client() as client:
+        found = client.samples(model)
+        if save is not None:
+            described = client.model(model)
+            save.mkdir(parents=True, exist_ok=True)
+            for sample in found:
+                stderr.print(f"wrote {write_sample(sample.input, described, save, sample.name)}", soft_wrap=True)
+        if _options(context).json:
+            for sample in found:
+                show.print_json(show.sample_json(sample))
+        else:
+            stdout.print(show.samples_table(found) if found else f"{model} ships no samples")
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    fast: Annotated[bool, typer.Option("--fast", help="Do not wait for the recorded rate.")] = False,
+) -> None:
+    """The whole story on held-out recordings, in about a minute."""
+    with exit_codes(), _options(context).client() as client:
+        if not story.tell(client, stdout, real_time=not fast):
+            raise typer.Exit(REFUSED)
+
+
+def _options(context: typer.Context) -> Options:
+    found: Options = context.obj
+    return found
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="rnnserve")

@@ -1,0 +1,128 @@
+"""What commands print: tables for people, JSON lines for scripts."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rnnserve.models import Model, Sample
+from rnnserve.results import Answer, Prediction
+from rnnserve.tensors import Array
+
+
+def print_json(value: Any) -> None:
+    """One line, out at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def models_table(models: Iterable[Model]) -> Table:
+    """One line for each model."""
+    table = Table("model", "serves", "network", "held-out quality", "what it does", box=None, header_style="bold")
+    for model in models:
+        serves = "streams" if model.streamable else "sequences"
+        table.add_row(f"{model.name} v{model.version}", serves, _network(model), _quality(model), model.summary)
+    return table
+
+
+def model_details(model: Model) -> Table:
+    """All about one model."""
+    table = Table.grid(padding=(0, 2))
+    data = model.training_data
+    reads = f"text of {''.join(model.symbols)!r}" if model.symbols else ", ".join(model.features)
+    rows = {
+        "model": f"{model.name} v{model.version}",
+        "what it does": model.summary,
+        "pattern": model.pattern,
+        "network": f"{_network(model)}, {model.hidden_size} wide, {model.parameters:,} parameters",
+        "serves": _serves(model),
+        "not streamable": model.why_not_streamable,
+        "a step": reads,
+        "missing values": model.missing_values,
+        "steps a second": f"{model.steps_per_second:g}" if model.steps_per_second else "",
+        "answers": ", ".join(model.labels) or f"{model.outputs} numbers",
+        "quality": _quality(model),
+        "trained on": f"{data.name} ({data.licence}; {data.credit})" if data else "",
+        "weights": model.weights_sha256,
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(Text(name, style="bold"), value)
+    return table
+
+
+def samples_table(samples: Iterable[Sample]) -> Table:
+    """One line for each sample."""
+    table = Table("sample", "label", "steps", "what it is", box=None, header_style="bold")
+    for sample in samples:
+        table.add_row(sample.name, sample.label or "", str(len(sample.input)), sample.description)
+    return table
+
+
+def model_json(model: Model) -> dict[str, Any]:
+    """For scripts."""
+    return dataclasses.asdict(model)
+
+
+def sample_json(sample: Sample) -> dict[str, Any]:
+    """For scripts."""
+    value = sample.input if isinstance(sample.input, str) else sample.input.tolist()
+    return {**dataclasses.asdict(sample), "input": value}
+
+
+def answer_json(answer: Answer, model: Model) -> dict[str, Any]:
+    """For scripts."""
+    about = {"step": answer.step, "label": answer.label, "output": answer.output.tolist()}
+    return {**about, "probabilities": _by_label(answer.probabilities, model)}
+
+
+def answer_line(answer: Answer) -> str:
+    """For people, where there is no terminal to draw on."""
+    return f"{answer.step}\t{_said(answer.label, answer.output, answer.probabilities)}"
+
+
+def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:
+    """For scripts."""
+    rows = prediction.probabilities
+    return {
+        "label": prediction.label,
+        "labels": list(prediction.labels),
+        "outputs": prediction.outputs.tolist(),
+        "probabilities": None if rows is None else [_by_label(row, model) for row in rows],
+    }
+
+
+def prediction_line(prediction: Prediction) -> str:
+    """About the last step, or the only one; all labels where there are more."""
+    if len(prediction.labels) > 1:
+        return " ".join(prediction.labels)
+    probabilities = None if prediction.probabilities is None else prediction.probabilities[-1]
+    return _said(prediction.label, prediction.output, probabilities)
+
+
+def _said(label: str | None, output: Array, probabilities: Array | None) -> str:
+    if label is None:
+        return " ".join(f"{value:.6g}" for value in output)
+    return label if probabilities is None else f"{label}\t{probabilities.max():.3f}"
+
+
+def _by_label(probabilities: Array | None, model: Model) -> dict[str, float] | None:
+    if probabilities is None:
+        return None
+    return dict(zip(model.labels, probabilities.tolist(), strict=True))
+
+
+def _network(model: Model) -> str:
+    deep = f" of {model.transition_layers} cells" if model.transition_layers > 1 else ""
+    return f"{model.cell}, {model.layers} layer{'s' * (model.layers != 1)}{deep}, {model.direction}"
+
+
+def _serves(model: Model) -> str:
+    return "streams, whole sequences" if model.streamable else "whole sequences"
+
+
+def _quality(model: Model) -> str:
+    quality = model.quality
+    return f"{quality.metric} {quality.value:.4g} ({quality.split}, {quality.items} items)" if quality else ""

@@ -1,0 +1,190 @@
+"""Everything that can go wrong, as one tree.
+
+RnnserveError
+├── InvalidArgument       what was sent is wrong; sending it again will not help
+│   ├── OpenMissing  OpenRepeated  FieldInvalid  InputKindMismatch  DataTypeMismatch  ShapeMismatch
+│   └── StepsMissing  TooManySteps  NotFinite  UnknownSymbol  MessageTooLarge
+├── ModelNotFound
+├── ModelNotStreamable    the network must see the whole sequence; use `predict`
+├── SessionExists         the session id is in use
+├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
+├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
+│   ├── SessionLimit  QueueFull  Draining  LaneLost
+│   └── Unreachable       no server answered
+├── TimedOut              no answer within `timeout_s`
+├── ExecutionFailed       the network failed on this input
+├── Internal              a fault of the server
+└── StreamClosed          a stream was used before it was open or after it had ended
+"""
+
+import re
+from collections.abc import Mapping
+
+
+class RnnserveError(Exception):
+    """The root. Raised itself for a reason that this version of the client does not know.
+
+    Attributes:
+        reason: the reason in capitals, such as "MODEL_NOT_FOUND"; empty if none was given.
+        code: the name of the gRPC status code, such as "NOT_FOUND".
+        metadata: facts that belong to the reason.
+        retry_after_s: how long to wait before another try; None = not said.
+        field: the path of the field that was refused; None = not about a field.
+        index: in bulk work, which sequence this is about, counted from 0.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        code: str = "",
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.code = code
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+        self.field = field
+        self.index: int | None = None
+
+
+class InvalidArgument(RnnserveError):
+    """What was sent is wrong."""
+
+
+class OpenMissing(InvalidArgument):
+    """The first message of a stream was not an open."""
+
+
+class OpenRepeated(InvalidArgument):
+    """A stream was opened twice."""
+
+
+class FieldInvalid(InvalidArgument):
+    """A field has a value that it can't have: see `.field`."""
+
+
+class InputKindMismatch(InvalidArgument):
+    """Text was sent to a numeric model, or numbers to a text model."""
+
+
+class DataTypeMismatch(InvalidArgument):
+    """The values are not numbers."""
+
+
+class ShapeMismatch(InvalidArgument):
+    """The array has the wrong rank or the wrong number of features."""
+
+
+class StepsMissing(InvalidArgument):
+    """There is no step in it."""
+
+
+class TooManySteps(InvalidArgument):
+    """There are more steps in one message than the server takes."""
+
+
+class NotFinite(InvalidArgument):
+    """A value is infinite, or NaN where the model refuses missing values."""
+
+
+class UnknownSymbol(InvalidArgument):
+    """The text has a character that the model does not know."""
+
+
+class MessageTooLarge(InvalidArgument):
+    """The message has more bytes than the server takes."""
+
+
+class ModelNotFound(RnnserveError):
+    """The server has no such model, or not that version of it."""
+
+
+class ModelNotStreamable(RnnserveError):
+    """The network must see the whole sequence before it answers."""
+
+
+class SessionExists(RnnserveError):
+    """The session id is in use."""
+
+
+class StepOutOfOrder(RnnserveError):
+    """The session expects another step."""
+
+
+class TryAgain(RnnserveError):
+    """Nothing is wrong with the request, but the server can't serve it now."""
+
+
+class SessionLimit(TryAgain):
+    """The server has as many sessions as it may have."""
+
+
+class QueueFull(TryAgain):
+    """The server has as much waiting work as it may have."""
+
+
+class Draining(TryAgain):
+    """The server is shutting down."""
+
+
+class LaneLost(TryAgain):
+    """The process that computes whole sequences was lost and is being restarted."""
+
+
+class Unreachable(TryAgain):
+    """No server answered, or the connection broke."""
+
+
+class TimedOut(RnnserveError):
+    """No answer came in time."""
+
+
+class ExecutionFailed(RnnserveError):
+    """The network failed on this input."""
+
+
+class Internal(RnnserveError):
+    """A fault of the server."""
+
+
+class StreamClosed(RnnserveError):
+    """The stream was used before it was open or after it had ended."""
+
+
+def reason_of(error_class: type[RnnserveError]) -> str:
+    """The reason that a class is named after: ModelNotFound -> "MODEL_NOT_FOUND"."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", error_class.__name__).upper()
+
+
+BY_REASON: dict[str, type[RnnserveError]] = {
+    reason_of(error_class): error_class
+    for error_class in (
+        OpenMissing,
+        OpenRepeated,
+        FieldInvalid,
+        InputKindMismatch,
+        DataTypeMismatch,
+        ShapeMismatch,
+        StepsMissing,
+        TooManySteps,
+        NotFinite,
+        UnknownSymbol,
+        MessageTooLarge,
+        ModelNotFound,
+        ModelNotStreamable,
+        SessionExists,
+        StepOutOfOrder,
+        SessionLimit,
+        QueueFull,
+        Draining,
+        LaneLost,
+        ExecutionFailed,
+        Internal,
+    )
+}

@@ -1,0 +1,77 @@
+"""Inputs sent ahead of their answers: what the bookkeeping and the two transports have in common.
+
+A transport hands each event to a bookkeeper and does what the turn that comes back says. Bookkeepers do no I/O.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from rnnserve.errors import RnnserveError
+
+_X = TypeVar("_X")
+_A = TypeVar("_A")
+_Q_co = TypeVar("_Q_co", covariant=True)
+_R_co = TypeVar("_R_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class NextInput(Generic[_X]):
+    """The caller's iterable gave something to send."""
+
+    value: _X
+
+
+@dataclass(frozen=True)
+class InputsEnded:
+    """The caller's iterable has ended, or failed with `error`."""
+
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Response(Generic[_A]):
+    """The server sent a message."""
+
+    message: _A
+
+
+Event = NextInput[_X] | InputsEnded | Response[_A]
+
+
+@dataclass(frozen=True)
+class CallEnded:
+    """The server or the connection ended the call."""
+
+    error: RnnserveError
+
+
+@dataclass(frozen=True)
+class Turn(Generic[_Q_co, _R_co]):
+    """What one event leads to."""
+
+    requests: Sequence[_Q_co] = ()
+    """To send now."""
+    results: Sequence[_R_co] = ()
+    """To give to the caller now."""
+    places: int = 0
+    """How many more inputs may be taken."""
+
+
+class Bookkeeper(Protocol[_X, _Q_co, _A, _R_co]):
+    """Knows what was sent and what is still to come."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """To be raised once all is done."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the server owes an answer."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+
+    def handle(self, event: Event[_X, _A]) -> Turn[_Q_co, _R_co]:
+        """What to do now."""

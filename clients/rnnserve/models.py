@@ -1,0 +1,139 @@
+"""What the server says about the models that it serves."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rnnserve.tensors import Array, array_from
+from rnnserve.v1 import model_service_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric on data that training never saw."""
+
+    metric: str
+    value: float
+    split: str
+    items: int
+    """How many predictions were scored."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The source of the training data."""
+
+    name: str
+    licence: str
+    credit: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network that the server serves."""
+
+    name: str
+    version: int
+    summary: str
+    pattern: str
+    """Such as "many-to-one" or "many-to-many-aligned"."""
+    cell: str
+    """One of "tanh", "relu", "gru", "lstm"."""
+    layers: int
+    transition_layers: int
+    """Cells in a row within one step of a layer: more than 1 in a deep transition."""
+    hidden_size: int
+    direction: str
+    """One of "forward", "bidirectional"."""
+    streamable: bool
+    why_not_streamable: str
+    """Empty for a streamable model."""
+    features: tuple[str, ...]
+    """The names of the features of a step, in order; empty for a text model."""
+    symbols: tuple[str, ...]
+    """The characters that a text model knows; empty for a numeric model."""
+    outputs: int
+    """Width of the output of a step."""
+    labels: tuple[str, ...]
+    """The label of each output; empty for a model that is no classifier."""
+    missing_values: str
+    """What NaN means: "refuse", "hold-last" or "mean"; empty for a text model."""
+    steps_per_second: float
+    """Of the recordings that it was trained on; 0 = no fixed rate."""
+    parameters: int
+    quality: Quality | None
+    training_data: TrainingData | None
+    weights_sha256: str
+
+    def __str__(self) -> str:
+        kind = f"{self.pattern}, {self.cell}, {self.layers} layer{'s' * (self.layers != 1)}, {self.direction}"
+        return f"{self.name} v{self.version}: {kind}, {'streamable' if self.streamable else 'whole sequences only'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A held-out recording that ships with a model, to try it on."""
+
+    name: str
+    label: str | None
+    """What it truly is; None if it has no label."""
+    description: str
+    input: Array | str
+    """As the model reads it: (steps, features) float32, or a text."""
+
+
+def model_from(message: pb.Model) -> Model:
+    """A message of the wire -> what the caller gets."""
+    return Model(
+        name=message.name,
+        version=message.version,
+        summary=message.summary,
+        pattern=_plain(pb.Pattern.Name, message.pattern, "PATTERN_"),
+        cell=_plain(pb.Cell.Name, message.cell, "CELL_"),
+        layers=message.layers,
+        transition_layers=message.transition_layers,
+        hidden_size=message.hidden_size,
+        direction=_plain(pb.Direction.Name, message.direction, "DIRECTION_"),
+        streamable=message.streamable,
+        why_not_streamable=message.why_not_streamable,
+        features=tuple(message.features),
+        symbols=tuple(message.symbols),
+        outputs=message.outputs,
+        labels=tuple(message.labels),
+        missing_values=_plain(pb.MissingValues.Name, message.missing_values, "MISSING_VALUES_"),
+        steps_per_second=message.steps_per_second,
+        parameters=message.parameters,
+        quality=_quality_from(message.quality) if message.HasField("quality") else None,
+        training_data=_training_data_from(message.training_data) if message.HasField("training_data") else None,
+        weights_sha256=message.weights_sha256,
+    )
+
+
+def samples_from(messages: Iterable[pb.Sample]) -> list[Sample]:
+    """Messages of the wire -> what the caller gets."""
+    return [
+        Sample(
+            name=message.name,
+            label=message.label or None,
+            description=message.description,
+            input=message.text if message.HasField("text") else array_from(message.tensor),
+        )
+        for message in messages
+    ]
+
+
+def _quality_from(message: pb.Quality) -> Quality:
+    return Quality(message.metric, message.value, message.split, message.items)
+
+
+def _training_data_from(message: pb.TrainingData) -> TrainingData:
+    return TrainingData(message.name, message.licence, message.credit)
+
+
+def _plain(name_of: Callable[[Any], str], value: int, prefix: str) -> str:
+    """CELL_LSTM -> "lstm"; a value that this version does not know -> its number; unspecified -> ""."""
+    try:
+        name = name_of(value).removeprefix(prefix).lower().replace("_", "-")
+    except ValueError:
+        return str(value)
+    return "" if name == "unspecified" else name

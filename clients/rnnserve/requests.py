@@ -1,0 +1,49 @@
+"""Builds what goes over the wire."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from rnnserve.tensors import Input, sequence_tensor, steps_tensor
+from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_pb2
+
+StepSelection = Literal["all", "last"]
+"""About which steps: each one, or the last one only."""
+
+_SELECTIONS = {
+    None: prediction_pb2.STEP_SELECTION_UNSPECIFIED,
+    "all": prediction_pb2.STEP_SELECTION_ALL,
+    "last": prediction_pb2.STEP_SELECTION_LAST,
+}
+
+
+def output_options(steps: StepSelection | None, probabilities: bool, top_k: int) -> prediction_pb2.OutputOptions:
+    """`steps` None = as the model's pattern has it."""
+    if steps not in _SELECTIONS:
+        raise ValueError(f'steps must be "all" or "last", not {steps!r}')
+    return prediction_pb2.OutputOptions(steps=_SELECTIONS[steps], probabilities=probabilities, top_k=top_k)
+
+
+def steps_message(first_step: int, x: Input) -> tuple[real_time_service_pb2.Steps, int]:
+    """One step or several in a row, and how many they are."""
+    if isinstance(x, str):
+        return real_time_service_pb2.Steps(first_step=first_step, text=x), len(x)
+    tensor = steps_tensor(x)
+    return real_time_service_pb2.Steps(first_step=first_step, tensor=tensor), tensor.shape[0]
+
+
+def sequence_message(x: Input) -> sequence_service_pb2.Sequence:
+    """One whole sequence."""
+    if isinstance(x, str):
+        return sequence_service_pb2.Sequence(text=x)
+    return sequence_service_pb2.Sequence(tensor=sequence_tensor(x))
+
+
+def predict_request(
+    model: str, version: int, inputs: Iterable[Input], options: prediction_pb2.OutputOptions
+) -> sequence_service_pb2.PredictRequest:
+    """A few whole sequences."""
+    if isinstance(inputs, str):
+        raise TypeError("inputs is a list of sequences; for one text write [text]")
+    return sequence_service_pb2.PredictRequest(
+        model=model, version=version, sequences=map(sequence_message, inputs), options=options
+    )

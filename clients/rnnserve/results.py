@@ -1,0 +1,102 @@
+"""What calls return."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rnnserve.tensors import Array, array_from
+from rnnserve.v1 import prediction_pb2, real_time_service_pb2
+
+
+class TopLabel(NamedTuple):
+    """One of the most probable labels."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a model says about one step of a stream."""
+
+    step: int
+    """The index of the step, counted from 0 over the whole session."""
+    output: Array
+    """(outputs,) float32: before any softmax."""
+    label: str | None
+    """The most probable label; None for a model without labels."""
+    probabilities: Array | None
+    """(labels,) float32 in the order of `Model.labels`; None unless asked for."""
+    top: tuple[TopLabel, ...]
+    """The most probable labels, the most probable one first; empty unless asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says about a whole sequence: about each of its steps, or about the last one only."""
+
+    outputs: Array
+    """(steps, outputs) float32: before any softmax. One row where only the last step was asked for."""
+    labels: tuple[str, ...]
+    """The most probable label about each of these steps; empty for a model without labels."""
+    probabilities: Array | None
+    """(steps, labels) float32 in the order of `Model.labels`; None unless asked for."""
+    top: tuple[tuple[TopLabel, ...], ...]
+    """The most probable labels about each of these steps; empty unless asked for."""
+
+    @property
+    def output(self) -> Array:
+        """(outputs,): about the last step."""
+        last: Array = self.outputs[-1]
+        return last
+
+    @property
+    def label(self) -> str | None:
+        """The most probable label about the last step; None for a model without labels."""
+        return self.labels[-1] if self.labels else None
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the server said without being asked."""
+
+    reason: str
+    """Such as "draining": the server is shutting down and takes no more steps."""
+    message: str
+    time_left_s: float
+    """How long the server still waits before it ends the stream."""
+
+
+def prediction_from(message: prediction_pb2.Prediction) -> Prediction:
+    """A message of the wire -> what the caller gets."""
+    return Prediction(
+        outputs=array_from(message.outputs),
+        labels=tuple(message.labels),
+        probabilities=array_from(message.probabilities) if message.HasField("probabilities") else None,
+        top=tuple(_top_from(top) for top in message.top),
+    )
+
+
+def answers_from(message: real_time_service_pb2.StepsAnswer) -> list[Answer]:
+    """One answer for each step that the message is about, in order."""
+    prediction = prediction_from(message.prediction)
+    return [
+        Answer(
+            step=message.first_step + row,
+            output=output,
+            label=prediction.labels[row] if prediction.labels else None,
+            probabilities=None if prediction.probabilities is None else prediction.probabilities[row],
+            top=prediction.top[row] if prediction.top else (),
+        )
+        for row, output in enumerate(prediction.outputs)
+    ]
+
+
+def notice_from(message: real_time_service_pb2.Notice) -> Notice:
+    """A message of the wire -> what the caller gets."""
+    name = real_time_service_pb2.NoticeReason.Name(message.reason)
+    reason = name.removeprefix("NOTICE_REASON_").lower()
+    return Notice(reason, message.message, message.time_left.ToTimedelta().total_seconds())
+
+
+def _top_from(top: prediction_pb2.TopLabels) -> tuple[TopLabel, ...]:
+    return tuple(TopLabel(*pair) for pair in zip(top.labels, top.probabilities, strict=True))

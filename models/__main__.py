@@ -1,0 +1,102 @@
+"""`python -m models`: train the networks, check their numbers, list them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from models.bundle import BundleError, load_manifest
+from models.data import DataError
+from models.manifest import Manifest
+from models.tasks import TASKS
+from models.tasks.task import Task
+from models.training import ablation, publish
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+TOLERANCE = 1e-6
+Seed = Annotated[int, typer.Option(help="seed of the first run")]
+Processes = Annotated[int, typer.Option(min=1, help="how many runs go side by side, a thread each")]
+Repository = Annotated[Path, typer.Option(help="folder of the bundles")]
+
+
+def task_named(name: str) -> Task:
+    """The task of that name; an unknown one ends the command with exit code 2."""
+    if name not in TASKS:
+        raise typer.BadParameter(f"there is no task {name!r}; known are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+TaskArgument = Annotated[Task, typer.Argument(parser=task_named, metavar="TASK", help=f"one of {', '.join(TASKS)}")]
+
+
+@app.command()
+def train(
+    task: TaskArgument, seed: Seed = 0, processes: Processes = 2, repository: Repository = publish.REPOSITORY
+) -> None:
+    """Train a task, over all its seeds or folds, and write its bundle."""
+    manifest = publish.train_task(task, seed, repository, processes)
+    print_numbers(manifest)
+
+
+@app.command()
+def ablate(
+    task: TaskArgument, seed: Seed = 0, processes: Processes = 2, repository: Repository = publish.REPOSITORY
+) -> None:
+    """Measure what the depth of each block of a task's network brings, and add it to the bundle's card."""
+    typer.echo(ablation.ablate(task, seed, repository, processes).read_text())
+
+
+@app.command()
+def evaluate(task: TaskArgument, repository: Repository = publish.REPOSITORY) -> None:
+    """Measure a bundle anew on its held-out data; exit code 1 where the number is not the manifest's."""
+    value, manifest = publish.measure_again(task, repository)
+    quality = manifest.quality
+    console.print(f"{manifest.name}: measured {value:.6f}, manifest {quality.value:.6f} ({quality.metric})")
+    if abs(value - quality.value) > TOLERANCE:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_bundles(repository: Repository = publish.REPOSITORY) -> None:
+    """Show the bundles and how good they are."""
+    table = Table(Column("name", no_wrap=True), "version", "network", "streams", "held-out quality", "mean over")
+    for path in sorted(repository.glob("*/*/manifest.json")):
+        manifest = load_manifest(path.parent)
+        table.add_row(*row_of(manifest))
+    console.print(table)
+
+
+def row_of(manifest: Manifest) -> list[str]:
+    """What `list` shows of a bundle."""
+    spec, quality, repeats = manifest.network, manifest.quality, manifest.repeats
+    network = f"{spec.layers} × {spec.cell}, {spec.direction}, {spec.hidden_size} units"
+    measured = f"{quality.value:.2f} {quality.metric} ({quality.items} items)"
+    mean = f"{repeats.mean:.2f}, {repeats.over}" if repeats else ""
+    return [manifest.name, str(manifest.version), network, "yes" if spec.streamable else "no", measured, mean]
+
+
+def print_numbers(manifest: Manifest) -> None:
+    """The held-out number of the shipped weights, and of every repeat."""
+    console.print(f"{manifest.name}: {manifest.quality.value:.2f} {manifest.quality.metric}")
+    if manifest.repeats:
+        values = ", ".join(f"{value:.2f}" for value in manifest.repeats.values)
+        console.print(f"{manifest.repeats.over}: {values}; mean {manifest.repeats.mean:.2f}")
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line, not a traceback."""
+    try:
+        app()
+    except (DataError, BundleError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

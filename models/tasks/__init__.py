@@ -1,0 +1,9 @@
+"""The tasks by name. A name may differ from its bundle's in nothing: they are the same."""
+
+from __future__ import annotations
+
+from models.tasks.activity import ACTIVITY
+from models.tasks.speaker import BIDIRECTIONAL, SPEAKER
+from models.tasks.task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (SPEAKER, BIDIRECTIONAL, ACTIVITY)}

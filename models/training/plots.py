@@ -1,0 +1,56 @@
+"""The pictures in a bundle: small PNG files, drawn without a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from models.training.loop import Fitted
+
+
+@contextmanager
+def _picture(path: Path, plots: int = 1) -> Iterator[Sequence[Axes]]:
+    figure = Figure(figsize=(4.8 * plots, 3.2), layout="constrained")
+    axes = figure.subplots(1, plots, squeeze=False)[0]
+    yield axes
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_curves(path: Path, rehearsal: Fitted) -> None:
+    """Loss and validation accuracy by epoch, and which epoch was the best."""
+    history = rehearsal.history
+    numbers = [epoch.number for epoch in history]
+    with _picture(path, plots=2) as (left, right):
+        left.plot(numbers, [epoch.train_loss for epoch in history], label="training")
+        left.plot(numbers, [epoch.validation_loss for epoch in history], label="validation")
+        left.set(xlabel="epoch", ylabel="loss, nats an answer", ylim=(0, None))
+        right.plot(numbers, [epoch.validation_percent for epoch in history], color="C1", label="validation")
+        right.set(xlabel="epoch", ylabel="accuracy after the last step, %")
+        for ax in (left, right):
+            ax.axvline(rehearsal.best_epoch, color="grey", linestyle=":", label="lowest validation loss")
+            ax.legend(frameon=False)
+
+
+def draw_heard(path: Path, accuracy: Mapping[int, float]) -> None:
+    """Accuracy against how many steps of a recording were heard."""
+    with _picture(path) as (ax,):
+        ax.plot(list(accuracy), list(accuracy.values()), marker=".")
+        ax.set(xlabel="steps heard", ylabel="accuracy, %")
+        ax.grid(alpha=0.3)
+
+
+def draw_bars(path: Path, values: Mapping[str, Sequence[float]], label: str) -> None:
+    """For each name the mean as a bar and the single values as dots."""
+    with _picture(path) as (ax,):
+        for i, (name, single) in enumerate(values.items()):
+            ax.barh(i, sum(single) / len(single), color="C0", alpha=0.5, label=name)
+            ax.plot(single, [i] * len(single), "k.", markersize=4)
+        ax.set_yticks(range(len(values)), list(values))
+        ax.invert_yaxis()
+        ax.set(xlabel=label)

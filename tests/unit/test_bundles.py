@@ -1,0 +1,99 @@
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from models.__main__ import app
+from models.bundle import load_bundle
+from models.manifest import FeatureInput
+from models.tasks import TASKS
+from models.training.publish import REPOSITORY, measure_again
+
+FOLDERS = sorted(path.parent for path in REPOSITORY.glob("*/*/manifest.json"))
+NAMES = [folder.parent.name for folder in FOLDERS]
+each_bundle = pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
+each_task = pytest.mark.parametrize("name", TASKS)
+runner = CliRunner()
+
+
+def test_every_task_has_a_bundle() -> None:
+    assert set(NAMES) >= set(TASKS)
+
+
+@each_bundle
+def test_a_bundle_loads_and_is_small_enough_to_commit(folder: Path) -> None:
+    assert load_bundle(folder).manifest.summary
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 1_000_000
+    assert all(path.stat().st_size < 100_000 for path in folder.glob("*.png"))
+
+
+@each_bundle
+def test_a_bundle_can_answer_about_its_samples(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert isinstance(bundle.manifest.input, FeatureInput)
+    for sample in bundle.manifest.samples:
+        header, *rows = csv.reader((folder / sample.file).read_text().splitlines())
+        assert tuple(header) == bundle.manifest.input.feature_names
+        values = torch.from_numpy(np.array(rows, dtype=np.float32))
+        outputs = bundle.predictor.run(values.unsqueeze(0), torch.tensor([len(rows)]))
+        assert bool(outputs.isfinite().all())
+        assert sample.label in bundle.manifest.output.labels
+
+
+@pytest.mark.data
+@each_task
+def test_the_samples_are_held_out_recordings_to_the_last_digit(name: str) -> None:
+    task, folder = TASKS[name], REPOSITORY / name / "1"
+    recordings = task.samples(task.split(task.runs(0)[0]).test)
+    for sample, recording in zip(load_bundle(folder).manifest.samples, recordings, strict=True):
+        _, *rows = csv.reader((folder / sample.file).read_text().splitlines())
+        assert np.array_equal(np.array(rows, dtype=np.float32), recording.values)
+
+
+@pytest.mark.data
+@each_task
+def test_measuring_a_bundle_anew_gives_the_number_in_its_manifest(name: str) -> None:
+    value, manifest = measure_again(TASKS[name])
+    assert value == pytest.approx(manifest.quality.value, abs=1e-6)
+    assert manifest.repeats is not None
+    assert manifest.repeats.values[0] == manifest.quality.value
+
+
+@each_bundle
+def test_the_card_states_the_number_the_licence_and_how_to_do_it_again(folder: Path) -> None:
+    card, manifest = (folder / "README.md").read_text(), load_bundle(folder).manifest
+    assert f"**{manifest.quality.value:.2f}**" in card
+    assert manifest.data.licence in card
+    assert f"python -m models train {manifest.name}" in card
+    assert all((folder / picture).exists() for picture in card.split("](")[1::1] if picture.endswith(".png"))
+
+
+@pytest.mark.data
+def test_evaluate_fails_where_the_manifest_claims_another_number(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "speaker", tmp_path / "speaker")
+    path = tmp_path / "speaker" / "1" / "manifest.json"
+    value = load_bundle(path.parent).manifest.quality.value
+    command = ["evaluate", "speaker", "--repository", str(tmp_path)]
+    assert runner.invoke(app, command).exit_code == 0
+    path.write_text(path.read_text().replace(f'"value": {value!r}', '"value": 99.9'))
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert "99.9" in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "ablate"])
+def test_an_unknown_task_is_named_beside_the_known_ones(command: str) -> None:
+    result = runner.invoke(app, [command, "sonnets"])
+    assert result.exit_code == 2
+    assert "sonnets" in result.output
+    assert "speaker-bidirectional" in result.output
+
+
+def test_list_shows_every_bundle_with_its_quality() -> None:
+    result = runner.invoke(app, ["list"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert all(name in result.output for name in NAMES)

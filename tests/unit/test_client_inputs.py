@@ -1,0 +1,119 @@
+"""What the command line reads from files, and what it draws."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rnnserve import Answer, Model
+from rnnserve.cli.inputs import at_rate, read_sequences, read_steps, write_sample
+from rnnserve.cli.live import StreamView, sparkline
+from rnnserve.cli.outcome import BadInput
+from rnnserve.models import model_from
+from rnnserve.v1 import model_service_pb2 as pb
+
+NUMERIC = model_from(pb.Model(name="pump", features=["speed", "heat"], labels=["good", "bad"]))
+TEXT = model_from(pb.Model(name="text", symbols=list("ab ")))
+
+
+def steps(text: str, model: Model = NUMERIC) -> list[object]:
+    return list(read_steps(io.StringIO(text), model))
+
+
+def test_csv_may_have_a_header_or_none() -> None:
+    assert steps("1,2\n3,4.5\n") == steps("speed,heat\n1,2\n3,4.5\n") == [[1.0, 2.0], [3.0, 4.5]]
+
+
+def test_a_header_may_name_the_columns_in_any_order_and_more_of_them() -> None:
+    assert steps('time,heat,"speed"\n0,2,1\n') == [[1.0, 2.0]]
+
+
+def test_json_lines_are_arrays_or_objects_by_feature() -> None:
+    assert steps('[1, 2]\n{"heat": 4, "speed": 3, "time": 0}\n') == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("line", ["1,\n", "1,nan\n", "[1, null]\n", '{"speed": 1}\n'])
+def test_a_missing_value_is_nan(line: str) -> None:
+    np.testing.assert_array_equal(steps(line), [[1.0, np.nan]])
+
+
+def test_blank_lines_are_no_steps() -> None:
+    assert steps("\n1,2\n\n") == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1,2\n1,2,3\n", "line 2: 3 values, but pump reads 2"),
+        ("1,2\n1,x\n", "line 2: not all of these are numbers"),
+        ("speed,cold\n", "line 1: the header has no column 'heat'"),
+        ("1,2\n[1, 2\n", "line 2: no JSON"),
+    ],
+)
+def test_a_bad_line_is_named(text: str, complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        steps(text)
+
+
+def test_steps_are_read_only_as_far_as_they_are_asked_for() -> None:
+    first = next(iter(read_steps(iter(["1,2", "broken"]), NUMERIC)))
+    assert first == [1.0, 2.0]
+
+
+def test_text_is_a_character_a_step_without_line_ends_that_the_model_does_not_know() -> None:
+    assert steps("ab\r\n a\n", TEXT) == ["a", "b", " ", "a"]
+
+
+def test_a_file_of_steps_is_one_sequence_and_lines_of_sequences_are_many(tmp_path: Path) -> None:
+    one, many = tmp_path / "one.csv", tmp_path / "many.jsonl"
+    one.write_text("speed,heat\n1,2\n3,4\n")
+    many.write_text("[[1, 2], [3, 4]]\n[[5, 6]]\n")
+    assert [np.asarray(sequence).tolist() for sequence in read_sequences(one, NUMERIC)] == [[[1, 2], [3, 4]]]
+    assert [np.shape(sequence) for sequence in read_sequences(many, NUMERIC)] == [(2, 2), (1, 2)]
+
+
+def test_a_file_of_json_steps_is_one_sequence(tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text("[1, 2]\n[3, 4]\n")
+    assert [np.shape(sequence) for sequence in read_sequences(file, NUMERIC)] == [(2, 2)]
+
+
+def test_texts_are_a_file_each_or_json_lines_of_many(tmp_path: Path) -> None:
+    one, many = tmp_path / "one.txt", tmp_path / "many.jsonl"
+    one.write_text("ab\n")
+    many.write_text('"ab"\n"a"\n')
+    assert read_sequences(one, TEXT) == ["ab"]
+    assert read_sequences(many, TEXT) == ["ab", "a"]
+
+
+def test_a_sample_that_was_written_is_read_the_same(tmp_path: Path) -> None:
+    recording = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    file = write_sample(recording, NUMERIC, tmp_path, "first")
+    (again,) = read_sequences(file, NUMERIC)
+    np.testing.assert_array_equal(np.asarray(again), recording)
+
+
+def test_a_sample_is_written_into_its_folder_whatever_its_name(tmp_path: Path) -> None:
+    assert write_sample("ab", TEXT, tmp_path, "../../evil").parent == tmp_path
+
+
+def test_steps_at_a_rate_keep_their_order() -> None:
+    assert list(at_rate(["a", "b"], 1000.0)) == ["a", "b"]
+
+
+def test_a_sparkline_rises_from_blank_to_full() -> None:
+    assert sparkline(np.array([-1.0, 0.0, 0.5, 1.0, 2.0], np.float32), 0.0, 1.0) == "  ▄██"
+
+
+def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
+    view = StreamView(NUMERIC, "pump: [title]")
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(view)
+    values = np.array([0.25, 0.75], np.float32)
+    view.show(Answer(step=3, output=values, label="bad", probabilities=values, top=()))
+    screen.print(view)
+    drawn = screen.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("pump: [title]", "waiting for the first step", "step 3 · bad", "good", "0.25", "0.75"):
+        assert part in drawn

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import pytest
+
+from service.settings import SettingsError, read_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None from outside."""
+    for name in ("PORT", "HOST", "SETTINGS_FILE", "MAX_SESSIONS", "MODEL_REPOSITORY", "STATE_DIR", "METRICS_PORT"):
+        monkeypatch.delenv(f"RNNSERVE_{name}", raising=False)
+
+
+def use_file(monkeypatch: pytest.MonkeyPatch, file: Path, content: str | bytes) -> None:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setenv("RNNSERVE_SETTINGS_FILE", str(file))
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    settings = read_settings([])
+    assert (settings.host, settings.port, settings.metrics_port) == ("127.0.0.1", 50051, 9464)
+    assert settings.model_repository == Path("models/repository")
+    assert settings.state_dir is None
+
+
+def test_a_variable_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNSERVE_PORT", "1234")
+    assert read_settings([]).port == 1234
+
+
+def test_a_flag_sets() -> None:
+    settings = read_settings(["--port", "1234", "--model-repository=/srv/models", "--drain-timeout-s", "0"])
+    assert (settings.port, settings.model_repository, settings.drain_timeout_s) == (1234, Path("/srv/models"), 0.0)
+
+
+def test_a_file_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", 'port = 1234\nhost = "0.0.0.0"\n')
+    settings = read_settings([])
+    assert (settings.port, settings.host) == (1234, "0.0.0.0")
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", "port = 1\nmetrics_port = 2\nmax_sessions = 3\n")
+    monkeypatch.setenv("RNNSERVE_PORT", "11")
+    monkeypatch.setenv("RNNSERVE_METRICS_PORT", "12")
+    settings = read_settings(["--port", "111"])
+    assert (settings.port, settings.metrics_port, settings.max_sessions) == (111, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "bound"),
+    [
+        (["--port", "65536"], "port", "65535"),
+        (["--metrics-port", "-1"], "metrics_port", "0"),
+        (["--max-message-bytes", "10"], "max_message_bytes", "1024"),
+        (["--max-message-bytes", "67108865"], "max_message_bytes", "67108864"),
+        (["--max-sessions", "0"], "max_sessions", "1"),
+        (["--max-steps-per-message", "100001"], "max_steps_per_message", "100000"),
+        (["--sequence-niceness", "20"], "sequence_niceness", "19"),
+        (["--drain-timeout-s", "-0.5"], "drain_timeout_s", "0"),
+        (["--drain-timeout-s", "nan"], "drain_timeout_s", ""),
+        (["--port", "many"], "port", "integer"),
+        (["--log-level", "loud"], "log_level", "'debug'"),
+    ],
+)
+def test_a_setting_out_of_bounds_is_named_with_its_bound(flags: list[str], name: str, bound: str) -> None:
+    with pytest.raises(SettingsError) as problem:
+        read_settings(flags)
+    assert str(problem.value).startswith(f"{name}: ")
+    assert bound in str(problem.value)
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNSERVE_MAX_SESSIONS", "few")
+    with pytest.raises(SettingsError, match=r"^max_sessions: "):
+        read_settings([])
+
+
+def test_each_wrong_setting_gets_a_sentence() -> None:
+    with pytest.raises(SettingsError, match=r"port: .*; max_sessions: "):
+        read_settings(["--port", "-1", "--max-sessions", "0"])
+
+
+def test_an_unknown_setting_of_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", "prot = 1234\n")
+    with pytest.raises(SettingsError, match="prot: "):
+        read_settings([])
+
+
+@pytest.mark.parametrize("content", ["port = = 1", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_toml_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | bytes
+) -> None:
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", content)
+    with pytest.raises(SettingsError, match=r"RNNSERVE_SETTINGS_FILE: .*rnnserve\.toml cannot be read"):
+        read_settings([])
+
+
+def test_a_file_that_may_not_be_read_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "rnnserve.toml"
+    use_file(monkeypatch, file, "port = 1")
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(SettingsError, match=r"rnnserve\.toml cannot be read: .*Permission denied"):
+        read_settings([])
+
+
+@pytest.mark.parametrize("place", ["missing.toml", "."])
+def test_a_file_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str) -> None:
+    monkeypatch.setenv("RNNSERVE_SETTINGS_FILE", str(tmp_path / place))
+    with pytest.raises(SettingsError, match=r"RNNSERVE_SETTINGS_FILE: .* is not a file"):
+        read_settings([])
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read_settings(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--port",
+        "--metrics-port",
+        "--model-repository",
+        "--state-dir",
+        "--max-sessions",
+        "--drain-timeout-s",
+    ):
+        assert flag in text

@@ -1,0 +1,158 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.manifest import FeatureInput
+from models.predictor import Predictor
+from models.recurrent import NetworkSpec, RecurrentNetwork, gru_step
+from models.training.loop import Epoch, Fitted, Settings, Trainer, fit, start_orthogonal, start_shallow
+from models.training.loss import accuracy_percent, last_answers, sequence_loss
+from models.training.measure import accuracy_by_steps, confusions, measure_live
+from models.training.sequences import Batch, Recording, batches, pad
+
+INPUT = FeatureInput(feature_names=("x", "y"), mean=(0.0, 0.0), std=(1.0, 1.0))
+SPEC = NetworkSpec(cell="gru", features=2, hidden_size=8, outputs=2)
+SETTINGS = Settings(epochs=20, batch_size=16, learning_rate=0.02)
+
+
+def which_came_first(count: int, seed: int, steps: int = 8) -> list[Recording]:
+    """The label is the feature that spiked at the first step; what follows is noise, so the network must remember."""
+    rng = np.random.default_rng(seed)
+    recordings = []
+    for i in range(count):
+        values = rng.normal(0, 0.2, (steps + int(rng.integers(4)), 2)).astype(np.float32)
+        values[0, i % 2] += 2
+        recordings.append(Recording(values, i % 2))
+    return recordings
+
+
+TRAIN, HELD_OUT = which_came_first(64, seed=1), which_came_first(32, seed=2)
+
+
+def train(settings: Settings = SETTINGS, spec: NetworkSpec = SPEC, seed: int = 0) -> Fitted:
+    return fit(spec, INPUT, lambda rng: TRAIN, HELD_OUT, settings, seed)
+
+
+@pytest.mark.parametrize("readout", ["each_step", "mean"])
+def test_the_loop_learns_to_remember(readout: str) -> None:
+    fitted = train(spec=NetworkSpec.model_validate({**SPEC.model_dump(), "readout": readout}))
+    assert accuracy_percent(Predictor(fitted.network, INPUT), HELD_OUT) == 100
+
+
+def test_the_loop_learns_across_pieces() -> None:
+    fitted = train(replace(SETTINGS, truncate_steps=3))
+    assert accuracy_percent(Predictor(fitted.network, INPUT), HELD_OUT) == 100
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    settings = replace(SETTINGS, epochs=2, dropout=0.2, input_noise=0.3, average_decay=0.9)
+    first, second, other = train(settings), train(settings), train(settings, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True))
+    assert not torch.equal(first.network.output.weight, other.network.output.weight)
+
+
+def gradients(network: RecurrentNetwork) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+
+
+def test_a_piece_has_the_gradient_of_a_sequence_that_starts_in_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = RecurrentNetwork(SPEC)
+    trainer = Trainer(network, INPUT, replace(SETTINGS, learning_rate=0, truncate_steps=5, clip_norm=1e9))
+    seen: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(gradients(network)))
+    batch = pad([recording for recording in TRAIN if len(recording.values) == 10][:4])
+    trainer._run_batch(batch)
+
+    lengths = torch.full((4,), 5)
+    _, state = network(batch.values[:, :5], lengths)
+    for piece, start, seen_gradients in zip(batch.values.chunk(2, dim=1), (None, state.detach()), seen, strict=True):
+        network.zero_grad()
+        outputs, _ = network(piece, lengths, start)
+        loss, count = sequence_loss(outputs, Batch(piece, lengths, batch.labels))
+        (loss / count).backward()  # type: ignore[no-untyped-call]
+        for ours, wanted in zip(seen_gradients, gradients(network), strict=True):
+            torch.testing.assert_close(ours, wanted)
+
+
+def test_cutting_drops_the_rows_that_have_ended() -> None:
+    batch = pad([Recording(np.ones((steps, 2), np.float32), label) for label, steps in enumerate((2, 5, 3))])
+    first, rest, remains = batch.cut(3)
+    assert first.lengths.tolist() == [2, 3, 3]
+    assert remains.tolist() == [False, True, False]
+    assert rest is not None
+    assert (rest.lengths.tolist(), rest.labels.tolist(), rest.values.shape) == ([2], [1], (1, 2, 2))
+    assert rest.cut(2)[1] is None
+
+
+def test_padding_changes_nothing_in_the_loss_or_its_gradient() -> None:
+    network, found = RecurrentNetwork(SPEC), []
+    batch = pad(TRAIN[:6])
+    for filler in (0.0, 1e3):
+        values = torch.cat([batch.values, torch.full((6, 3, 2), filler)], dim=1)
+        network.zero_grad()
+        padded = Batch(values, batch.lengths, batch.labels)
+        loss, count = sequence_loss(network(values, batch.lengths)[0], padded)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append((loss, *gradients(network)))
+    alone = [sequence_loss(network(b.values, b.lengths)[0], b) for b in (pad([recording]) for recording in TRAIN[:6])]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0][0], torch.stack([loss for loss, _ in alone]).sum())
+    assert count == sum(n for _, n in alone) == sum(len(recording.values) for recording in TRAIN[:6])
+
+
+def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> None:
+    wrong = [replace(recording, label=1 - recording.label) for recording in HELD_OUT]  # learning makes it ever worse
+    settings = replace(SETTINGS, patience=3)
+    stopped = fit(SPEC, INPUT, lambda rng: TRAIN, wrong, settings, 0)
+    losses = [epoch.validation_loss for epoch in stopped.history]
+    assert len(losses) == stopped.best_epoch + settings.patience < settings.epochs
+    assert losses[stopped.best_epoch - 1] == min(losses)
+    batch = pad(wrong)
+    with torch.no_grad():
+        loss, count = sequence_loss(stopped.network(batch.values, batch.lengths)[0], batch)
+    assert loss.item() / count == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_without_validation_data_all_epochs_are_run_and_the_last_weights_kept() -> None:
+    reported: list[Epoch] = []
+    fitted = fit(SPEC, INPUT, lambda rng: TRAIN, (), replace(SETTINGS, epochs=3, patience=1), 0, reported.append)
+    assert fitted.best_epoch == len(reported) == 3
+    assert not fitted.network.training
+
+
+def test_the_answer_that_counts_is_the_one_after_the_last_step() -> None:
+    outputs = torch.arange(6.0).reshape(2, 3, 1)
+    assert last_answers(outputs, torch.tensor([1, 3])).tolist() == [[0], [5]]
+
+
+def test_hidden_weights_start_orthogonal_gate_by_gate() -> None:
+    network = RecurrentNetwork(SPEC)
+    start_orthogonal(network)
+    for gate in network.recurrent.get_parameter("weight_hh_l0").detach().chunk(3):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_batches_cover_every_recording_once_with_like_lengths_together() -> None:
+    groups = list(batches(TRAIN, 16, np.random.default_rng(0)))
+    assert sorted(id(r) for group in groups for r in group) == sorted(id(r) for r in TRAIN)
+    assert max(np.ptp([len(r.values) for r in group]) for group in groups) <= 2
+
+
+def test_what_is_measured_agrees_with_the_accuracy() -> None:
+    predictor = Predictor(train(replace(SETTINGS, epochs=1)).network, INPUT)
+    percent = accuracy_percent(predictor, HELD_OUT)
+    wrong = sum(error.times for error in confusions(predictor, HELD_OUT))
+    assert percent == pytest.approx(100 - 100 * wrong / len(HELD_OUT))
+    assert measure_live(predictor, HELD_OUT).last == pytest.approx(percent)
+    assert accuracy_by_steps(predictor, HELD_OUT, [99])[99] == pytest.approx(percent)
+
+
+def test_a_deep_transition_starts_by_passing_the_state_on() -> None:
+    network = RecurrentNetwork(SPEC.model_copy(update={"transition_layers": 2}))
+    start_shallow(network)
+    h = torch.rand(4, 8) * 2 - 1
+    weights = network.recurrent.get_parameter
+    (after,) = gru_step(weights("bias_ih_l0_t1"), (h,), weights("weight_hh_l0_t1"), weights("bias_hh_l0_t1"))
+    assert (after - h).abs().max() < 0.1

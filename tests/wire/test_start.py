@@ -1,0 +1,94 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ROOT
+
+START_TIMEOUT_S = 60.0
+
+
+def start(*flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """A server that is to end by itself."""
+    given = {"RNNSERVE_PORT": "0", "RNNSERVE_METRICS_PORT": "0"} | {
+        f"RNNSERVE_{name.upper()}": str(value) for name, value in variables.items()
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "service", *flags],
+        cwd=ROOT,
+        env=os.environ | given,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+    )
+
+
+@pytest.fixture
+def port_in_use() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def assert_refused(ended: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Exit code 2 and a sentence, without a traceback."""
+    assert ended.returncode == 2, ended.stderr
+    sentence = ended.stderr.splitlines()[-1]
+    assert sentence.startswith("rnnserve: ")
+    assert "Traceback" not in ended.stderr
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_port_in_use_is_refused_by_its_number(repository: Path, port_in_use: int) -> None:
+    assert_refused(start(model_repository=repository, port=port_in_use), "port:", str(port_in_use))
+
+
+def test_a_metrics_port_in_use_is_refused_by_its_number(repository: Path, port_in_use: int) -> None:
+    ended = start(model_repository=repository, metrics_port=port_in_use)
+    assert_refused(ended, "metrics_port:", str(port_in_use))
+
+
+def test_a_missing_repository_is_refused_by_its_name(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert_refused(start(model_repository=missing), "model_repository:", str(missing))
+
+
+def test_a_damaged_bundle_is_refused_by_its_field(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "text", tmp_path / "text")
+    weights = tmp_path / "text" / "1" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert_refused(start(model_repository=tmp_path), str(tmp_path / "text" / "1"), "weights_sha256")
+
+
+def test_a_missing_settings_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    missing = tmp_path / "rnnserve.toml"
+    assert_refused(start(settings_file=missing), "RNNSERVE_SETTINGS_FILE", str(missing))
+
+
+def test_an_unreadable_settings_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "rnnserve.toml"
+    file.write_text("port = = 1")
+    assert_refused(start(settings_file=file), "RNNSERVE_SETTINGS_FILE", str(file), "cannot be read")
+
+
+def test_a_wrong_setting_is_refused_with_its_bound() -> None:
+    assert_refused(start(max_sessions=0), "max_sessions:", "1")
+
+
+def test_an_unknown_flag_is_refused() -> None:
+    ended = start("--prot", "1")
+    assert ended.returncode == 2
+    assert "--prot" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_help_names_the_settings_and_their_meaning() -> None:
+    ended = start("--help")
+    assert ended.returncode == 0
+    assert "--drain-timeout-s" in ended.stdout
+    assert "gRPC port" in ended.stdout
