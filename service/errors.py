@@ -30,6 +30,8 @@ The reason on the wire is the name of the class in CAPITALS_WITH_UNDERSCORES.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_TEXT = 256  # characters; the transport refuses an end of call of more than 8 kB, and with it the reason
 
@@ -50,6 +52,17 @@ class ServingError(Exception):
     def reason(self) -> str:
         """The name of this refusal on the wire and in the metrics."""
         return _reason(type(self))
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Field paths of errors raised here are relative to this one: `tensor.shape` within `steps`."""
+    try:
+        yield
+    except ServingError as error:
+        if error.field is not None:
+            error.field = f"{path}.{error.field}"
+        raise
 
 
 def _short(text: str) -> str:

@@ -27,46 +27,46 @@ Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence | model_serv
 """Each has a oneof `input` of `tensor` and `text`."""
 
 
-def decode(message: Input, manifest: Manifest, *, max_steps: int, field: str) -> NDArray[np.generic]:
+def decode(message: Input, manifest: Manifest, *, max_steps: int) -> NDArray[np.generic]:
     """The steps of a message: (steps, features) float32 or (steps,) int64.
 
-    `field` is the path of the message, for the errors: InputKindMismatch, DataTypeMismatch, ShapeMismatch,
-    StepsMissing, TooManySteps, NotFinite, UnknownSymbol.
+    Raises InputKindMismatch, DataTypeMismatch, ShapeMismatch, StepsMissing, TooManySteps, NotFinite, UnknownSymbol;
+    their field paths begin inside the message.
     """
     kind = message.WhichOneof("input")
     if kind is None:
-        raise StepsMissing(f"{field} holds neither tensor nor text", field=field)
+        raise StepsMissing("there is neither tensor nor text", field="input")
     if isinstance(manifest.input, TextInput):
         if kind != "text":
-            raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field=f"{field}.tensor")
-        _check_count(len(message.text), max_steps, f"{field}.text")
-        return _decode_text(message.text, manifest.input, f"{field}.text")
+            raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field="tensor")
+        _check_count(len(message.text), max_steps, "text")
+        return _decode_text(message.text, manifest.input)
     if kind != "tensor":
-        raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field=f"{field}.text")
-    return _decode_features(message.tensor, manifest.input, max_steps, f"{field}.tensor")
+        raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field="text")
+    return _decode_features(message.tensor, manifest.input, max_steps)
 
 
-def _decode_text(text: str, spec: TextInput, field: str) -> NDArray[np.int64]:
+def _decode_text(text: str, spec: TextInput) -> NDArray[np.int64]:
     try:
         return spec.encode(text)
     except UnknownSymbolError as error:
-        raise UnknownSymbol(str(error), field=field, symbol=error.symbol, place=error.place) from None
+        raise UnknownSymbol(str(error), field="text", symbol=error.symbol, place=error.place) from None
 
 
-def _decode_features(tensor: tensor_pb2.Tensor, spec: FeatureInput, max_steps: int, field: str) -> Floats:
+def _decode_features(tensor: tensor_pb2.Tensor, spec: FeatureInput, max_steps: int) -> Floats:
     if tensor.data_type != tensor_pb2.DATA_TYPE_FLOAT32:
-        raise DataTypeMismatch("the type of the values must be DATA_TYPE_FLOAT32", field=f"{field}.data_type")
+        raise DataTypeMismatch("the type of the values must be DATA_TYPE_FLOAT32", field="tensor.data_type")
     shape, width = tuple(tensor.shape), len(spec.feature_names)
     if len(shape) != 2 or shape[1] != width:
-        raise ShapeMismatch(f"the shape must be (steps, {width}), not {shape}", field=f"{field}.shape", features=width)
-    _check_count(shape[0], max_steps, f"{field}.shape")
+        raise ShapeMismatch(f"the shape must be (steps, {width}), not {shape}", field="tensor.shape", features=width)
+    _check_count(shape[0], max_steps, "tensor.shape")
     if len(tensor.data) != WIRE_FLOAT32.itemsize * math.prod(shape):
         raise ShapeMismatch(
             f"a tensor of shape {shape} has {WIRE_FLOAT32.itemsize * math.prod(shape)} bytes, not {len(tensor.data)}",
-            field=f"{field}.data",
+            field="tensor.data",
         )
     values = np.frombuffer(tensor.data, WIRE_FLOAT32).reshape(shape).astype(np.float32)
-    _check_finite(values, spec, field)
+    _check_finite(values, spec)
     return values
 
 
@@ -77,13 +77,13 @@ def _check_count(steps: int, max_steps: int, field: str) -> None:
         raise TooManySteps(f"{steps} steps are more than {max_steps}", field=field, limit=max_steps)
 
 
-def _check_finite(values: Floats, spec: FeatureInput, field: str) -> None:
+def _check_finite(values: Floats, spec: FeatureInput) -> None:
     wrong = np.isinf(values) if spec.missing_values != "refuse" else ~np.isfinite(values)
     if wrong.any():
         step, feature = np.argwhere(wrong)[0].tolist()
         raise NotFinite(
             f"step {step} of the message has {values[step, feature]} as {spec.feature_names[feature]!r}",
-            field=f"{field}.data", step=step, feature=feature,
+            field="tensor.data", step=step, feature=feature,
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from service.api import codec
 from service.api.calls import Refusals
 from service.api.limits import Limits
 from service.catalog.catalog import Catalog
-from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError
+from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
 from service.sessions.registry import SessionRegistry
 from service.sessions.session import Session
 
@@ -76,7 +76,9 @@ class RealTimeService(RealTimeServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
-        stream = self._open(request, context)
+        self._limits.check_size(request)
+        with within("open"):
+            stream = self._open(request.open, context)
         try:
             await self._serve(stream, requests)
         finally:
@@ -93,14 +95,12 @@ class RealTimeService(RealTimeServiceServicer):
         sending = (stream.send(StreamStepsResponse(notice=notice)) for stream in self._streams)
         await asyncio.gather(*sending, return_exceptions=True)  # a client may have gone
 
-    def _open(self, request: StreamStepsRequest, context: Context) -> _Stream:
-        self._limits.check_size(request)
-        wanted: OpenSession = request.open
+    def _open(self, wanted: OpenSession, context: Context) -> _Stream:
         manifest = self._catalog.find(wanted.model, wanted.version).manifest
         codec.check_options(wanted.options, manifest)
         if not SESSION_ID.fullmatch(wanted.session_id):
             raise FieldInvalid(
-                "a session id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'", field="open.session_id"
+                "a session id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'", field="session_id"
             )
         session = self._sessions.open(wanted.session_id, manifest)
         stream = _Stream(session, manifest, wanted.options, context)
@@ -130,9 +130,11 @@ class RealTimeService(RealTimeServiceServicer):
             self._limits.check_size(request)
             match request.WhichOneof("request"):
                 case "steps":
-                    return await self._apply(stream, request.steps)
+                    with within("steps"):
+                        return await self._apply(stream, request.steps)
                 case "reset":
-                    return StreamStepsResponse(reset=_reset(stream.session, request.reset))
+                    with within("reset"):
+                        return StreamStepsResponse(reset=_reset(stream.session, request.reset))
                 case "open":
                     raise OpenRepeated("this stream is open already", field="open")
                 case _:
@@ -143,8 +145,8 @@ class RealTimeService(RealTimeServiceServicer):
     async def _apply(self, stream: _Stream, steps: Steps) -> StreamStepsResponse:
         start_s = time.perf_counter()
         if not steps.HasField("first_step"):
-            raise FieldInvalid("the index of the first of these steps is mandatory", field="steps.first_step")
-        inputs = codec.decode(steps, stream.manifest, max_steps=self._limits.max_steps_per_message, field="steps")
+            raise FieldInvalid("the index of the first of these steps is mandatory", field="first_step")
+        inputs = codec.decode(steps, stream.manifest, max_steps=self._limits.max_steps_per_message)
         applied = await stream.session.apply(steps.first_step, inputs)
         first_step, outputs = applied.first_step, applied.outputs
         if applied.failure and not len(outputs):
@@ -180,6 +182,6 @@ class _Stream:
 
 def _reset(session: Session, reset: ResetSession) -> SessionReset:
     if not reset.HasField("first_step"):
-        raise FieldInvalid("the index of the next step is mandatory", field="reset.first_step")
+        raise FieldInvalid("the index of the next step is mandatory", field="first_step")
     session.reset(reset.first_step)
     return SessionReset(next_step=session.next_step)

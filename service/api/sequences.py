@@ -27,7 +27,7 @@ from service.api.calls import Refusals
 from service.api.limits import Limits
 from service.catalog.catalog import Catalog
 from service.engine.sequence_lane import SequenceLane
-from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError
+from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -63,7 +63,8 @@ class SequenceService(SequenceServiceServicer):
         bundle = self._find(request.model, request.version, request.options)
         self._check_count(len(request.sequences))
         inputs = [
-            self._decode(sequence, bundle.manifest, f"sequences[{i}]") for i, sequence in enumerate(request.sequences)
+            self._decode(sequence, bundle.manifest, path=f"sequences[{i}]")
+            for i, sequence in enumerate(request.sequences)
         ]
         predictions = await self._predict(bundle, inputs, request.options, wait=False)
         return PredictResponse(model=bundle.manifest.name, version=bundle.manifest.version, predictions=predictions)
@@ -78,7 +79,8 @@ class SequenceService(SequenceServiceServicer):
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
         self._limits.check_size(request)
-        bundle = self._find(request.open.model, request.open.version, request.open.options)
+        with within("open"):
+            bundle = self._find(request.open.model, request.open.version, request.open.options)
         slots, writing = asyncio.Semaphore(self._limits.max_bulk_sequences), asyncio.Lock()
 
         async def answer(message: PredictStreamRequest) -> None:
@@ -106,8 +108,9 @@ class SequenceService(SequenceServiceServicer):
         if not 1 <= sequences <= limit:
             raise FieldInvalid(f"there must be 1 to {limit} sequences, not {sequences}", field="sequences", limit=limit)
 
-    def _decode(self, sequence: Sequence, manifest: Manifest, field: str) -> NDArray[np.generic]:
-        return codec.decode(sequence, manifest, max_steps=self._limits.max_sequence_steps, field=field)
+    def _decode(self, sequence: Sequence, manifest: Manifest, *, path: str) -> NDArray[np.generic]:
+        with within(path):
+            return codec.decode(sequence, manifest, max_steps=self._limits.max_sequence_steps)
 
     async def _reply(
         self, message: PredictStreamRequest, bundle: Bundle, options: OutputOptions
@@ -120,7 +123,7 @@ class SequenceService(SequenceServiceServicer):
                     raise OpenRepeated("this stream is open already", field="open")
                 case None:
                     raise FieldInvalid("the message is empty", field="request")
-            inputs = self._decode(item.sequence, bundle.manifest, "sequence.sequence")
+            inputs = self._decode(item.sequence, bundle.manifest, path="sequence.sequence")
             predictions = await self._predict(bundle, [inputs], options, wait=True)
             return PredictStreamResponse(id=item.id, prediction=predictions[0])
         except ServingError as error:

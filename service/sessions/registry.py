@@ -41,7 +41,7 @@ class SessionRegistry:
                 model=manifest.name,
             )
         if session_id in self._sessions:
-            raise SessionExists(f"session {session_id!r} is in use", field="open.session_id", session_id=session_id)
+            raise SessionExists(f"session {session_id!r} is in use", field="session_id", session_id=session_id)
         if len(self._sessions) >= self._max_sessions:
             raise SessionLimit(
                 f"all {self._max_sessions} sessions are in use", retry_after_s=RETRY_AFTER_S, limit=self._max_sessions

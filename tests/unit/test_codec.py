@@ -44,7 +44,7 @@ TEXT = manifest(
 
 
 def read(steps: Steps, described: Manifest, max_steps: int = 10) -> Any:
-    return decode(steps, described, max_steps=max_steps, field="steps")
+    return decode(steps, described, max_steps=max_steps)
 
 
 def floats(**bounds: Any) -> st.SearchStrategy[float]:
@@ -95,36 +95,36 @@ def with_value(value: float) -> Steps:
 
 
 REFUSALS: dict[str, tuple[Steps, Manifest, type[ServingError], str, dict[str, str]]] = {
-    "neither": (Steps(), numeric(), StepsMissing, "steps", {}),
-    "text to numeric": (Steps(text="ab"), numeric(), InputKindMismatch, "steps.text", {}),
-    "tensor to text": (with_value(0), TEXT, InputKindMismatch, "steps.tensor", {}),
+    "neither": (Steps(), numeric(), StepsMissing, "input", {}),
+    "text to numeric": (Steps(text="ab"), numeric(), InputKindMismatch, "text", {}),
+    "tensor to text": (with_value(0), TEXT, InputKindMismatch, "tensor", {}),
     "no type": (
-        spoiled(data_type=DATA_TYPE_UNSPECIFIED), numeric(), DataTypeMismatch, "steps.tensor.data_type", {},
+        spoiled(data_type=DATA_TYPE_UNSPECIFIED), numeric(), DataTypeMismatch, "tensor.data_type", {},
     ),
-    "unknown type": (spoiled(data_type=99), numeric(), DataTypeMismatch, "steps.tensor.data_type", {}),
-    "no shape": (spoiled(shape=[]), numeric(), ShapeMismatch, "steps.tensor.shape", {"features": "3"}),
-    "rank 1": (spoiled(shape=[6]), numeric(), ShapeMismatch, "steps.tensor.shape", {"features": "3"}),
-    "rank 3": (spoiled(shape=[1, 2, 3]), numeric(), ShapeMismatch, "steps.tensor.shape", {"features": "3"}),
-    "width": (spoiled(shape=[3, 2]), numeric(), ShapeMismatch, "steps.tensor.shape", {"features": "3"}),
-    "too few bytes": (spoiled(data=b"\0" * 23), numeric(), ShapeMismatch, "steps.tensor.data", {}),
-    "too many bytes": (spoiled(data=b"\0" * 25), numeric(), ShapeMismatch, "steps.tensor.data", {}),
-    "no bytes": (spoiled(data=b""), numeric(), ShapeMismatch, "steps.tensor.data", {}),
-    "no steps": (Steps(tensor=tensor(np.zeros((0, 3)))), numeric(), StepsMissing, "steps.tensor.shape", {}),
-    "negative": (spoiled(shape=[-2, 3]), numeric(), StepsMissing, "steps.tensor.shape", {}),
-    "both negative": (spoiled(shape=[-2, -3]), numeric(), ShapeMismatch, "steps.tensor.shape", {"features": "3"}),
+    "unknown type": (spoiled(data_type=99), numeric(), DataTypeMismatch, "tensor.data_type", {}),
+    "no shape": (spoiled(shape=[]), numeric(), ShapeMismatch, "tensor.shape", {"features": "3"}),
+    "rank 1": (spoiled(shape=[6]), numeric(), ShapeMismatch, "tensor.shape", {"features": "3"}),
+    "rank 3": (spoiled(shape=[1, 2, 3]), numeric(), ShapeMismatch, "tensor.shape", {"features": "3"}),
+    "width": (spoiled(shape=[3, 2]), numeric(), ShapeMismatch, "tensor.shape", {"features": "3"}),
+    "too few bytes": (spoiled(data=b"\0" * 23), numeric(), ShapeMismatch, "tensor.data", {}),
+    "too many bytes": (spoiled(data=b"\0" * 25), numeric(), ShapeMismatch, "tensor.data", {}),
+    "no bytes": (spoiled(data=b""), numeric(), ShapeMismatch, "tensor.data", {}),
+    "no steps": (Steps(tensor=tensor(np.zeros((0, 3)))), numeric(), StepsMissing, "tensor.shape", {}),
+    "negative": (spoiled(shape=[-2, 3]), numeric(), StepsMissing, "tensor.shape", {}),
+    "both negative": (spoiled(shape=[-2, -3]), numeric(), ShapeMismatch, "tensor.shape", {"features": "3"}),
     "too many": (
-        Steps(tensor=tensor(np.zeros((11, 3)))), numeric(), TooManySteps, "steps.tensor.shape", {"limit": "10"},
+        Steps(tensor=tensor(np.zeros((11, 3)))), numeric(), TooManySteps, "tensor.shape", {"limit": "10"},
     ),
-    "shape of a giant": (spoiled(shape=[2**62, 3]), numeric(), TooManySteps, "steps.tensor.shape", {"limit": "10"}),
-    "NaN": (with_value(NAN), numeric(), NotFinite, "steps.tensor.data", {"step": "1", "feature": "2"}),
-    "infinity": (with_value(-INFINITY), numeric(), NotFinite, "steps.tensor.data", {"step": "1", "feature": "2"}),
+    "shape of a giant": (spoiled(shape=[2**62, 3]), numeric(), TooManySteps, "tensor.shape", {"limit": "10"}),
+    "NaN": (with_value(NAN), numeric(), NotFinite, "tensor.data", {"step": "1", "feature": "2"}),
+    "infinity": (with_value(-INFINITY), numeric(), NotFinite, "tensor.data", {"step": "1", "feature": "2"}),
     "infinity, held": (
-        with_value(INFINITY), numeric(missing_values="hold_last"), NotFinite, "steps.tensor.data",
+        with_value(INFINITY), numeric(missing_values="hold_last"), NotFinite, "tensor.data",
         {"step": "1", "feature": "2"},
     ),
-    "no text": (Steps(text=""), TEXT, StepsMissing, "steps.text", {}),
-    "long text": (Steps(text="a" * 11), TEXT, TooManySteps, "steps.text", {"limit": "10"}),
-    "symbol": (Steps(text="aüAa"), TEXT, UnknownSymbol, "steps.text", {"symbol": "A", "place": "2"}),
+    "no text": (Steps(text=""), TEXT, StepsMissing, "text", {}),
+    "long text": (Steps(text="a" * 11), TEXT, TooManySteps, "text", {"limit": "10"}),
+    "symbol": (Steps(text="aüAa"), TEXT, UnknownSymbol, "text", {"symbol": "A", "place": "2"}),
 }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ IN_A_STREAM = {
     "negative width": Row(shaped(2, -3), "SHAPE_MISMATCH", "steps.tensor.shape", {"features": "3"}),
     "no steps": Row(steps(3, np.zeros((0, 3))), "STEPS_MISSING", "steps.tensor.shape"),
     "no text": Row(steps(3, ""), "STEPS_MISSING", "steps.text", model="text"),
-    "no input": Row(no_input(), "STEPS_MISSING", "steps"),
+    "no input": Row(no_input(), "STEPS_MISSING", "steps.input"),
     "too many steps": Row(steps(3, np.zeros((51, 3))), "TOO_MANY_STEPS", "steps.tensor.shape", {"limit": "50"}),
     "too long a text": Row(steps(3, "a" * 51), "TOO_MANY_STEPS", "steps.text", {"limit": "50"}, model="text"),
     "NaN": Row(steps(3, [[0, NAN, 0]]), "NOT_FINITE", "steps.tensor.data", {"step": "0", "feature": "1"}),
@@ -129,9 +129,9 @@ IN_A_STREAM = {
     "second open": Row(open_("vanilla", "second"), "OPEN_REPEATED", "open"),
     "empty": Row(Request(), "FIELD_INVALID", "request"),
     "no first_step": Row(steps(None, [[0, 0, 0]]), "FIELD_INVALID", "steps.first_step"),
-    "gap": Row(steps(4, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "first_step", AHEAD, Code.ABORTED),
-    "repeated": Row(steps(2, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "first_step", AHEAD, Code.ABORTED),
-    "reset out of order": Row(reset(2), "STEP_OUT_OF_ORDER", "first_step", AHEAD, Code.ABORTED),
+    "gap": Row(steps(4, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "steps.first_step", AHEAD, Code.ABORTED),
+    "repeated": Row(steps(2, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "steps.first_step", AHEAD, Code.ABORTED),
+    "reset out of order": Row(reset(2), "STEP_OUT_OF_ORDER", "reset.first_step", AHEAD, Code.ABORTED),
     "reset without an index": Row(reset(None), "FIELD_INVALID", "reset.first_step"),
     "too large": Row(steps(3, "a" * 5_000), "MESSAGE_TOO_LARGE", None, {"limit": "4096"}, model="text"),
 }
@@ -196,19 +196,21 @@ OPENINGS = {
     "steps before open": Opening(steps(0, [[0, 0, 0]]), "OPEN_MISSING", "open"),
     "close before open": Opening(close(), "OPEN_MISSING", "open"),
     "empty before open": Opening(Request(), "OPEN_MISSING", "open"),
-    "unknown model": Opening(open_("nobody", "s"), "MODEL_NOT_FOUND", "model", Code.NOT_FOUND),
-    "unknown version": Opening(open_("vanilla", "s", version=9), "MODEL_NOT_FOUND", "version", Code.NOT_FOUND),
-    "a name of a page": Opening(open_("ü" * 1_900, "s"), "MODEL_NOT_FOUND", "model", Code.NOT_FOUND),
+    "unknown model": Opening(open_("nobody", "s"), "MODEL_NOT_FOUND", "open.model", Code.NOT_FOUND),
+    "unknown version": Opening(open_("vanilla", "s", version=9), "MODEL_NOT_FOUND", "open.version", Code.NOT_FOUND),
+    "a name of a page": Opening(open_("ü" * 1_900, "s"), "MODEL_NOT_FOUND", "open.model", Code.NOT_FOUND),
     "no session id": Opening(open_("vanilla", ""), "FIELD_INVALID", "open.session_id"),
     "space in the session id": Opening(open_("vanilla", "pump 7"), "FIELD_INVALID", "open.session_id"),
     "newline behind the session id": Opening(open_("vanilla", "pump\n"), "FIELD_INVALID", "open.session_id"),
     "letter that is not ASCII": Opening(open_("vanilla", "pümp"), "FIELD_INVALID", "open.session_id"),
     "long session id": Opening(open_("vanilla", "x" * 129), "FIELD_INVALID", "open.session_id"),
     "too large": Opening(open_("vanilla", "x" * 5_000), "MESSAGE_TOO_LARGE", None),
-    "unknown selection": Opening(open_("vanilla", "s", steps=9), "FIELD_INVALID", "options.steps"),
-    "more labels than there are": Opening(open_("vanilla", "s", top_k=5), "FIELD_INVALID", "options.top_k"),
-    "labels of none": Opening(open_("stacked", "s", top_k=1), "FIELD_INVALID", "options.top_k"),
-    "chances of none": Opening(open_("stacked", "s", probabilities=True), "FIELD_INVALID", "options.probabilities"),
+    "unknown selection": Opening(open_("vanilla", "s", steps=9), "FIELD_INVALID", "open.options.steps"),
+    "more labels than there are": Opening(open_("vanilla", "s", top_k=5), "FIELD_INVALID", "open.options.top_k"),
+    "labels of none": Opening(open_("stacked", "s", top_k=1), "FIELD_INVALID", "open.options.top_k"),
+    "chances of none": Opening(
+        open_("stacked", "s", probabilities=True), "FIELD_INVALID", "open.options.probabilities"
+    ),
     "bidirectional": Opening(open_("bidirectional", "s"), "MODEL_NOT_STREAMABLE", None, Code.FAILED_PRECONDITION),
 }
 
@@ -319,7 +321,7 @@ WHOLE = {
     "too many sequences": Whole(
         predict("vanilla", [GOOD["vanilla"]] * 5), "FIELD_INVALID", "sequences", {"limit": "4"}
     ),
-    "no input": Whole(unary("vanilla", Sequence()), "STEPS_MISSING", "sequences[1]"),
+    "no input": Whole(unary("vanilla", Sequence()), "STEPS_MISSING", "sequences[1].input"),
     "no steps": Whole(unary("vanilla", sequence(np.zeros((0, 3)))), "STEPS_MISSING", "sequences[1].tensor.shape"),
     "too many steps": Whole(
         unary("vanilla", sequence(np.zeros((101, 3)))),

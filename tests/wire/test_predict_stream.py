@@ -109,9 +109,9 @@ def test_what_is_no_sequence_is_answered_and_the_stream_goes_on(
     [
         ([], "OPEN_MISSING", "open"),
         ([item(1, [[1, 2, 3]])], "OPEN_MISSING", "open"),
-        ([opening("nobody")], "MODEL_NOT_FOUND", "model"),
-        ([opening("bidirectional", steps=1)], "FIELD_INVALID", "options.steps"),
-        ([opening("stacked", top_k=1)], "FIELD_INVALID", "options.top_k"),
+        ([opening("nobody")], "MODEL_NOT_FOUND", "open.model"),
+        ([opening("bidirectional", steps=1)], "FIELD_INVALID", "open.options.steps"),
+        ([opening("stacked", top_k=1)], "FIELD_INVALID", "open.options.top_k"),
     ],
 )
 def test_a_bad_open_ends_the_call(
