@@ -46,7 +46,7 @@ check: $(READY)
 	$(BIN)/buf lint build/rnnserve.binpb --config buf.yaml
 ifneq ($(LAST_RELEASE),)
 	@rm -rf build/release && mkdir -p build/release && git archive $(LAST_RELEASE) protos | tar -x -C build/release
-	cd build/release && $(subst $(BIN),$(CURDIR)/$(BIN),$(PROTOC)) -I protos --include_imports -o ../release.binpb $(PROTOS)
+	$(PROTOC) -I build/release/protos --include_imports -o build/release.binpb build/release/$(PROTOS)
 	$(BIN)/buf breaking build/rnnserve.binpb --against build/release.binpb --config buf.yaml
 endif
 	@$(MAKE) --no-print-directory stubs INTO=build/stubs
