@@ -17,10 +17,10 @@ LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up .venv (once, about a minute; torch is the large part)"
+	@echo "Setting up .venv (once, a minute or three; torch is the large part)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) --retries 1 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
+	$(PIP_INSTALL) --quiet --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
 	$(PIP_INSTALL) --editable '.[service,training,dev]'
 	@touch $(READY)
 

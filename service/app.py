@@ -46,7 +46,7 @@ SERVICES = [
     )
 ]
 TRANSPORT_SLACK_BYTES = 2**20  # a message this far above our limit still reaches us, so that it gets a reason
-SHUTDOWN_S = 1.0
+SHUTDOWN_S = 0.25
 
 
 class StartError(RuntimeError):
@@ -133,7 +133,7 @@ class Service:
         try:
             return self.server.add_insecure_port(address)
         except RuntimeError:
-            raise StartError(f"port: {address} cannot be bound; is another server running there?") from None
+            raise StartError(f"host, port: {address} cannot be bound; is another server running there?") from None
 
     @contextmanager
     def _metrics_page(self) -> Iterator[int]:
@@ -164,9 +164,12 @@ class Service:
         if self.settings.state_dir is None:
             yield
             return
-        self.settings.state_dir.mkdir(parents=True, exist_ok=True)
         file = self.settings.state_dir / "server.json"
-        _write_whole(file, json.dumps({"pid": os.getpid(), "port": port, "metrics_port": metrics_port}))
+        try:
+            self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, json.dumps({"pid": os.getpid(), "port": port, "metrics_port": metrics_port}))
+        except OSError as error:
+            raise StartError(f"state_dir: {file} cannot be written: {error.strerror}") from None
         try:
             yield
         finally:

@@ -4,7 +4,8 @@ ServingError
 ├── Invalid              the request itself is wrong, and stays wrong however often it is sent
 │   ├── FieldInvalid         OpenMissing, OpenRepeated
 │   ├── InputKindMismatch    DataTypeMismatch, ShapeMismatch
-│   ├── StepsMissing         TooManySteps, MessageTooLarge
+│   ├── StepsMissing         TooManySteps
+│   ├── MessageTooLarge      MessageMalformed
 │   └── NotFinite            UnknownSymbol
 ├── Conflict             another order of calls is needed
 │   └── StepOutOfOrder
@@ -124,6 +125,10 @@ class UnknownSymbol(Invalid):
 
 class MessageTooLarge(Invalid):
     """The message has more bytes than the limit."""
+
+
+class MessageMalformed(Invalid):
+    """The bytes are none of the contract's message."""
 
 
 class Conflict(ServingError):

@@ -62,7 +62,10 @@ class Settings(BaseSettings):
     sequence_niceness: int = Field(10, ge=0, le=19, description="how far that lane stands back; 0 = not at all")
 
     drain_timeout_s: float = Field(
-        10.0, ge=0.0, le=3_600.0, description="how long running work may take after SIGTERM; 0 = none"
+        10.0,
+        ge=0.0,
+        le=3_600.0,
+        description="how long running work may take after SIGTERM, before the second that ending takes; 0 = none",
     )
 
     @classmethod

@@ -3,7 +3,7 @@
 RnnserveError
 ├── InvalidArgument       what was sent is wrong; sending it again will not help
 │   ├── OpenMissing  OpenRepeated  FieldInvalid  InputKindMismatch  DataTypeMismatch  ShapeMismatch
-│   └── StepsMissing  TooManySteps  NotFinite  UnknownSymbol  MessageTooLarge
+│   └── StepsMissing  TooManySteps  NotFinite  UnknownSymbol  MessageTooLarge  MessageMalformed
 ├── ModelNotFound
 ├── ModelNotStreamable    the network must see the whole sequence; use `predict`
 ├── SessionExists         the session id is in use
@@ -101,6 +101,10 @@ class MessageTooLarge(InvalidArgument):
     """The message has more bytes than the server takes."""
 
 
+class MessageMalformed(InvalidArgument):
+    """The server cannot decode the message: its contract is another one."""
+
+
 class ModelNotFound(RnnserveError):
     """The server has no such model, or not that version of it."""
 
@@ -176,6 +180,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         NotFinite,
         UnknownSymbol,
         MessageTooLarge,
+        MessageMalformed,
         ModelNotFound,
         ModelNotStreamable,
         SessionExists,

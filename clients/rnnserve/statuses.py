@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from rnnserve.errors import BY_REASON, RnnserveError, StreamClosed, TimedOut, Unreachable
+from rnnserve.errors import BY_REASON, MessageTooLarge, RnnserveError, StreamClosed, TimedOut, Unreachable
 
 _M = TypeVar("_M", bound=Message)
 
@@ -65,6 +65,8 @@ def _error_without_details(code: grpc.StatusCode, details: str, target: str) -> 
         return Unreachable(message, reason="UNREACHABLE", code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return timed_out(target)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
+        return MessageTooLarge(details, reason="MESSAGE_TOO_LARGE", code=code.name)  # the transport's own limit
     return RnnserveError(details or f"the call to {target} failed", code=code.name)
 
 

@@ -10,12 +10,13 @@ from contextlib import nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from service.api.drain import Drain, draining
 from service.api.statuses import status_of
-from service.errors import Internal, ServingError
+from service.errors import Internal, MessageMalformed, ServingError
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +69,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         kind, behaviour, wrap = _describe(handler)
         _, service, name = handler_call_details.method.split("/")
-        call = self._wrap(behaviour, handler.request_streaming, (kind, service, name))
-        return wrap(call, handler.request_deserializer, handler.response_serializer)
+        call = self._wrap(handler, behaviour, (kind, service, name))
+        return wrap(call, None, handler.response_serializer)  # we decode, so that what cannot be decoded is refused
 
-    def _wrap(self, behaviour: Callable[..., Any], request_streaming: bool, method: Method) -> Callable[..., Any]:
+    def _wrap(self, handler: Handler, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             start_s = time.perf_counter()
             self._metrics.call_started(method)
             code: int = code_pb2.CANCELLED
             try:
-                response = await self._run(behaviour, self._count(request, request_streaming, method), context, method)
+                response = await self._run(behaviour, self._read(request, handler, method), context, method)
                 code = code_pb2.OK
                 return response
             except grpc.aio.AbortError:  # the health service's own
@@ -118,16 +119,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.message_sent(method)
             return None
 
-    def _count(self, request: Any, streaming: bool, method: Method) -> Any:
-        if not streaming:
-            self._metrics.message_received(method)
-            return request
-        return self._count_each(request, method)
+    def _read(self, request: Any, handler: Handler, method: Method) -> Any:
+        """The request, or the stream of them, counted and decoded. Raises MessageMalformed."""
+        decode: Callable[[bytes], Any] = handler.request_deserializer  # type: ignore[assignment]
+        if handler.request_streaming:
+            return self._read_each(request, decode, method)
+        self._metrics.message_received(method)
+        return _decoded(request, decode)
 
-    async def _count_each(self, requests: AsyncIterator[Any], method: Method) -> AsyncIterator[Any]:
+    async def _read_each(
+        self, requests: AsyncIterator[bytes], decode: Callable[[bytes], Any], method: Method
+    ) -> AsyncIterator[Any]:
         async for request in requests:
             self._metrics.message_received(method)
-            yield request
+            yield _decoded(request, decode)
+        await asyncio.sleep(0)  # where the client has gone, the cancellation comes right behind the end
+
+
+def _decoded(request: bytes, decode: Callable[[bytes], Any]) -> Any:
+    try:
+        return decode(request)
+    except DecodeError:
+        raise MessageMalformed("the message cannot be decoded; does the client have the same contract?") from None
 
 
 class _CountingContext:

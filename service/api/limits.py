@@ -24,5 +24,7 @@ class Limits:
         size_bytes = message.ByteSize()
         if size_bytes > self.max_message_bytes:
             raise MessageTooLarge(
-                f"the message has {size_bytes} bytes, more than {self.max_message_bytes}", limit=self.max_message_bytes
+                f"the message has {size_bytes} bytes, more than {self.max_message_bytes}",
+                field="request",
+                limit=self.max_message_bytes,
             )

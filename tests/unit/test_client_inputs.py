@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from rnnserve import Answer, Model
-from rnnserve.cli.inputs import at_rate, read_sequences, read_steps, write_sample
+from rnnserve.cli.inputs import at_rate, opened, read_sequences, read_steps, write_sample
 from rnnserve.cli.live import StreamView, sparkline
 from rnnserve.cli.outcome import BadInput
 from rnnserve.models import model_from
@@ -28,6 +28,18 @@ def test_csv_may_have_a_header_or_none() -> None:
 
 def test_a_header_may_name_the_columns_in_any_order_and_more_of_them() -> None:
     assert steps('time,heat,"speed"\n0,2,1\n') == [[1.0, 2.0]]
+
+
+def test_a_header_may_stand_behind_blank_lines_and_have_blanks() -> None:
+    assert steps("\nspeed, heat\n1, 2\n") == [[1.0, 2.0]]
+
+
+def test_a_file_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "steps.csv"
+    file.write_bytes(b"\xef\xbb\xbfspeed,heat\r\n1,2\r\n")
+    with opened(str(file)) as lines:
+        assert list(read_steps(lines, NUMERIC)) == [[1.0, 2.0]]
+    assert np.array_equal(read_sequences(file, NUMERIC)[0], [[1.0, 2.0]])
 
 
 def test_json_lines_are_arrays_or_objects_by_feature() -> None:
@@ -50,6 +62,7 @@ def test_blank_lines_are_no_steps() -> None:
         ("1,2\n1,x\n", "line 2: not all of these are numbers"),
         ("speed,cold\n", "line 1: the header has no column 'heat'"),
         ("1,2\n[1, 2\n", "line 2: no JSON"),
+        ('{"sped": 1}\n', "line 1: none of these is a feature; pump reads speed, heat"),
     ],
 )
 def test_a_bad_line_is_named(text: str, complaint: str) -> None:

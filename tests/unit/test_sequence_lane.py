@@ -191,6 +191,18 @@ async def test_only_the_guilty_sequence_of_a_batch_fails(
     assert "size" in caplog.text
 
 
+async def test_what_still_waits_of_a_failed_request_is_not_computed(
+    lane: SequenceLane, vanilla: Bundle, metrics: CountingMetrics
+) -> None:
+    failing = send(lane, vanilla, sequence(4, width=5), *[sequence(2)] * 7)
+    await settle()
+    async with running(lane):
+        with pytest.raises(ExecutionFailed):
+            await failing
+        await lane.predict(vanilla, [sequence(3)], wait=False)
+    assert sum(sequences for _, sequences in batches(metrics)) <= 3 + 1  # those that shared its batch, and the next
+
+
 async def test_outputs_that_are_not_finite_fail_their_sequence_only(lane: SequenceLane, vanilla: Bundle) -> None:
     infinite = sequence(4)
     infinite[1] = np.inf

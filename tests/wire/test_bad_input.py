@@ -133,7 +133,7 @@ IN_A_STREAM = {
     "repeated": Row(steps(2, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "steps.first_step", AHEAD, Code.ABORTED),
     "reset out of order": Row(reset(2), "STEP_OUT_OF_ORDER", "reset.first_step", AHEAD, Code.ABORTED),
     "reset without an index": Row(reset(None), "FIELD_INVALID", "reset.first_step"),
-    "too large": Row(steps(3, "a" * 5_000), "MESSAGE_TOO_LARGE", None, {"limit": "4096"}, model="text"),
+    "too large": Row(steps(3, "a" * 5_000), "MESSAGE_TOO_LARGE", "request", {"limit": "4096"}, model="text"),
 }
 
 
@@ -204,7 +204,7 @@ OPENINGS = {
     "newline behind the session id": Opening(open_("vanilla", "pump\n"), "FIELD_INVALID", "open.session_id"),
     "letter that is not ASCII": Opening(open_("vanilla", "pümp"), "FIELD_INVALID", "open.session_id"),
     "long session id": Opening(open_("vanilla", "x" * 129), "FIELD_INVALID", "open.session_id"),
-    "too large": Opening(open_("vanilla", "x" * 5_000), "MESSAGE_TOO_LARGE", None),
+    "too large": Opening(open_("vanilla", "x" * 5_000), "MESSAGE_TOO_LARGE", "request"),
     "unknown selection": Opening(open_("vanilla", "s", steps=9), "FIELD_INVALID", "open.options.steps"),
     "more labels than there are": Opening(open_("vanilla", "s", top_k=5), "FIELD_INVALID", "open.options.top_k"),
     "labels of none": Opening(open_("stacked", "s", top_k=1), "FIELD_INVALID", "open.options.top_k"),
@@ -279,6 +279,32 @@ def test_a_cancelled_call_ends_its_session_and_no_other(
         eventually(lambda: open_sessions(small_server) == 1)
         with live_stream(channel, open_("vanilla", "cancelled")) as again:
             assert_close(again.step(GOOD["vanilla"]), whole(repository, "vanilla")[:3])
+
+
+CALLS = "grpc_server_handled_total"
+STREAM = {"grpc_type": "bidi_stream", "grpc_service": "rnnserve.v1.RealTimeService", "grpc_method": "StreamSteps"}
+
+
+def test_a_cancelled_stream_is_counted_as_cancelled(small_server: RunningServer, channel: grpc.Channel) -> None:
+    before = {code: metric(small_server.metrics_url, CALLS, **STREAM, grpc_code=code) for code in ("OK", "CANCELLED")}
+    with live_stream(channel, open_("vanilla", "counted")) as stream:
+        stream.step(GOOD["vanilla"])
+        stream.call.cancel()
+    eventually(
+        lambda: metric(small_server.metrics_url, CALLS, **STREAM, grpc_code="CANCELLED") == before["CANCELLED"] + 1
+    )
+    assert metric(small_server.metrics_url, CALLS, **STREAM, grpc_code="OK") == before["OK"]
+
+
+def test_bytes_that_are_no_message_are_refused_with_a_reason(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as ended:
+        raw: Any = channel.unary_unary("/rnnserve.v1.SequenceService/Predict")
+        raw(b"\xff\xff", timeout=TIMEOUT_S)
+    assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_MALFORMED", None)
+    with pytest.raises(grpc.RpcError) as ended:
+        raw = channel.stream_stream("/rnnserve.v1.RealTimeService/StreamSteps")
+        list(raw(iter([b"\xff\xff"]), timeout=TIMEOUT_S))
+    assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_MALFORMED", None)
 
 
 def test_a_client_that_vanishes_ends_its_session_and_no_other(
@@ -364,7 +390,7 @@ WHOLE = {
     "steps of a mean": Whole(unary("bidirectional", steps=1), "FIELD_INVALID", "options.steps"),
     "selection": Whole(unary("vanilla", steps=9), "FIELD_INVALID", "options.steps"),
     "labels": Whole(unary("stacked", top_k=1), "FIELD_INVALID", "options.top_k", {"limit": "0"}),
-    "too large": Whole(unary("text", sequence("a" * 5_000)), "MESSAGE_TOO_LARGE", None, {"limit": "4096"}),
+    "too large": Whole(unary("text", sequence("a" * 5_000)), "MESSAGE_TOO_LARGE", "request", {"limit": "4096"}),
 }
 
 
@@ -385,7 +411,7 @@ def test_a_bulk_open_above_the_limit_is_refused(channel: grpc.Channel) -> None:
     request = PredictStreamRequest(open=OpenPredictStream(model="x" * 5_000))
     with pytest.raises(grpc.RpcError) as ended:
         list(SequenceServiceStub(channel).PredictStream(iter([request]), timeout=TIMEOUT_S))
-    assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", None)
+    assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE", "request")
 
 
 def test_the_reason_arrives_even_where_the_request_is_huge(channel: grpc.Channel) -> None:

@@ -143,6 +143,7 @@ def test_the_demo_skips_what_is_not_served(run: Run) -> None:
         (["stream", "bidirectional"], "", 1, "rnnserve predict"),
         (["stream", "text"], "axb", 1, "UNKNOWN_SYMBOL"),
         (["stream", "vanilla"], "1,2\n", 2, "line 1: 2 values"),
+        (["stream", "vanilla"], "", 2, "holds no step"),
         (["stream", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),
         (["stream", "vanilla", "--rate", "0"], "", 2, "rate"),
         (["predict", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),

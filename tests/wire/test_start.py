@@ -30,7 +30,8 @@ def start(*flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def port_in_use() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    """Its owner would share it with anybody who asks to."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         yield taken.getsockname()[1]
 
 

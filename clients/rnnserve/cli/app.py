@@ -1,6 +1,6 @@
 """The commands."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from rnnserve import Answer, Client, Model
+from rnnserve import Answer, Client, Model, Stream
 from rnnserve.channel import TLS
 from rnnserve.cli import demo as story
 from rnnserve.cli import show
@@ -92,8 +92,21 @@ def stream(
             _answer_printer(options, described) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
-            for answer in map(open_stream.step, paced) if file == "-" else open_stream.steps(paced):
+            answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
+            for answer in told_of_notices(open_stream, answers):
                 print_answer(answer)
+            if not open_stream.next_step:
+                raise BadInput(f"{file} holds no step")
+
+
+def told_of_notices(open_stream: Stream, answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The same answers; what the server announces goes to standard error."""
+    told = 0
+    for answer in answers:
+        for notice in open_stream.notices[told:]:
+            stderr.print(notice.message)
+        told = len(open_stream.notices)
+        yield answer
 
 
 def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | None:

@@ -25,7 +25,7 @@ def opened(file: str) -> Iterator[TextIO]:
     if file == "-":
         yield sys.stdin
         return
-    with Path(file).open(encoding="utf-8", newline="") as stream:
+    with Path(file).open(encoding="utf-8-sig", newline="") as stream:
         yield stream
 
 
@@ -40,7 +40,7 @@ def read_steps(lines: Iterable[str], model: Model) -> Iterator[Input]:
 
 def read_sequences(file: Path, model: Model) -> list[Input]:
     """The whole sequences in a file: one for each of its JSON lines if each holds one, else the file is one."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     is_json = file.suffix in (".jsonl", ".ndjson") if model.symbols else _is_json(text)
     values = [(number, _json_value(line, number)) for number, line in _numbered(text.splitlines())] if is_json else []
     if model.symbols:
@@ -87,13 +87,13 @@ def _text(value: Any, line: int) -> str:
 
 def _rows(lines: Iterable[str], model: Model) -> Iterator[Row]:
     order: list[int] | None = None
-    for number, line in _numbered(lines):
+    for place, (number, line) in enumerate(_numbered(lines)):
         if _is_json(line):
             yield _numbers(_json_value(line, number), model, number)
             continue
-        cells = next(csv.reader([line]))
-        if number == 1 and not all(map(_is_number, cells)):
-            order = _columns(cells, model)
+        cells = next(csv.reader([line], skipinitialspace=True))
+        if place == 0 and not all(map(_is_number, cells)):
+            order = _columns(cells, model, number)
             continue
         yield _numbers([cells[i] for i in order] if order and len(cells) > max(order) else cells, model, number)
 
@@ -103,18 +103,20 @@ def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     return ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _columns(header: Sequence[str], model: Model) -> list[int]:
+def _columns(header: Sequence[str], model: Model, line: int) -> list[int]:
     """Where each feature stands."""
     missing = [name for name in model.features if name not in header]
     if missing:
         raise BadInput(
-            f"line 1: the header has no column {missing[0]!r}; {model.name} reads {', '.join(model.features)}"
+            f"line {line}: the header has no column {missing[0]!r}; {model.name} reads {', '.join(model.features)}"
         )
     return [header.index(name) for name in model.features]
 
 
 def _numbers(cells: Any, model: Model, line: int) -> Row:
     if isinstance(cells, dict):
+        if not cells.keys() & set(model.features):
+            raise BadInput(f"line {line}: none of these is a feature; {model.name} reads {', '.join(model.features)}")
         cells = [cells.get(name) for name in model.features]
     if not isinstance(cells, list) or len(cells) != len(model.features):
         count = len(cells) if isinstance(cells, list) else 1

@@ -30,7 +30,7 @@ class _NoticeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeRe
     NOTICE_REASON_UNSPECIFIED: _NoticeReason.ValueType  # 0
     """Not said."""
     NOTICE_REASON_DRAINING: _NoticeReason.ValueType  # 1
-    """The server is shutting down: it answers what it has received and takes no more steps."""
+    """The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING."""
 
 class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
     """Why a notice was sent."""
@@ -38,7 +38,7 @@ class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
 NOTICE_REASON_UNSPECIFIED: NoticeReason.ValueType  # 0
 """Not said."""
 NOTICE_REASON_DRAINING: NoticeReason.ValueType  # 1
-"""The server is shutting down: it answers what it has received and takes no more steps."""
+"""The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING."""
 Global___NoticeReason: _TypeAlias = NoticeReason  # noqa: Y015
 
 @_typing.final
