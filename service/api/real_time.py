@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[StreamStepsRequest, StreamStepsResponse]
 
+CANCELLATION_S = 0.05  # within this after the end of a call whose client has gone, gRPC cancels it
 SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -115,6 +116,7 @@ class RealTimeService(RealTimeServiceServicer):
                 await stream.send(StreamStepsResponse(closed=closed))
                 return
             await stream.send(await self._reply(stream, request))
+        await asyncio.sleep(CANCELLATION_S)  # ended without `close`: half-closed, or about to be cancelled
 
     def _opened(self, stream: _Stream) -> SessionOpened:
         return SessionOpened(

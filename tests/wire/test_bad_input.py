@@ -297,13 +297,13 @@ def test_a_cancelled_stream_is_counted_as_cancelled(small_server: RunningServer,
 
 
 def test_bytes_that_are_no_message_are_refused_with_a_reason(channel: grpc.Channel) -> None:
+    unary_call: Any = channel.unary_unary("/rnnserve.v1.SequenceService/Predict")
     with pytest.raises(grpc.RpcError) as ended:
-        raw: Any = channel.unary_unary("/rnnserve.v1.SequenceService/Predict")
-        raw(b"\xff\xff", timeout=TIMEOUT_S)
+        unary_call(b"\xff\xff", timeout=TIMEOUT_S)
     assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_MALFORMED", None)
+    stream_call: Any = channel.stream_stream("/rnnserve.v1.RealTimeService/StreamSteps")
     with pytest.raises(grpc.RpcError) as ended:
-        raw = channel.stream_stream("/rnnserve.v1.RealTimeService/StreamSteps")
-        list(raw(iter([b"\xff\xff"]), timeout=TIMEOUT_S))
+        list(stream_call(iter([b"\xff\xff"]), timeout=TIMEOUT_S))
     assert_refused(refusal_of(ended.value), Code.INVALID_ARGUMENT, "MESSAGE_MALFORMED", None)
 
 
