@@ -6,7 +6,7 @@ TASK ?= all
 
 BIN := .venv/bin
 READY := .venv/.ready
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 GOOGLEAPIS = $(shell $(BIN)/python -c "import google.rpc, pathlib; print(pathlib.Path(google.rpc.__path__[0]).parents[1])")
 PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GOOGLEAPIS)
 PROTOS := protos/rnnserve/v1/*.proto
@@ -17,10 +17,10 @@ LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up .venv (once, a minute or three; torch is the large part)"
+	@echo "Setting up .venv (once, a minute or two; torch is the large part)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) --quiet --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
+	$(PIP_INSTALL) --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
 	$(PIP_INSTALL) --editable '.[service,training,dev]'
 	@touch $(READY)
 

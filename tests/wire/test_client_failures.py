@@ -147,6 +147,11 @@ def test_limits_of_the_server_are_told_by_name(small_server: RunningServer) -> N
         assert stream.step(STEP).step == 0
 
 
+def test_a_message_that_the_transport_refuses_is_too_large_by_name(small_server: RunningServer) -> None:
+    with Client(small_server.target) as client, pytest.raises(MessageTooLarge, match="larger than max"):
+        client.predict("text", ["a" * 2_000_000])
+
+
 def test_one_session_too_many_is_told_when_to_come_back(small_server: RunningServer) -> None:
     with Client(small_server.target) as client, ExitStack() as streams:
         with pytest.raises(SessionLimit) as limit:

@@ -37,7 +37,10 @@ def _stream_sample(client: Client, console: Console, name: str, *, real_time: bo
     sample = max(samples, key=lambda sample: len(sample.input))
     rate_hz = model.steps_per_second if 0 < model.steps_per_second <= 30 else SLOWED_HZ
     steps = sample.input[: round(LONGEST_S * rate_hz)]
-    title = f"{name}: {sample.description} (truly: {sample.label}), {len(steps)} steps at {rate_hz:g} a second"
+    pace = f"its own {rate_hz:g} steps a second"
+    if rate_hz != model.steps_per_second:
+        pace = f"{rate_hz:g} steps a second, slowed down to be seen"
+    title = f"{name}: {sample.description} (truly: {sample.label}); the first {len(steps)} steps at {pace}"
     answer = _play(client, console, model, title, at_rate(steps, rate_hz) if real_time else steps)
     console.print(f"after {answer.step + 1} steps it says {answer.label}, and it truly is {sample.label}\n")
     return True
