@@ -29,6 +29,7 @@ from rnnserve.v1.real_time_service_pb2 import (
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from service.api import codec
 from service.api.calls import Refusals
+from service.api.drain import draining
 from service.api.limits import Limits
 from service.catalog.catalog import Catalog
 from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
@@ -69,6 +70,7 @@ class RealTimeService(RealTimeServiceServicer):
         self._refusals = refusals
         self._metrics = metrics
         self._streams: set[_Stream] = set()
+        self._draining = False
 
     async def StreamSteps(  # type: ignore[override]
         self, requests: AsyncIterator[StreamStepsRequest], context: Context
@@ -77,6 +79,8 @@ class RealTimeService(RealTimeServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
+        if self._draining:  # the call began before the drain, but no session did
+            raise draining()
         self._limits.check_size(request)
         with within("open"):
             stream = self._open(request.open, context)
@@ -87,7 +91,8 @@ class RealTimeService(RealTimeServiceServicer):
             self._sessions.close(stream.session)
 
     async def notify_draining(self, time_left_s: float) -> None:
-        """Tell every live stream that the server will end it."""
+        """Tell every live stream that the server will end it, and open no more."""
+        self._draining = True
         notice = Notice(
             reason=NOTICE_REASON_DRAINING,
             message=f"the server is shutting down; it ends this stream in {time_left_s:g} s",

@@ -20,6 +20,8 @@ from tests.support.wire import (
     steps,
 )
 
+STREAM = {"grpc_type": "bidi_stream", "grpc_service": "rnnserve.v1.RealTimeService", "grpc_method": "StreamSteps"}
+
 
 def assert_draining(error: grpc.RpcError) -> None:
     refusal = refusal_of(error)
@@ -30,9 +32,10 @@ def assert_draining(error: grpc.RpcError) -> None:
 def test_a_drain_answers_what_was_sent_refuses_what_is_new_and_ends_well(repository: Path) -> None:
     with start_server(repository, drain_timeout_s=60) as server, grpc.insecure_channel(server.target) as channel:
         whole = SequenceServiceStub(channel)
-        with live_stream(channel, open_("vanilla", "live")) as stream:
+        with live_stream(channel, open_("vanilla", "live")) as stream, live_stream(channel) as late:
             running = whole.Predict.future(predict("stacked", [random_steps(20_000)]), timeout=TIMEOUT_S)
             eventually(lambda: metric(server.metrics_url, "rnnserve_queued_sequences") == 1)
+            eventually(lambda: metric(server.metrics_url, "grpc_server_started_total", **STREAM) == 2)
             stream.send(*(steps(i, random_steps(1)) for i in range(50)))
             server.terminate()
 
@@ -45,6 +48,9 @@ def test_a_drain_answers_what_was_sent_refuses_what_is_new_and_ends_well(reposit
 
             with live_stream(channel) as refused, pytest.raises(grpc.RpcError) as ended:
                 refused.ask(open_("vanilla", "new"))
+            assert_draining(ended.value)
+            with pytest.raises(grpc.RpcError) as ended:
+                late.ask(open_("vanilla", "late"))
             assert_draining(ended.value)
             with pytest.raises(grpc.RpcError) as ended:
                 whole.Predict(predict("vanilla", [random_steps(1)]), timeout=TIMEOUT_S)
