@@ -253,10 +253,12 @@ class RecurrentNetwork(nn.Module):
 
     def _read(self, inputs: Tensor) -> Tensor:
         vectors: Tensor = inputs if self.embedding is None else self.embedding(inputs)
-        return self.input_block(vectors)  # type: ignore[no-any-return]
+        read: Tensor = self.input_block(vectors)
+        return read
 
     def _answer(self, hidden: Tensor) -> Tensor:
-        return self.output(self.output_block(self.dropout(hidden)))  # type: ignore[no-any-return]
+        outputs: Tensor = self.output(self.output_block(self.dropout(hidden)))
+        return outputs
 
     def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of each of several sessions of a streamable network.

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -121,7 +121,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _read(self, request: Any, handler: Handler, method: Method) -> Any:
         """The request, or the stream of them, counted and decoded. Raises MessageMalformed."""
-        decode: Callable[[bytes], Any] = handler.request_deserializer  # type: ignore[assignment]
+        decode = cast("Callable[[bytes], Any]", handler.request_deserializer)
         if handler.request_streaming:
             return self._read_each(request, decode, method)
         self._metrics.message_received(method)
@@ -178,4 +178,4 @@ def _describe(handler: Handler) -> tuple[str, Callable[..., Any], Callable[..., 
             found = "client_stream", handler.stream_unary, grpc.stream_unary_rpc_method_handler
         case _:
             found = "bidi_stream", handler.stream_stream, grpc.stream_stream_rpc_method_handler
-    return found  # type: ignore[no-any-return]
+    return cast("tuple[str, Callable[..., Any], Callable[..., Handler]]", found)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.manifest import FeatureInput, Manifest, TextInput, UnknownSymbolError
-from rnnserve.v1 import model_service_pb2, prediction_pb2, real_time_service_pb2, sequence_service_pb2, tensor_pb2
+from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_pb2, tensor_pb2
 from service.errors import (
     DataTypeMismatch,
     FieldInvalid,
@@ -23,7 +23,7 @@ from service.errors import (
 WIRE_FLOAT32 = np.dtype("<f4")
 
 Floats = NDArray[np.float32]
-Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence | model_service_pb2.Sample
+Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence
 """Each has a oneof `input` of `tensor` and `text`."""
 
 

@@ -28,7 +28,8 @@ class StepJob:
     @property
     def next_input(self) -> NDArray[np.generic]:
         """The step that the next tick applies: (features,) or ()."""
-        return self.inputs[len(self.outputs)]  # type: ignore[no-any-return]
+        step: NDArray[np.generic] = self.inputs[len(self.outputs)]
+        return step
 
     @property
     def done(self) -> bool:

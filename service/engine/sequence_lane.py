@@ -175,6 +175,7 @@ class SequenceLane:
             self._process = self._spawn()
             refusal: ServingError = LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)
         elif len(batch) > 1:
+            log.warning("a batch failed; its sequences are tried one by one", exc_info=error)
             for job in batch:
                 await self._run([job])
             return

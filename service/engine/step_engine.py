@@ -124,6 +124,7 @@ def step_together(executor: StepExecutor, jobs: Sequence[StepJob]) -> Sequence[O
         outputs, new_rows = executor.step(inputs, rows)
     except Exception:
         if len(jobs) > 1:
+            log.warning("a tick failed; its steps are tried one by one", exc_info=True)
             return [outcome for job in jobs for outcome in step_together(executor, [job])]
         log.exception("a step failed")
         return [ExecutionFailed("the network could not compute this step")]
