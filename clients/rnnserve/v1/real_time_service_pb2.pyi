@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Durability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
+    """Not said."""
+    DURABILITY_NONE: _Durability.ValueType  # 1
+    """Nothing: it ends with its stream, because it has no resume token."""
+    DURABILITY_PROCESS: _Durability.ValueType  # 2
+    """The end of its stream, but not that of the server: there is no durable store, or it is out of order now."""
+    DURABILITY_STORED: _Durability.ValueType  # 3
+    """A crash of the server."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+    """What a session survives."""
+
+DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
+"""Not said."""
+DURABILITY_NONE: Durability.ValueType  # 1
+"""Nothing: it ends with its stream, because it has no resume token."""
+DURABILITY_PROCESS: Durability.ValueType  # 2
+"""The end of its stream, but not that of the server: there is no durable store, or it is out of order now."""
+DURABILITY_STORED: Durability.ValueType  # 3
+"""A crash of the server."""
+Global___Durability: _TypeAlias = Durability  # noqa: Y015
+
 class _NoticeReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -30,7 +58,11 @@ class _NoticeReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NoticeRe
     NOTICE_REASON_UNSPECIFIED: _NoticeReason.ValueType  # 0
     """Not said."""
     NOTICE_REASON_DRAINING: _NoticeReason.ValueType  # 1
-    """The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING."""
+    """The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING. A stream whose
+    session can be resumed ends sooner, once nothing more comes.
+    """
+    NOTICE_REASON_EVICTED: _NoticeReason.ValueType  # 2
+    """The session is evicted; the stream ends with EVICTED, which says which limit it met."""
 
 class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
     """Why a notice was sent."""
@@ -38,7 +70,11 @@ class NoticeReason(_NoticeReason, metaclass=_NoticeReasonEnumTypeWrapper):
 NOTICE_REASON_UNSPECIFIED: NoticeReason.ValueType  # 0
 """Not said."""
 NOTICE_REASON_DRAINING: NoticeReason.ValueType  # 1
-"""The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING."""
+"""The server is shutting down: it goes on for `time_left`, then ends the stream with DRAINING. A stream whose
+session can be resumed ends sooner, once nothing more comes.
+"""
+NOTICE_REASON_EVICTED: NoticeReason.ValueType  # 2
+"""The session is evicted; the stream ends with EVICTED, which says which limit it met."""
 Global___NoticeReason: _TypeAlias = NoticeReason  # noqa: Y015
 
 @_typing.final
@@ -51,6 +87,9 @@ class StreamStepsRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    ANSWERED_STEP_FIELD_NUMBER: _builtins.int
+    answered_step: _builtins.int
+    """Acknowledges: the client has the answer to every step before this index, and the server need not hold it."""
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """Begins the session."""
@@ -74,10 +113,11 @@ class StreamStepsRequest(_message.Message):
         steps: Global___Steps | None = ...,
         reset: Global___ResetSession | None = ...,
         close: Global___CloseSession | None = ...,
+        answered_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "open", b"open", "request", b"request", "reset", b"reset", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "open", b"open", "request", b"request", "reset", b"reset", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_step", b"answered_step", "close", b"close", "open", b"open", "request", b"request", "reset", b"reset", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "steps", "reset", "close"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
@@ -87,7 +127,7 @@ Global___StreamStepsRequest: _TypeAlias = StreamStepsRequest  # noqa: Y015
 
 @_typing.final
 class OpenSession(_message.Message):
-    """Begins a session."""
+    """Begins a session, or goes on with one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -95,12 +135,27 @@ class OpenSession(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    REQUIRE_DURABLE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of a streamable model."""
     version: _builtins.int
     """Its version; 0 = the newest."""
     session_id: _builtins.str
-    """Made by the client, 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'. An id in use is SESSION_EXISTS."""
+    """Made by the client, 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'. An id in use is SESSION_EXISTS,
+    unless the resume token is the same.
+    """
+    resume_token: _builtins.bytes
+    """16 random bytes made by the client, who alone knows them: the server keeps a hash. The same id and token are the
+    same session, so an open may be sent again. Empty = the session ends with its stream.
+    """
+    resume: _builtins.bool
+    """The session must be there: SESSION_NOT_FOUND or EVICTED, never a new one. If the answers from `answered_step` on
+    are no longer held, RESUME_POINT_LOST. Needs a token.
+    """
+    require_durable: _builtins.bool
+    """STORE_UNAVAILABLE unless the session will survive a crash of the server. Needs a token."""
     @_builtins.property
     def options(self) -> _prediction_pb2.OutputOptions:
         """What the answers carry."""
@@ -112,10 +167,13 @@ class OpenSession(_message.Message):
         version: _builtins.int = ...,
         session_id: _builtins.str = ...,
         options: _prediction_pb2.OutputOptions | None = ...,
+        resume_token: _builtins.bytes = ...,
+        resume: _builtins.bool = ...,
+        require_durable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "require_durable", b"require_durable", "resume", b"resume", "resume_token", b"resume_token", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -190,18 +248,27 @@ Global___ResetSession: _TypeAlias = ResetSession  # noqa: Y015
 
 @_typing.final
 class CloseSession(_message.Message):
-    """Ends the session after everything sent before it has been answered."""
+    """Ends the session after everything sent before it has been answered. Until every answer is acknowledged, a session
+    with a resume token is parked rather than erased, so that answers lost on the way can still be fetched.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    first_step: _builtins.int
+    """The index of the next step. Another one than the session's is STEP_OUT_OF_ORDER. Not given = not checked."""
     def __init__(
         self,
+        *,
+        first_step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step", b"_first_step", "first_step", b"first_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__first_step: _TypeAlias = _typing.Literal["first_step"]  # noqa: Y015
+    _WhichOneofArgType__first_step: _TypeAlias = _typing.Literal["_first_step", b"_first_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step) -> _WhichOneofReturnType__first_step | None: ...
 
 Global___CloseSession: _TypeAlias = CloseSession  # noqa: Y015
 
@@ -217,6 +284,12 @@ class StreamStepsResponse(_message.Message):
     CLOSED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    durable_step: _builtins.int
+    """Every step before this index, and every answer to it that is not acknowledged, survives a crash of the server. A
+    client need keep only later ones to send them again.
+    """
     @_builtins.property
     def opened(self) -> Global___SessionOpened:
         """The answer to `open`."""
@@ -241,6 +314,10 @@ class StreamStepsResponse(_message.Message):
     def notice(self) -> Global___Notice:
         """No answer: something that the client should know. The stream goes on until the server ends it."""
 
+    @_builtins.property
+    def checkpoint(self) -> Global___Checkpoint:
+        """No answer: `durable_step` has advanced while nothing else was to be said."""
+
     def __init__(
         self,
         *,
@@ -250,12 +327,14 @@ class StreamStepsResponse(_message.Message):
         closed: Global___SessionClosed | None = ...,
         error: _status_pb2.Status | None = ...,
         notice: Global___Notice | None = ...,
+        checkpoint: Global___Checkpoint | None = ...,
+        durable_step: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "closed", b"closed", "error", b"error", "notice", b"notice", "opened", b"opened", "reset", b"reset", "response", b"response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "checkpoint", b"checkpoint", "closed", b"closed", "error", b"error", "notice", b"notice", "opened", b"opened", "reset", b"reset", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "closed", b"closed", "error", b"error", "notice", b"notice", "opened", b"opened", "reset", b"reset", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "checkpoint", b"checkpoint", "closed", b"closed", "durable_step", b"durable_step", "error", b"error", "notice", b"notice", "opened", b"opened", "reset", b"reset", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["opened", "answer", "reset", "closed", "error", "notice"]  # noqa: Y015
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["opened", "answer", "reset", "closed", "error", "notice", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
 
@@ -272,6 +351,8 @@ class SessionOpened(_message.Message):
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     MAX_STEPS_PER_MESSAGE_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
+    RESUME_WINDOW_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model that was found."""
     version: _builtins.int
@@ -282,6 +363,12 @@ class SessionOpened(_message.Message):
     """How many steps one message may hold."""
     max_message_bytes: _builtins.int
     """How many bytes one message may have."""
+    durability: Global___Durability.ValueType
+    """What the session survives."""
+    @_builtins.property
+    def resume_window(self) -> _duration_pb2.Duration:
+        """How long the session is kept without a stream."""
+
     def __init__(
         self,
         *,
@@ -290,14 +377,33 @@ class SessionOpened(_message.Message):
         next_step: _builtins.int = ...,
         max_steps_per_message: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
+        durability: Global___Durability.ValueType = ...,
+        resume_window: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resume_window", b"resume_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "resume_window", b"resume_window", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionOpened: _TypeAlias = SessionOpened  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """The session's durable step has advanced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 
 @_typing.final
 class StepsAnswer(_message.Message):
@@ -310,7 +416,9 @@ class StepsAnswer(_message.Message):
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     first_step: _builtins.int
-    """The index of the first step that the prediction is about. With STEP_SELECTION_LAST this is the last step."""
+    """The index of the first step that the prediction is about. With STEP_SELECTION_LAST this is the last step. An
+    answer to steps that were acknowledged before has no rows.
+    """
     next_step: _builtins.int
     """The index that the next step must have. Smaller than expected where `failure` is set."""
     @_builtins.property
@@ -396,7 +504,7 @@ class Notice(_message.Message):
     """The same in a sentence."""
     @_builtins.property
     def time_left(self) -> _duration_pb2.Duration:
-        """How long the server still waits before it ends the stream."""
+        """How long the server still waits before it ends the stream; 0 = it ends now."""
 
     def __init__(
         self,

@@ -51,7 +51,13 @@ class RealTimeServiceServicer:
 
         Each message is answered by one message, in order. A message that is refused is answered by `error`; state and
         stream stay as they were before it, and the client may send its steps again, corrected. Only a refused `open`
-        ends the call. A stream that ends without `close` ends its session, too.
+        ends the call.
+
+        A session opened with a resume token outlives its stream: where that ends without `close`, the session is parked
+        for `resume_window`, and whoever opens it again with the same id and token goes on. The answers that were missed
+        come first, then the client sends the steps from `next_step` on. No step is ever applied twice: one that was
+        applied before is answered again from the answers that are held, or, once acknowledged, by an answer without
+        rows. The newest open owns the session; the stream that had it ends with SESSION_MOVED.
 
         The session id should also travel as call metadata `rnnserve-session-id`, for load balancers.
         """

@@ -1,0 +1,78 @@
+"""All that is known of a session between two of its messages: what a store keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.manifest import ModelKey
+
+Floats = NDArray[np.float32]
+ANONYMOUS = ""  # the one tenant, until callers have names
+
+
+class SessionKey(NamedTuple):
+    """Session ids are unique within a tenant."""
+
+    tenant: str
+    session_id: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class HeldAnswer:
+    """An answer that the client has not acknowledged.
+
+    outputs (rows, outputs) about the rows' steps up to `next_step` (exclusive): all of a message, or its last one.
+    """
+
+    first_step: int  # of the message
+    next_step: int
+    outputs: Floats
+
+    @property
+    def first_row_step(self) -> int:
+        """The index of the step that the first row is about."""
+        return self.next_step - len(self.outputs)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SessionRecord:
+    """A checkpoint: state, step index and unacknowledged answers of one moment. Nothing in it ever changes."""
+
+    key: SessionKey
+    model: ModelKey
+    weights_sha256: str  # of the bundle that the row belongs to
+    token_hash: bytes  # SHA-256 of the resume token
+    next_step: int
+    answered_step: int  # acknowledged: answers before it are not held
+    row: Floats  # (row_size,)
+    held: tuple[HeldAnswer, ...] = ()
+    resets: tuple[int, ...] = ()  # indices of unacknowledged resets
+    opened_s: float = field(default=0.0)  # seconds since 1970
+    used_s: float = field(default=0.0)  # the last message or the end of the stream, likewise
+    parked: bool = False  # whether its stream is gone
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the arrays, which is most of it."""
+        return self.row.nbytes + sum(answer.outputs.nbytes for answer in self.held)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What is known of a stored session without reading it."""
+
+    key: SessionKey
+    model: ModelKey
+    next_step: int
+    opened_s: float
+    used_s: float
+    size_bytes: int
+
+
+def summary_of(record: SessionRecord) -> SessionSummary:
+    """Without its state and answers."""
+    return SessionSummary(record.key, record.model, record.next_step, record.opened_s, record.used_s, record.size_bytes)
