@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
@@ -17,22 +18,27 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from rnnserve.v1 import model_service_pb2, real_time_service_pb2, sequence_service_pb2
+from rnnserve.v1 import model_service_pb2, real_time_service_pb2, sequence_service_pb2, session_service_pb2
 from rnnserve.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from rnnserve.v1.real_time_service_pb2_grpc import add_RealTimeServiceServicer_to_server
 from rnnserve.v1.sequence_service_pb2_grpc import add_SequenceServiceServicer_to_server
+from rnnserve.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
 from service.api.calls import CallInterceptor, Refusals
 from service.api.drain import Drain
 from service.api.limits import Limits
 from service.api.models import ModelService
 from service.api.real_time import RealTimeService
 from service.api.sequences import SequenceService
+from service.api.sessions import SessionService
 from service.catalog.catalog import Catalog, load_catalog
 from service.engine.executor import TorchExecutor
 from service.engine.sequence_lane import SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
-from service.sessions.registry import SessionRegistry
+from service.sessions.registry import SessionLimits, SessionRegistry
+from service.sessions.stores.memory import MemoryStore
+from service.sessions.stores.sqlite import SqliteStore
+from service.sessions.stores.store import SessionStore, StoreError
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -43,10 +49,13 @@ SERVICES = [
         (real_time_service_pb2, "RealTimeService"),
         (sequence_service_pb2, "SequenceService"),
         (model_service_pb2, "ModelService"),
+        (session_service_pb2, "SessionService"),
     )
 ]
 TRANSPORT_SLACK_BYTES = 2**20  # a message this far above our limit still reaches us, so that it gets a reason
 SHUTDOWN_S = 0.25
+ENDING_S = 2.0  # of the time for a drain: for last words, the sessions' last checkpoint and the end itself
+STORE_HEALTH = "session-store"
 
 
 class StartError(RuntimeError):
@@ -83,14 +92,33 @@ class Service:
             max_queued_sequences=settings.max_queued_sequences,
             max_bulk_sequences=settings.max_bulk_sequences,
         )
-        sessions = SessionRegistry(self.engine, max_sessions=settings.max_sessions, metrics=self.metrics)
-        self.real_time = RealTimeService(catalog, sessions, limits, refusals, self.metrics)
+        self.sessions = SessionRegistry(
+            self.engine,
+            _store(settings),
+            {bundle.manifest.key: bundle.manifest for bundle in catalog},
+            SessionLimits(
+                max_streams=settings.max_streams,
+                max_sessions=settings.max_sessions,
+                max_sessions_per_tenant=settings.max_sessions_per_tenant,
+                max_parked_bytes=settings.max_parked_bytes,
+                max_held_bytes=settings.max_held_bytes,
+                resume_window_s=settings.resume_window_s,
+                idle_timeout_s=settings.idle_timeout_s,
+                max_age_s=settings.max_session_age_s,
+            ),
+            checkpoint_interval_s=settings.checkpoint_interval_s,
+            checkpoint_steps=settings.checkpoint_steps,
+            store_timeout_s=settings.store_timeout_s,
+            metrics=self.metrics,
+        )
+        self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics)
         self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
         add_SequenceServiceServicer_to_server(
             SequenceService(catalog, self.lane, limits, refusals, self.metrics), self.server
         )
         add_ModelServiceServicer_to_server(ModelService(catalog), self.server)
+        add_SessionServiceServicer_to_server(SessionService(self.sessions), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server)
 
@@ -107,12 +135,17 @@ class Service:
         )
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. Raises StartError."""
+        """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. Raises StartError."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        port = self._bind()
-        loops = [asyncio.create_task(self.engine.run()), asyncio.create_task(self.lane.run())]
+            asyncio.get_running_loop().add_signal_handler(number, _stop_or_end, stop, number)
+        with self._state_dir_locked():
+            await self._start_sessions()
+            await self._serve(stop, self._bind())
+
+    async def _serve(self, stop: asyncio.Event, port: int) -> None:
+        loops = [asyncio.create_task(part.run()) for part in (self.engine, self.lane, self.sessions)]
+        loops.append(asyncio.create_task(self._report_store_health()))
         with self._metrics_page() as metrics_port:
             try:
                 await self.lane.warm_up([bundle.folder for bundle in self.catalog])
@@ -127,6 +160,7 @@ class Service:
                     loop.cancel()
                 self.engine.close()
                 self.lane.close()
+                await self.sessions.stop()
 
     def _bind(self) -> int:
         address = f"{self.settings.host}:{self.settings.port}"
@@ -153,20 +187,16 @@ class Service:
         for bundle in self.catalog:
             self.metrics.model_loaded(bundle.manifest.key)
         names = {f"models/{bundle.manifest.name}" for bundle in self.catalog}
-        for name in ("", *SERVICES, *sorted(names)):
+        for name in ("", *SERVICES, STORE_HEALTH, *sorted(names)):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     @contextmanager
     def _announced(self, port: int, metrics_port: int) -> Iterator[None]:
-        """Say where we serve: in the log and, if there is a folder for it, in a file."""
+        """Say where we serve: in the log and in a file."""
         host = self.settings.host
         log.info("serving %s on %s:%d, metrics on http://%s:%d/metrics", self._names(), host, port, host, metrics_port)
-        if self.settings.state_dir is None:
-            yield
-            return
         file = self.settings.state_dir / "server.json"
         try:
-            self.settings.state_dir.mkdir(parents=True, exist_ok=True)
             _write_whole(file, json.dumps({"pid": os.getpid(), "port": port, "metrics_port": metrics_port}))
         except OSError as error:
             raise StartError(f"state_dir: {file} cannot be written: {error.strerror}") from None
@@ -186,10 +216,58 @@ class Service:
             task.result()
 
     async def _drain(self) -> None:
-        log.info("draining for up to %g s", self.settings.drain_timeout_s)
+        """Within the time for it: end the calls, then write what the sessions have become."""
+        total_s = self.settings.drain_timeout_s
+        log.info("draining for up to %g s", total_s)
         await self.health.enter_graceful_shutdown()
-        await self.drain.run(self.settings.drain_timeout_s, self.real_time.notify_draining)
+        await self.drain.run(total_s - min(ENDING_S, total_s / 2), self.real_time.notify_draining)
+        await self.sessions.park_all()
         log.info("drained")
+
+    async def _start_sessions(self) -> None:
+        try:
+            await self.sessions.start()
+        except StoreError as error:
+            raise StartError(f"session_store: {error}") from None
+
+    @contextmanager
+    def _state_dir_locked(self) -> Iterator[None]:
+        """Two servers in one folder would write each other's sessions over."""
+        folder = self.settings.state_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise StartError(f"state_dir: {folder} cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StartError(f"state_dir: {folder} is in use by another server") from None
+            yield
+
+    async def _report_store_health(self) -> None:
+        changed = self.sessions.checkpoints.available_changed
+        while True:
+            await changed.wait()
+            changed.clear()
+            status = health_pb2.HealthCheckResponse
+            available = self.sessions.checkpoints.available
+            await self.health.set(STORE_HEALTH, status.SERVING if available else status.NOT_SERVING)
+
+
+def _store(settings: Settings) -> SessionStore:
+    if settings.session_store == "memory":
+        return MemoryStore()
+    return SqliteStore(settings.state_dir / "sessions.sqlite", power_loss_safe=settings.power_loss_safe)
+
+
+def _stop_or_end(stop: asyncio.Event, number: int) -> None:
+    """The first signal stops; the second one kills, as it would have without us."""
+    if stop.is_set():
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    stop.set()
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -8,18 +8,21 @@ ServingError
 │   ├── MessageTooLarge      MessageMalformed
 │   └── NotFinite            UnknownSymbol
 ├── Conflict             another order of calls is needed
-│   └── StepOutOfOrder
+│   ├── StepOutOfOrder
+│   ├── ResumePointLost
+│   └── SessionMoved         Evicted
 ├── NotFound
-│   └── ModelNotFound
+│   └── ModelNotFound        SessionNotFound
 ├── AlreadyExists
 │   └── SessionExists
 ├── NotPossible          this model can never do it
-│   └── ModelNotStreamable
+│   └── ModelNotStreamable   BundleMismatch
 ├── Exhausted            a limit is reached; later there may be room
 │   ├── SessionLimit
 │   └── QueueFull
 ├── Unavailable          this server cannot now; retry
 │   ├── Draining
+│   ├── StoreUnavailable
 │   └── LaneLost
 └── Failed               our fault
     ├── ExecutionFailed
@@ -139,12 +142,28 @@ class StepOutOfOrder(Conflict):
     """The index is not the session's next one."""
 
 
+class ResumePointLost(Conflict):
+    """The answers from the index on that a client asks for are no longer held."""
+
+
+class SessionMoved(Conflict):
+    """A newer stream of the client owns the session."""
+
+
+class Evicted(Conflict):
+    """A limit took the session from its stream, or ended it: `limit` in the metadata says which."""
+
+
 class NotFound(ServingError):
     """There is no such thing."""
 
 
 class ModelNotFound(NotFound):
     """No model of that name, or not in that version."""
+
+
+class SessionNotFound(NotFound):
+    """No session of that id, or no more."""
 
 
 class AlreadyExists(ServingError):
@@ -161,6 +180,10 @@ class NotPossible(ServingError):
 
 class ModelNotStreamable(NotPossible):
     """The network cannot answer before the sequence ends."""
+
+
+class BundleMismatch(NotPossible):
+    """The session's state belongs to other weights than are served."""
 
 
 class Exhausted(ServingError):
@@ -181,6 +204,10 @@ class Unavailable(ServingError):
 
 class Draining(Unavailable):
     """The server is shutting down."""
+
+
+class StoreUnavailable(Unavailable):
+    """The session store does not answer."""
 
 
 class LaneLost(Unavailable):

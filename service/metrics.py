@@ -50,8 +50,22 @@ class Metrics:
             registry=r,
             buckets=DURATION_BUCKETS_S,
         )
-        self._sessions = Gauge("rnnserve_sessions", "Sessions open now.", MODEL, registry=r)
+        self._sessions = Gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL, registry=r)
         self._opened = Counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL, registry=r)
+        self._resumed = Counter(
+            "rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL, registry=r
+        )
+        self._parked = Gauge("rnnserve_parked_sessions", "Sessions kept without a stream.", registry=r)
+        self._parked_bytes = Gauge("rnnserve_parked_bytes", "Their states and answers.", registry=r)
+        self._evictions = Counter("rnnserve_evictions_total", "Sessions that met a limit.", ("limit",), registry=r)
+        self._store_up = Gauge("rnnserve_store_up", "1 while the session store answers.", registry=r)
+        self._store_up.set(1)
+        self._checkpoint_sessions = Histogram(
+            "rnnserve_checkpoint_sessions", "Sessions written at a time.", registry=r, buckets=COUNT_BUCKETS
+        )
+        self._checkpoint_s = Histogram(
+            "rnnserve_checkpoint_seconds", "Duration of such a write.", registry=r, buckets=DURATION_BUCKETS_S
+        )
         self._tick_sessions = Histogram(
             "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, registry=r, buckets=COUNT_BUCKETS
         )
@@ -93,10 +107,26 @@ class Metrics:
 
     def session_opened(self, model: ModelKey) -> None:
         self._opened.labels(*model).inc()
-        self._sessions.labels(*model).inc()
 
-    def session_closed(self, model: ModelKey) -> None:
-        self._sessions.labels(*model).dec()
+    def session_resumed(self, model: ModelKey) -> None:
+        self._resumed.labels(*model).inc()
+
+    def live_sessions(self, model: ModelKey, sessions: int) -> None:
+        self._sessions.labels(*model).set(sessions)
+
+    def parked(self, sessions: int, size_bytes: int) -> None:
+        self._parked.set(sessions)
+        self._parked_bytes.set(size_bytes)
+
+    def evicted(self, limit: str) -> None:
+        self._evictions.labels(limit).inc()
+
+    def store_available(self, available: bool) -> None:
+        self._store_up.set(available)
+
+    def checkpoint(self, sessions: int, duration_s: float) -> None:
+        self._checkpoint_sessions.observe(sessions)
+        self._checkpoint_s.observe(duration_s)
 
     def steps(self, model: ModelKey, applied: int) -> None:
         self._steps.labels(*model).inc(applied)

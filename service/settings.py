@@ -37,9 +37,9 @@ class Settings(BaseSettings):
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 = any free one")
     metrics_port: int = Field(9464, ge=0, le=65535, description="port of /metrics; 0 = any free one")
     model_repository: Path = Field(Path("models/repository"), description="folder of <name>/<version>/ bundles")
-    state_dir: Path | None = Field(
-        None,
-        description="folder for what the service writes: server.json with its ports while it serves; none = nothing",
+    state_dir: Path = Field(
+        Path(".state"),
+        description="folder of one server's own: sessions.sqlite, and server.json with its ports while it serves",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
@@ -47,9 +47,53 @@ class Settings(BaseSettings):
         4 * 2**20, ge=2**10, le=64 * 2**20, description="bytes of one message; a larger one is MESSAGE_TOO_LARGE"
     )
     max_steps_per_message: int = Field(1_000, ge=1, le=100_000, description="steps in one message of a stream")
-    max_sessions: int = Field(10_000, ge=1, le=1_000_000, description="open sessions; one more is SESSION_LIMIT")
+    max_streams: int = Field(10_000, ge=1, le=1_000_000, description="live streams; one more is SESSION_LIMIT")
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
     step_threads: int = Field(1, ge=1, le=64, description="torch threads of a tick")
+
+    session_store: Literal["sqlite", "memory"] = Field(
+        "sqlite", description="where sessions are kept; those in memory survive the end of a stream, not of the server"
+    )
+    power_loss_safe: bool = Field(
+        False, description="whether a checkpoint survives a loss of power, not only the death of a process; slower"
+    )
+    checkpoint_interval_s: float = Field(
+        1.0, ge=0.01, le=3_600.0, description="between two checkpoints of the sessions that have changed"
+    )
+    checkpoint_steps: int = Field(
+        100_000, ge=0, le=100_000_000, description="steps of all sessions that bring the next one forward; 0 = none do"
+    )
+    store_timeout_s: float = Field(
+        5.0, ge=0.05, le=600.0, description="after which the store counts as unavailable until it has answered"
+    )
+    max_held_bytes: int = Field(
+        2**20,
+        ge=0,
+        le=2**30,
+        description="unacknowledged answers of a session; past it the oldest are dropped, and to resume from before "
+        "them is RESUME_POINT_LOST",
+    )
+    resume_window_s: float = Field(
+        3_600.0, ge=0.0, le=31_536_000.0, description="how long a parked session is kept; 0 = ends with its stream"
+    )
+    idle_timeout_s: float = Field(
+        3_600.0, ge=0.0, le=31_536_000.0, description="a stream without a message for so long is parked; 0 = never"
+    )
+    max_session_age_s: float = Field(
+        0.0, ge=0.0, le=315_360_000.0, description="after which a session ends, live or parked; 0 = never"
+    )
+    max_sessions: int = Field(
+        200_000,
+        ge=1,
+        le=10_000_000,
+        description="live and parked; for one more the longest parked is evicted, and if none is, it is SESSION_LIMIT",
+    )
+    max_sessions_per_tenant: int = Field(
+        0, ge=0, le=10_000_000, description="the same for each tenant; 0 = as many as there may be in all"
+    )
+    max_parked_bytes: int = Field(
+        8 * 2**30, ge=0, le=2**50, description="states and answers of parked sessions; past it the longest parked go"
+    )
 
     max_sequence_steps: int = Field(20_000, ge=1, le=1_000_000, description="steps of one whole sequence")
     max_queued_sequences: int = Field(256, ge=1, le=100_000, description="waiting; one more is QUEUE_FULL")
@@ -65,7 +109,7 @@ class Settings(BaseSettings):
         10.0,
         ge=0.0,
         le=3_600.0,
-        description="how long running work may take after SIGTERM, before the second that ending takes; 0 = none",
+        description="from SIGTERM to the end of the process: live streams go on for most of it, if they must",
     )
 
     @classmethod

@@ -31,7 +31,7 @@ def small_server(repository: Path) -> Iterator[RunningServer]:
         repository,
         max_message_bytes=4_096,
         max_steps_per_message=50,
-        max_sessions=4,
+        max_streams=4,
         max_sequence_steps=100,
         max_queued_sequences=4,
     ) as running:

@@ -7,8 +7,10 @@ from rnnserve.async_client import AsyncClient
 from rnnserve.async_stream import AsyncStream
 from rnnserve.client import Client
 from rnnserve.errors import (
+    BundleMismatch,
     DataTypeMismatch,
     Draining,
+    Evicted,
     ExecutionFailed,
     FieldInvalid,
     InputKindMismatch,
@@ -23,12 +25,16 @@ from rnnserve.errors import (
     OpenMissing,
     OpenRepeated,
     QueueFull,
+    ResumePointLost,
     RnnserveError,
     SessionExists,
     SessionLimit,
+    SessionMoved,
+    SessionNotFound,
     ShapeMismatch,
     StepOutOfOrder,
     StepsMissing,
+    StoreUnavailable,
     StreamClosed,
     TimedOut,
     TooManySteps,
@@ -37,7 +43,7 @@ from rnnserve.errors import (
     Unreachable,
 )
 from rnnserve.models import Model, Quality, Sample, TrainingData
-from rnnserve.results import Answer, Notice, Prediction, TopLabel
+from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.stream import Stream
 
@@ -45,9 +51,11 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncStream",
+    "BundleMismatch",
     "Client",
     "DataTypeMismatch",
     "Draining",
+    "Evicted",
     "ExecutionFailed",
     "FieldInvalid",
     "InputKindMismatch",
@@ -66,14 +74,19 @@ __all__ = [
     "Prediction",
     "Quality",
     "QueueFull",
+    "ResumePoint",
+    "ResumePointLost",
     "RetryPolicy",
     "RnnserveError",
     "Sample",
     "SessionExists",
     "SessionLimit",
+    "SessionMoved",
+    "SessionNotFound",
     "ShapeMismatch",
     "StepOutOfOrder",
     "StepsMissing",
+    "StoreUnavailable",
     "Stream",
     "StreamClosed",
     "TimedOut",

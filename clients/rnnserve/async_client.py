@@ -16,10 +16,11 @@ from rnnserve.calls import Call, Calls, Program
 from rnnserve.channel import TLS, call_metadata, channel_options, credentials
 from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
+from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
 from rnnserve.requests import StepSelection, output_options
-from rnnserve.results import Prediction
+from rnnserve.results import Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
-from rnnserve.session import Session
+from rnnserve.session import RESUME_TIMEOUT_S, Session
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
@@ -37,6 +38,7 @@ class AsyncClient:
         token: sent as `authorization: Bearer`, and only over TLS or to this machine itself.
         timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
         retry: when calls that change nothing are tried again.
+        resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
 
     Raises:
         ValueError: a token was to be sent in plaintext to another machine.
@@ -50,9 +52,11 @@ class AsyncClient:
         token: str | None = None,
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),
+        resume_timeout_s: float = RESUME_TIMEOUT_S,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
+        self._resume_timeout_s = resume_timeout_s
         self._metadata = call_metadata(target, tls, token)
         self._calls = Calls(timeout_s, retry)
         self._channel = _channel(target, tls)
@@ -83,6 +87,10 @@ class AsyncClient:
         steps: StepSelection = "all",
         probabilities: bool = False,
         top_k: int = 0,
+        resume: ResumePoint | None = None,
+        durable: bool = False,
+        replay_buffer_bytes: int = REPLAY_BUFFER_BYTES,
+        when_replay_full: WhenReplayFull = "wait",
     ) -> AsyncStream:
         """A real-time stream, to be used in an `async with` block, which begins and ends its session.
 
@@ -93,8 +101,24 @@ class AsyncClient:
             steps: "all" = an answer about each step; "last" = only about the last step of each message.
             probabilities: whether the answers carry the probability of each label.
             top_k: how many of the most probable labels they carry.
+            resume: the `resume_point` of an earlier stream, whose session this one goes on with. After opening,
+                `missed` has the answers since then, and `next_step` says which step comes next. Raises
+                SessionNotFound, Evicted or ResumePointLost.
+            durable: raises StoreUnavailable unless the session will survive a crash of the server.
+            replay_buffer_bytes: how many bytes of steps are kept to send them again after a crash of the server.
+            when_replay_full: "wait" = for the server to make them durable; "drop" = the oldest answered ones, after
+                which a crash may end the stream with ResumePointLost.
         """
-        opened = Session(model, version, session, output_options(steps, probabilities, top_k))
+        opened = Session(
+            model,
+            version,
+            session,
+            output_options(steps, probabilities, top_k),
+            resume=resume,
+            durable=durable,
+            replay=Replay(replay_buffer_bytes, when_replay_full),
+            resume_timeout_s=self._resume_timeout_s,
+        )
         start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
         return AsyncStream(opened, start, self._target, self._timeout_s)
 

@@ -1,4 +1,4 @@
-"""One bidirectional call on an event loop."""
+"""A bidirectional call, and the next one where it is to be resumed; on an event loop."""
 
 import asyncio
 import contextlib
@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response
-from rnnserve.statuses import ended_by_server, error_from_call, timed_out
+from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response, Turn, earliest
+from rnnserve.statuses import cancelled_here, ended_by_server, error_from_call, timed_out
 
 _X = TypeVar("_X")
 _Q = TypeVar("_Q")
@@ -17,7 +17,7 @@ _A = TypeVar("_A")
 _R = TypeVar("_R")
 
 Inbox = asyncio.Queue[tuple[object, Any]]
-"""Pairs of source and event; the source None is the server."""
+"""Pairs of source and event; the source is a call or a feeder."""
 
 _WRITE_FAILED = "Internal error from Core"
 
@@ -25,28 +25,26 @@ _WRITE_FAILED = "Internal error from Core"
 class AsyncDuplex(Generic[_X, _Q, _A]):
     """Requests go out as they are sent; whatever comes back waits in an inbox, which one task at a time reads.
 
-    What waits raises TimedOut after `timeout_s`, and the reason for which the server or the connection ended the call.
+    Where the call ends, or no response comes within `timeout_s`, the bookkeeper says what now: a new call, or an error.
     """
 
-    def __init__(self, call: Callable[[AsyncIterator[_Q]], Any], target: str, timeout_s: float) -> None:
+    def __init__(self, start: Callable[[AsyncIterator[_Q]], Any], target: str, timeout_s: float) -> None:
+        self._start = start
         self._target = target
         self._timeout_s = timeout_s
-        self._requests: asyncio.Queue[_Q | None] = asyncio.Queue()  # None = no more
         self._inbox: Inbox = asyncio.Queue()
         self._feeder: _Feeder | None = None
-        self._failure: RnnserveError | None = None
-        self._status: grpc.aio.AioRpcError
-        self._call = call(self._outgoing())
-        self._call.add_done_callback(self._keep_status)
-        self._reading = asyncio.create_task(self._read(), name="rnnserve-responses")
+        self._cancelled = False
+        self._call: _Call[_Q] = _Call(start, target, self._inbox)
 
     def send(self, request: _Q) -> None:
         """Does not wait."""
-        self._requests.put_nowait(request)
+        self._call.send(request)
 
-    async def receive(self) -> Event[_X, _A]:
-        """The next event."""
-        return await self._next_event(_now_s() + self._timeout_s)
+    async def exchange(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], until_s: float | None = None) -> list[_R]:
+        """All results of what needs no inputs, at the latest at `until_s` of the loop's clock."""
+        self.stop_feeding()
+        return [result async for result in self._run(bookkeeper, None, until_s)]
 
     async def drive(
         self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], inputs: Iterable[_X] | AsyncIterable[_X], ahead: int
@@ -56,23 +54,12 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         `inputs` is read in a task of its own, so that no answer waits for the next input.
         """
         feeder = self._feed(inputs, ahead)
-        deadline: float | None = None
         try:
-            while not bookkeeper.done:
-                event = await self._next_event(deadline)
-                turn = bookkeeper.handle(event)
-                for request in turn.requests:
-                    self.send(request)
-                for result in turn.results:
+            async with contextlib.aclosing(self._run(bookkeeper, feeder)) as results:
+                async for result in results:
                     yield result
-                if self._feeder is not feeder:
-                    raise RuntimeError("these steps were ended by another call on their stream")
-                feeder.free(turn.places)
-                deadline = self._deadline_after(event, deadline) if bookkeeper.waiting else None
         finally:
             feeder.stop()
-        if bookkeeper.failure is not None:
-            raise bookkeeper.failure
 
     def stop_feeding(self) -> None:
         """Ends `drive`; what it has not sent of its inputs is left there."""
@@ -80,39 +67,72 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
             self._feeder.stop()
         self._feeder = None
 
-    async def finish(self) -> None:
+    async def finish(self, until_s: float | None = None) -> None:
         """Sends no more and waits for the end of the call, however it ends."""
-        self._requests.put_nowait(None)
-        deadline = _now_s() + self._timeout_s
-        with contextlib.suppress(RnnserveError):
-            while True:
-                await self._next_event(deadline)
+        self.stop_feeding()
+        self._call.send(None)
+        deadline = _now_s() + self._timeout_s if until_s is None else until_s
+        while not self._call.over:
+            await self._next_event(deadline)
 
     def cancel(self) -> None:
-        """Ends the call at once."""
+        """Ends the call at once, and begins no other."""
+        self._cancelled = True
         self.stop_feeding()
-        self._requests.put_nowait(None)
         self._call.cancel()
+
+    async def _run(
+        self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], feeder: "_Feeder | None", until_s: float | None = None
+    ) -> AsyncGenerator[_R]:
+        turn = bookkeeper.begin()
+        deadline: float | None = None
+        while True:
+            await self._obey(turn)
+            for result in turn.results:
+                yield result
+            if self._feeder is not feeder:
+                raise RuntimeError("these steps were ended by another call on their stream")
+            if feeder is not None:
+                feeder.free(turn.places)
+            if bookkeeper.done:
+                break
+            if turn.reconnect_after_s is not None:
+                deadline = None
+            deadline = self._deadline(deadline) if bookkeeper.waiting else None
+            event = await self._next_event(earliest(deadline, until_s))
+            deadline = None if isinstance(event, Response) else deadline
+            turn = bookkeeper.handle(event)
+        if bookkeeper.failure is not None:
+            raise bookkeeper.failure
+
+    async def _obey(self, turn: Turn[_Q, _R]) -> None:
+        if turn.reconnect_after_s is not None:
+            await asyncio.sleep(turn.reconnect_after_s)
+            if self._cancelled:
+                raise cancelled_here()
+            self._call.cancel()
+            self._call = _Call(self._start, self._target, self._inbox)
+        for request in turn.requests:
+            self.send(request)
 
     def _feed(self, inputs: Iterable[_X] | AsyncIterable[_X], ahead: int) -> "_Feeder":
         self.stop_feeding()
         self._feeder = _Feeder(inputs, ahead, self._inbox)
         return self._feeder
 
-    def _deadline_after(self, event: Event[_X, _A], deadline: float | None) -> float:
+    def _deadline(self, deadline: float | None) -> float:
         """Only a response gives the server more time."""
-        if deadline is None or isinstance(event, Response):
-            return _now_s() + self._timeout_s
-        return deadline
+        return _now_s() + self._timeout_s if deadline is None else deadline
 
     async def _next_event(self, deadline: float | None) -> Event[_X, _A]:
+        """Of the feeder or the call of now; others are late."""
+        if self._call.over:  # a reconnect was interrupted
+            return CallEnded(ended_by_server(self._target))
         while True:
-            if self._failure is not None:
-                raise self._failure
             source, event = await self._take(deadline)
-            if isinstance(event, CallEnded):
-                self._failure = event.error
-            elif source is None or source is self._feeder:
+            if isinstance(event, CallEnded) and source is self._call:
+                self._call.cancel()
+            if source is self._call or (source is self._feeder and source is not None):
                 return event  # type: ignore[no-any-return]
 
     async def _take(self, deadline: float | None) -> tuple[object, Any]:
@@ -122,9 +142,31 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
             async with asyncio.timeout_at(deadline):
                 return await self._inbox.get()
         except TimeoutError:
-            self._failure = timed_out(self._target, self._timeout_s)
-            self.cancel()
-            raise self._failure from None
+            return self._call, CallEnded(timed_out(self._target, self._timeout_s))
+
+
+class _Call(Generic[_Q]):
+    """One call: what comes back is put into the inbox, with the call as its source."""
+
+    def __init__(self, start: Callable[[AsyncIterator[_Q]], Any], target: str, inbox: Inbox) -> None:
+        self.over = False  # known to have ended
+        self._target = target
+        self._inbox = inbox
+        self._requests: asyncio.Queue[_Q | None] = asyncio.Queue()  # None = no more
+        self._status: grpc.aio.AioRpcError
+        self._call = start(self._outgoing())
+        self._call.add_done_callback(self._keep_status)
+        self._reading = asyncio.create_task(self._read(), name="rnnserve-responses")
+
+    def send(self, request: _Q | None) -> None:
+        """Does not wait."""
+        self._requests.put_nowait(request)
+
+    def cancel(self) -> None:
+        """Ends it at once."""
+        self.over = True
+        self._requests.put_nowait(None)
+        self._call.cancel()
 
     async def _outgoing(self) -> AsyncIterator[_Q]:
         while (request := await self._requests.get()) is not None:
@@ -134,12 +176,12 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         error: RnnserveError = ended_by_server(self._target)
         try:
             async for message in self._call:
-                self._inbox.put_nowait((None, Response(message)))
+                self._inbox.put_nowait((self, Response(message)))
         except grpc.RpcError:
             error = error_from_call(await self._final_status(), self._target)
         except asyncio.CancelledError:  # how grpc.aio reports that the call was cancelled here
-            pass
-        self._inbox.put_nowait((None, CallEnded(error)))
+            error = cancelled_here()
+        self._inbox.put_nowait((self, CallEnded(error)))
         self._requests.put_nowait(None)
 
     async def _final_status(self) -> grpc.aio.AioRpcError:

@@ -1,5 +1,6 @@
 """A real-time stream on an event loop."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from functools import partial
@@ -7,10 +8,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from rnnserve.async_duplex import AsyncDuplex
+from rnnserve.bookkeepers import Exchange, StepsAhead
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Response
-from rnnserve.results import Answer, Notice
-from rnnserve.session import Session, StepsAhead
+from rnnserve.results import Answer, Notice, ResumePoint
+from rnnserve.session import Durability, Session
 from rnnserve.statuses import not_open
 from rnnserve.tensors import Input
 from rnnserve.v1.real_time_service_pb2 import StreamStepsRequest, StreamStepsResponse
@@ -22,7 +23,11 @@ class AsyncStream:
     """One session on the server, which keeps the state of the network between the steps.
 
     Use it in an `async with` block, from one task at a time. A refused step raises and changes nothing: the step may be
-    sent again, corrected. After TimedOut, Unreachable, Draining or a cancelled task the session is gone.
+    sent again, corrected.
+
+    Where the connection or the server is lost, the stream resumes by itself, and no step is applied or answered twice.
+    After TimedOut, Unreachable or Draining that was not possible within `resume_timeout_s`, or the server keeps no
+    sessions: the stream is over. What is left of it can be resumed by its `resume_point`; after a cancelled task, too.
     """
 
     def __init__(
@@ -33,8 +38,10 @@ class AsyncStream:
         timeout_s: float,
     ) -> None:
         self._session = session
+        self._timeout_s = timeout_s
         self._connect = partial(_StreamDuplex, start, target, timeout_s)
         self._duplex: _StreamDuplex | None = None
+        self._missed: list[Answer] = []
 
     @property
     def session(self) -> str:
@@ -47,6 +54,29 @@ class AsyncStream:
         return self._session.next_step
 
     @property
+    def durability(self) -> Durability:
+        """What the session survives: "none"; "process" = a lost connection; "stored" = also a crash of the server."""
+        return self._session.durability
+
+    @property
+    def durable_step(self) -> int:
+        """Each step before this index survives a crash of the server."""
+        return self._session.durable_step
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where the stream stands: `client.stream(model, resume=point)` goes on from there, in any process.
+
+        Take it again after each answer that you have dealt with.
+        """
+        return self._session.resume_point
+
+    @property
+    def missed(self) -> list[Answer]:
+        """The answers between the resume point that the stream was opened with and `next_step`."""
+        return self._missed
+
+    @property
     def notices(self) -> list[Notice]:
         """What the server has said by itself so far: that it is about to shut down."""
         return self._session.notices
@@ -57,7 +87,7 @@ class AsyncStream:
         `x` is (features,), or one character for a text model. With several steps at once, (steps, features) or a longer
         text, the answer is about the last one.
         """
-        return self._session.last(await self._exchange(lambda: self._session.steps(x)))
+        return self._session.last(await self._exchange(lambda: self._session.steps(x), needs_room=True))
 
     async def steps(self, inputs: Iterable[Input] | AsyncIterable[Input], *, ahead: int = 32) -> AsyncIterator[Answer]:
         """Sends each of `inputs` as soon as it is there, up to `ahead` of them before their answers.
@@ -69,6 +99,7 @@ class AsyncStream:
         duplex = await self._settled()
         async with contextlib.aclosing(duplex.drive(StepsAhead(self._session), inputs, ahead)) as answers:
             async for answer in answers:
+                self._session.hand_over(answer)
                 yield answer
 
     async def reset(self) -> None:
@@ -79,22 +110,30 @@ class AsyncStream:
         """Begins the session; the `async with` block does it. Raises ModelNotFound, ModelNotStreamable, …"""
         self._duplex = self._connect()
         try:
-            await self._exchange(self._session.open)
+            self._missed = await self._exchange(self._session.open)
         except BaseException:
             self.abort()
             raise
 
     async def close(self) -> None:
-        """Ends the session. Never fails: a session whose server is gone has ended, too."""
+        """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server."""
         if self._duplex is None:
             return
+        until_s = asyncio.get_running_loop().time() + self._timeout_s
+        self._session.limit_closing(self._timeout_s)
         with contextlib.suppress(RnnserveError):
-            await self._exchange(self._session.close)
-        await self._duplex.finish()
-        self._duplex = None
+            await self._exchange(self._session.close, until_s)
+        await self._duplex.finish(until_s)
+        self.abort()
+
+    async def park(self) -> None:
+        """Ends the stream but not the session, which `resume_point` can resume for as long as the server keeps it."""
+        if self._duplex is not None:
+            await self._duplex.finish()
+            self.abort()
 
     def abort(self) -> None:
-        """Ends the session at once, whatever is still under way."""
+        """Ends the stream at once, whatever is still under way. The session is left as `park` leaves it."""
         if self._duplex is not None:
             self._duplex.cancel()
             self._duplex = None
@@ -111,29 +150,29 @@ class AsyncStream:
         else:
             self.abort()
 
-    async def _exchange(self, make_request: Callable[[], StreamStepsRequest]) -> list[Answer]:
+    async def _exchange(
+        self,
+        make_request: Callable[[], StreamStepsRequest],
+        until_s: float | None = None,
+        *,
+        needs_room: bool = False,
+    ) -> list[Answer]:
         """Sends one request and returns the answers in its response."""
-        duplex = await self._settled()
-        duplex.send(make_request())
-        answers = await self._receive_outstanding(duplex)
+        duplex = await self._settled(until_s)
+        answers = await duplex.exchange(Exchange(self._session, make_request, needs_room=needs_room), until_s)
+        self._session.settle()
         refusal = self._session.take_refusal()
         if refusal is not None:
             raise refusal
         return answers
 
-    async def _settled(self) -> _StreamDuplex:
+    async def _settled(self, until_s: float | None = None) -> _StreamDuplex:
         """The call, with nothing outstanding: answers that nobody waits for any more are dropped."""
         if self._duplex is None:
             raise not_open()
+        if self._session.outstanding:
+            await self._duplex.exchange(Exchange(self._session), until_s)
         self._duplex.stop_feeding()
-        await self._receive_outstanding(self._duplex)
+        self._session.settle()
         self._session.take_refusal()
         return self._duplex
-
-    async def _receive_outstanding(self, duplex: _StreamDuplex) -> list[Answer]:
-        answers: list[Answer] = []
-        while self._session.outstanding:
-            event = await duplex.receive()
-            if isinstance(event, Response):
-                answers += self._session.receive(event.message)
-        return answers

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Event, InputsEnded, NextInput, Response, Turn
+from rnnserve.exchange import CallEnded, Event, InputsEnded, NextInput, Response, Turn
 from rnnserve.requests import sequence_message
 from rnnserve.results import Prediction, prediction_from
 from rnnserve.statuses import error_from_status
@@ -52,6 +52,10 @@ class Bulk:
         """Whether nothing is left to do."""
         return self.failure is not None or (self._ended and not self.waiting)
 
+    def begin(self) -> Turn[PredictStreamRequest, Prediction | RnnserveError]:
+        """Nothing: the call has been opened."""
+        return Turn()
+
     def handle(
         self, event: Event[Input, PredictStreamResponse]
     ) -> Turn[PredictStreamRequest, Prediction | RnnserveError]:
@@ -64,6 +68,9 @@ class Bulk:
                 self._ready[message.id] = _result_from(message)
             case InputsEnded(error):
                 self._ended, self._input_error = True, error
+            case CallEnded(call_error):
+                self.failure = self.failure or call_error
+                return Turn()
         results = list(self._give())
         if self._ended and not self.waiting:
             self.failure = self.failure or self._input_error

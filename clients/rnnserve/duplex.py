@@ -1,7 +1,6 @@
-"""One bidirectional call, blocking."""
+"""A bidirectional call, and the next one where it is to be resumed; blocking."""
 
 import atexit
-import contextlib
 import threading
 import time
 import weakref
@@ -12,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response
-from rnnserve.statuses import ended_by_server, error_from_call, timed_out
+from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response, Turn, earliest
+from rnnserve.statuses import cancelled_here, ended_by_server, error_from_call, timed_out
 
 _X = TypeVar("_X")
 _Q = TypeVar("_Q")
@@ -21,7 +20,7 @@ _A = TypeVar("_A")
 _R = TypeVar("_R")
 
 Inbox = SimpleQueue[tuple[object, Any]]
-"""Pairs of source and event; the source None is the server."""
+"""Pairs of source and event; the source is a call or a feeder."""
 
 _JOIN_S = 1.0
 _open_calls: weakref.WeakSet["Duplex[Any, Any, Any]"] = weakref.WeakSet()
@@ -30,28 +29,27 @@ _open_calls: weakref.WeakSet["Duplex[Any, Any, Any]"] = weakref.WeakSet()
 class Duplex(Generic[_X, _Q, _A]):
     """Requests go out as they are sent; whatever comes back waits in an inbox, which one thread at a time reads.
 
-    What waits raises TimedOut after `timeout_s`, and the reason for which the server or the connection ended the call.
+    Where the call ends, or no response comes within `timeout_s`, the bookkeeper says what now: a new call, or an error.
     """
 
-    def __init__(self, call: Callable[[Iterator[_Q]], Any], target: str, timeout_s: float) -> None:
+    def __init__(self, start: Callable[[Iterator[_Q]], Any], target: str, timeout_s: float) -> None:
+        self._start = start
         self._target = target
         self._timeout_s = timeout_s
-        self._requests: SimpleQueue[_Q | None] = SimpleQueue()  # None = no more
         self._inbox: Inbox = SimpleQueue()
         self._feeder: _Feeder | None = None
-        self._failure: RnnserveError | None = None
-        self._sender: threading.Thread | None = None  # grpc's own, known once it asks for a request
-        self._call = call(self._outgoing())
-        self._reader = _start_thread(self._read, "rnnserve-responses")
+        self._cancelled = False
+        self._call: _Call[_Q] = _Call(start, target, self._inbox)
         _open_calls.add(self)
 
     def send(self, request: _Q) -> None:
         """Does not wait."""
-        self._requests.put(request)
+        self._call.send(request)
 
-    def receive(self) -> Event[_X, _A]:
-        """The next event."""
-        return self._next_event(time.monotonic() + self._timeout_s)
+    def exchange(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], until_s: float | None = None) -> list[_R]:
+        """All results of what needs no inputs, at the latest at `until_s` of the monotonic clock."""
+        self.stop_feeding()
+        return list(self._run(bookkeeper, None, until_s))
 
     def drive(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], inputs: Iterable[_X], ahead: int) -> Iterator[_R]:
         """Sends the inputs, at most `ahead` of them before their answers, and yields the results as they come.
@@ -59,22 +57,10 @@ class Duplex(Generic[_X, _Q, _A]):
         `inputs` is read in a thread of its own, so that no answer waits for the next input.
         """
         feeder = self._feed(inputs, ahead)
-        deadline: float | None = None
         try:
-            while not bookkeeper.done:
-                event = self._next_event(deadline)
-                turn = bookkeeper.handle(event)
-                for request in turn.requests:
-                    self.send(request)
-                yield from turn.results
-                if self._feeder is not feeder:
-                    raise RuntimeError("these steps were ended by another call on their stream")
-                feeder.free(turn.places)
-                deadline = self._deadline_after(event, deadline) if bookkeeper.waiting else None
+            yield from self._run(bookkeeper, feeder)
         finally:
             feeder.stop()
-        if bookkeeper.failure is not None:
-            raise bookkeeper.failure
 
     def stop_feeding(self) -> None:
         """Ends `drive`; what it has not sent of its inputs is left there."""
@@ -82,53 +68,104 @@ class Duplex(Generic[_X, _Q, _A]):
             self._feeder.stop()
         self._feeder = None
 
-    def finish(self) -> None:
+    def finish(self, until_s: float | None = None) -> None:
         """Sends no more and waits for the end of the call, however it ends."""
-        self._requests.put(None)
-        deadline = time.monotonic() + self._timeout_s
-        with contextlib.suppress(RnnserveError):
-            while True:
-                self._next_event(deadline)
-        self._join_threads()
+        self.stop_feeding()
+        self._call.send(None)
+        deadline = time.monotonic() + self._timeout_s if until_s is None else until_s
+        while not self._call.over:
+            self._next_event(deadline)
 
     def cancel(self) -> None:
-        """Ends the call at once."""
+        """Ends the call at once, and begins no other."""
+        self._cancelled = True
         self.stop_feeding()
-        self._requests.put(None)
         self._call.cancel()
-        self._join_threads()
+
+    def _run(
+        self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], feeder: "_Feeder | None", until_s: float | None = None
+    ) -> Iterator[_R]:
+        turn = bookkeeper.begin()
+        deadline: float | None = None
+        while True:
+            self._obey(turn)
+            yield from turn.results
+            if self._feeder is not feeder:
+                raise RuntimeError("these steps were ended by another call on their stream")
+            if feeder is not None:
+                feeder.free(turn.places)
+            if bookkeeper.done:
+                break
+            if turn.reconnect_after_s is not None:
+                deadline = None
+            deadline = self._deadline(deadline) if bookkeeper.waiting else None
+            event = self._next_event(earliest(deadline, until_s))
+            deadline = None if isinstance(event, Response) else deadline
+            turn = bookkeeper.handle(event)
+        if bookkeeper.failure is not None:
+            raise bookkeeper.failure
+
+    def _obey(self, turn: Turn[_Q, _R]) -> None:
+        if turn.reconnect_after_s is not None:
+            time.sleep(turn.reconnect_after_s)
+            if self._cancelled:
+                raise cancelled_here()
+            self._call.cancel()
+            self._call = _Call(self._start, self._target, self._inbox)
+        for request in turn.requests:
+            self.send(request)
 
     def _feed(self, inputs: Iterable[_X], ahead: int) -> "_Feeder":
         self.stop_feeding()
         self._feeder = _Feeder(inputs, ahead, self._inbox)
         return self._feeder
 
-    def _deadline_after(self, event: Event[_X, _A], deadline: float | None) -> float:
+    def _deadline(self, deadline: float | None) -> float:
         """Only a response gives the server more time."""
-        if deadline is None or isinstance(event, Response):
-            return time.monotonic() + self._timeout_s
-        return deadline
+        return time.monotonic() + self._timeout_s if deadline is None else deadline
 
     def _next_event(self, deadline: float | None) -> Event[_X, _A]:
+        """Of the feeder or the call of now; others are late."""
+        if self._call.over:  # a reconnect was interrupted
+            return CallEnded(ended_by_server(self._target))
         while True:
-            if self._failure is not None:
-                raise self._failure
             source, event = self._take(deadline)
-            if isinstance(event, CallEnded):
-                self._failure = event.error
-            elif source is None or source is self._feeder:
+            if isinstance(event, CallEnded) and source is self._call:
+                self._call.cancel()
+            if source is self._call or (source is self._feeder and source is not None):
                 return event  # type: ignore[no-any-return]
 
     def _take(self, deadline: float | None) -> tuple[object, Any]:
         try:
             return self._inbox.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Empty:
-            self._failure = timed_out(self._target, self._timeout_s)
-            self.cancel()
-            raise self._failure from None
+            return self._call, CallEnded(timed_out(self._target, self._timeout_s))
 
-    def _join_threads(self) -> None:
-        """A thread that the exit of the interpreter stops within grpc keeps its lock, and the exit waits for it."""
+
+class _Call(Generic[_Q]):
+    """One call: what comes back is put into the inbox, with the call as its source."""
+
+    def __init__(self, start: Callable[[Iterator[_Q]], Any], target: str, inbox: Inbox) -> None:
+        self.over = False  # known to have ended
+        self._target = target
+        self._inbox = inbox
+        self._requests: SimpleQueue[_Q | None] = SimpleQueue()  # None = no more
+        self._sender: threading.Thread | None = None  # grpc's own, known once it asks for a request
+        self._call = start(self._outgoing())
+        self._reader = _start_thread(self._read, "rnnserve-responses")
+
+    def send(self, request: _Q | None) -> None:
+        """Does not wait."""
+        self._requests.put(request)
+
+    def cancel(self) -> None:
+        """Ends it at once, and its threads.
+
+        A thread that the exit of the interpreter stops within grpc keeps its lock, and the exit waits for it.
+        """
+        self.over = True
+        self._requests.put(None)
+        self._call.cancel()
         for thread in (self._sender, self._reader):
             if thread is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_S)
@@ -142,10 +179,10 @@ class Duplex(Generic[_X, _Q, _A]):
         error: RnnserveError = ended_by_server(self._target)
         try:
             for message in self._call:
-                self._inbox.put((None, Response(message)))
+                self._inbox.put((self, Response(message)))
         except grpc.RpcError as call_error:
             error = error_from_call(call_error, self._target)
-        self._inbox.put((None, CallEnded(error)))
+        self._inbox.put((self, CallEnded(error)))
         self._requests.put(None)
 
 

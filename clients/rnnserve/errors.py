@@ -7,9 +7,14 @@ RnnserveError
 ├── ModelNotFound
 ├── ModelNotStreamable    the network must see the whole sequence; use `predict`
 ├── SessionExists         the session id is in use
+├── SessionNotFound       there is no such session to resume, or its time is over
+├── SessionMoved          another stream has taken the session over
+├── Evicted               the server gave the session up; .metadata["resumable"] says whether it can be resumed
+├── ResumePointLost       the session is there, but the answers or the steps in between no longer are
+├── BundleMismatch        the session was computed by another build of the model
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
-│   ├── SessionLimit  QueueFull  Draining  LaneLost
+│   ├── SessionLimit  QueueFull  Draining  LaneLost  StoreUnavailable
 │   └── Unreachable       no server answered
 ├── TimedOut              no answer within `timeout_s`
 ├── ExecutionFailed       the network failed on this input
@@ -117,6 +122,26 @@ class SessionExists(RnnserveError):
     """The session id is in use."""
 
 
+class SessionNotFound(RnnserveError):
+    """There is no such session to resume, or it was kept long enough without a stream."""
+
+
+class SessionMoved(RnnserveError):
+    """Another stream has taken the session over."""
+
+
+class Evicted(RnnserveError):
+    """The server gave the session up, because it met a limit."""
+
+
+class ResumePointLost(RnnserveError):
+    """The session is there, but the answers or the steps that are missing in between no longer are."""
+
+
+class BundleMismatch(RnnserveError):
+    """The session was computed by another build of the model, which the server no longer has."""
+
+
 class StepOutOfOrder(RnnserveError):
     """The session expects another step."""
 
@@ -139,6 +164,10 @@ class Draining(TryAgain):
 
 class LaneLost(TryAgain):
     """The process that computes whole sequences was lost and is being restarted."""
+
+
+class StoreUnavailable(TryAgain):
+    """The server can't write down the session now, so that it would not survive a crash."""
 
 
 class Unreachable(TryAgain):
@@ -184,11 +213,17 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         ModelNotFound,
         ModelNotStreamable,
         SessionExists,
+        SessionNotFound,
+        SessionMoved,
+        Evicted,
+        ResumePointLost,
+        BundleMismatch,
         StepOutOfOrder,
         SessionLimit,
         QueueFull,
         Draining,
         LaneLost,
+        StoreUnavailable,
         ExecutionFailed,
         Internal,
     )

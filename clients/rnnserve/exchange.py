@@ -36,14 +36,14 @@ class Response(Generic[_A]):
     message: _A
 
 
-Event = NextInput[_X] | InputsEnded | Response[_A]
-
-
 @dataclass(frozen=True)
 class CallEnded:
-    """The server or the connection ended the call."""
+    """The server or the connection ended the call, or no response came in time. The transport has dropped the call."""
 
     error: RnnserveError
+
+
+Event = NextInput[_X] | InputsEnded | Response[_A] | CallEnded
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,20 @@ class Turn(Generic[_Q_co, _R_co]):
     """To give to the caller now."""
     places: int = 0
     """How many more inputs may be taken."""
+    reconnect_after_s: float | None = None
+    """To begin a new call after this pause, and only then send the requests."""
+
+
+def earliest(*times_s: float | None) -> float | None:
+    """None = never."""
+    return min((time_s for time_s in times_s if time_s is not None), default=None)
 
 
 class Bookkeeper(Protocol[_X, _Q_co, _A, _R_co]):
     """Knows what was sent and what is still to come."""
+
+    def begin(self) -> Turn[_Q_co, _R_co]:
+        """What to do first."""
 
     @property
     def failure(self) -> BaseException | None:
@@ -67,7 +77,7 @@ class Bookkeeper(Protocol[_X, _Q_co, _A, _R_co]):
 
     @property
     def waiting(self) -> bool:
-        """Whether the server owes an answer."""
+        """Whether something must come from the server before it goes on."""
 
     @property
     def done(self) -> bool:

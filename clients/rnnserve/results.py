@@ -14,6 +14,17 @@ class TopLabel(NamedTuple):
     probability: float
 
 
+class ResumePoint(NamedTuple):
+    """Where a stream stands: whoever has it can go on with the session. The token is a secret."""
+
+    session: str
+    """The session id."""
+    token: str
+    """32 hex digits."""
+    answered_step: int
+    """The index before which every answer was received."""
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """What a model says about one step of a stream."""

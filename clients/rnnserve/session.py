@@ -1,26 +1,48 @@
-"""The bookkeeping of one stream, without I/O: which steps were sent, and what the next response is about."""
+"""The bookkeeping of one session, without I/O: what was sent, what was answered, and how to go on after a cut."""
 
 import re
+import secrets
 import uuid
 from collections import deque
+from dataclasses import dataclass
+from typing import Literal
 
-from rnnserve.errors import FieldInvalid, RnnserveError
-from rnnserve.exchange import Event, InputsEnded, NextInput, Response, Turn
+from rnnserve.errors import (
+    Evicted,
+    FieldInvalid,
+    ResumePointLost,
+    RnnserveError,
+    SessionNotFound,
+    StreamClosed,
+    TimedOut,
+    TryAgain,
+)
+from rnnserve.exchange import Turn
+from rnnserve.replay import Message, Replay
 from rnnserve.requests import steps_message
-from rnnserve.results import Answer, Notice, answers_from, notice_from
+from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_from
+from rnnserve.retry import Resumption
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import Input
-from rnnserve.v1.prediction_pb2 import OutputOptions
-from rnnserve.v1.real_time_service_pb2 import (
-    CloseSession,
-    OpenSession,
-    ResetSession,
-    StepsAnswer,
-    StreamStepsRequest,
-    StreamStepsResponse,
-)
+from rnnserve.v1 import real_time_service_pb2 as pb
+from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions
 
 SESSION_ID_KEY = "rnnserve-session-id"
+RESUME_TIMEOUT_S = 60.0
+
+Durability = Literal["none", "process", "stored"]
+"""What a session survives: nothing, the end of its stream, or also a crash of the server."""
+
+_DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """A response that the server owes: to an open or a close, to a message, or answers missed up to `end`."""
+
+    first: int = 0
+    message: Message | None = None
+    end: int | None = None
 
 
 class Session:
@@ -28,55 +50,177 @@ class Session:
 
     A refused message leaves the session as it was, so the messages sent behind it are refused, too. The first refusal
     is kept in `refusal`; once nothing is outstanding, `next_step` is the index that the server expects.
+
+    After `cut` it goes on where it was, if the server keeps the session: it opens it again and sends again what the
+    server does not have. What the caller has already got is dropped.
     """
 
-    def __init__(self, model: str, version: int, session_id: str | None, options: OutputOptions) -> None:
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        session_id: str | None,
+        options: OutputOptions,
+        *,
+        resume: ResumePoint | None = None,
+        durable: bool = False,
+        replay: Replay | None = None,
+        resume_timeout_s: float = RESUME_TIMEOUT_S,
+    ) -> None:
+        if resume is not None and session_id not in (None, resume.session):
+            raise ValueError("a resume point names its session: leave `session` out")
+        session_id = session_id if resume is None else resume.session
         self.id = _checked(session_id) if session_id is not None else uuid.uuid4().hex
-        self.next_step = 0
+        self.next_step = resume.answered_step if resume else 0
+        self.answered_step = self.next_step  # each answer before it has come
+        self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
+        self.durable_step = 0
+        self.durability: Durability = "none"
         self.notices: list[Notice] = []
         self.refusal: RnnserveError | None = None
-        self._opening = OpenSession(model=model, version=version, session_id=self.id, options=options)
-        self._outstanding: deque[int] = deque()  # the first step of each request that awaits its response
+        self.failure: RnnserveError | None = None
+        self._token = _token(resume.token) if resume else secrets.token_bytes(16)
+        self._opening = pb.OpenSession(
+            model=model,
+            version=version,
+            session_id=self.id,
+            options=options,
+            resume_token=self._token,
+            require_durable=durable,
+        )
+        self._answers_each_step = options.steps == STEP_SELECTION_ALL
+        self._taken_over = resume is not None
+        self._replay = replay or Replay()
+        self._resumption = Resumption(resume_timeout_s)
+        self._state: Literal["new", "opening", "open", "cut"] = "new"
+        self._was_open = False
+        self._leaving = False
+        self._closing = False
+        self._sent_step = self.next_step  # no step from here on was ever sent
+        self._acknowledged = 0  # what the last open said
+        self._owed: deque[_Owed] = deque()
+        self._unanswered: deque[Message] = deque()
+        self._again: list[pb.StreamStepsRequest] = []
+        self._break: RnnserveError | None = None
 
     @property
     def outstanding(self) -> int:
-        """How many responses the server owes."""
-        return len(self._outstanding)
+        """How many responses the server owes; several missed answers count as one."""
+        return len(self._owed)
+
+    @property
+    def unanswered(self) -> int:
+        """How many messages have no answer yet, over all calls."""
+        return len(self._unanswered)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request may be sent as soon as it is made; else it goes out once the session is open again."""
+        return self._state in ("new", "open")
+
+    @property
+    def full(self) -> bool:
+        """Whether no more steps should be made, for they could not be kept."""
+        return self._replay.full
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where the session stands, for another stream to go on."""
+        return ResumePoint(self.id, self._token.hex(), self.handed_step)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The session id for load balancers, which don't read messages."""
         return ((SESSION_ID_KEY, self.id),)
 
-    def open(self) -> StreamStepsRequest:
-        """The first message."""
-        return self._sent(StreamStepsRequest(open=self._opening))
+    def begin(self) -> Turn[pb.StreamStepsRequest, Answer]:
+        """What comes before anything else: a new call where the last one was given up."""
+        if self._state == "cut" and self.failure is None:
+            return Turn(requests=[self.open()], reconnect_after_s=0.0)
+        return Turn()
 
-    def steps(self, x: Input) -> StreamStepsRequest:
+    def open(self) -> pb.StreamStepsRequest:
+        """The first message of a call.
+
+        A session that can be built from its beginning is not asked to be there: the server may never have kept it.
+        """
+        self._state, self._acknowledged = "opening", self.handed_step
+        self._owed = deque([_Owed()])
+        request = pb.StreamStepsRequest(open=self._opening, answered_step=self.handed_step)
+        request.open.resume = self._taken_over or (self._was_open and (self._leaving or not self._replay.complete))
+        return request
+
+    def steps(self, x: Input) -> pb.StreamStepsRequest:
         """The next steps: (features,), (steps, features), or a text. Raises ShapeMismatch or DataTypeMismatch."""
         message, count = steps_message(self.next_step, x)
-        return self._sent(StreamStepsRequest(steps=message), count)
+        return self._made(Message(self.next_step, self.next_step + count, message))
 
-    def reset(self) -> StreamStepsRequest:
+    def reset(self) -> pb.StreamStepsRequest:
         """Back to the initial state."""
-        return self._sent(StreamStepsRequest(reset=ResetSession(first_step=self.next_step)))
+        return self._made(Message(self.next_step, self.next_step, None))
 
-    def close(self) -> StreamStepsRequest:
+    def limit_closing(self, timeout_s: float) -> None:
+        """From now on nothing is resumed for longer than this, and no session begun anew."""
+        self._leaving = True
+        self._resumption.limit(timeout_s)
+
+    def close(self) -> pb.StreamStepsRequest:
         """The last message."""
-        return self._sent(StreamStepsRequest(close=CloseSession()))
+        self._closing = True
+        if self._state == "open":
+            self._owed.append(_Owed(self.next_step))
+        closing = pb.CloseSession(first_step=self.next_step)
+        return pb.StreamStepsRequest(close=closing, answered_step=self.handed_step)
 
-    def receive(self, response: StreamStepsResponse) -> list[Answer]:
-        """The answers in a response."""
+    def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
+        """The new answers in a response."""
+        self.durable_step = max(self.durable_step, response.durable_step)
         kind = response.WhichOneof("response")
+        answers: list[Answer] = []
         if kind == "notice":
             self.notices.append(notice_from(response.notice))
-            return []
-        first_step = self._outstanding.popleft()
-        if kind == "error":
-            self._refuse(error_from_status(response.error), first_step)
-        elif kind == "opened":
-            self.next_step = response.opened.next_step
-        return self._answered(response.answer) if kind == "answer" else []
+        elif kind not in ("checkpoint", None):
+            answers = self._responded(response)
+        self._replay.prune(self.durable_step if self.durability == "stored" else None)
+        return answers
+
+    def handle(self, response: pb.StreamStepsResponse) -> Turn[pb.StreamStepsRequest, Answer]:
+        """The new answers in a response, and what is to be sent again because of it."""
+        unanswered = self.unanswered
+        answers = self.receive(response)
+        places = unanswered - self.unanswered
+        if places or not unanswered:
+            self._resumption.progress()
+        if self._break is not None:
+            error, self._break = self._break, None
+            return self.cut(error)
+        again, self._again = self._again, []
+        return Turn(again, answers, places)
+
+    def cut(self, error: RnnserveError) -> Turn[pb.StreamStepsRequest, Answer]:
+        """The call has ended: opens the session again, unless that is hopeless. Then `failure` says why."""
+        self.lose()
+        if self._closing and isinstance(error, SessionNotFound):
+            return Turn()
+        pause_s = self._resumption.pause_s(error.retry_after_s) if self._resumes_after(error) else None
+        if pause_s is None:
+            self.failure = self.failure or error
+            return Turn()
+        return Turn(requests=[self.open()], reconnect_after_s=pause_s)
+
+    def lose(self) -> None:
+        """The call has ended; the next use begins a new one."""
+        self._state = "cut"
+        self._owed.clear()
+        self._again.clear()
+
+    def hand_over(self, answer: Answer) -> None:
+        """The caller has got this answer, and all before it."""
+        self.handed_step = max(self.handed_step, answer.step + 1)
+
+    def settle(self) -> None:
+        """The caller wants none of the answers that have come so far."""
+        self.handed_step = self.answered_step
 
     @staticmethod
     def last(answers: list[Answer]) -> Answer:
@@ -90,19 +234,138 @@ class Session:
         refusal, self.refusal = self.refusal, None
         return refusal
 
-    def _sent(self, request: StreamStepsRequest, steps: int = 0) -> StreamStepsRequest:
-        self._outstanding.append(self.next_step)
-        self.next_step += steps
+    def _resumes_after(self, error: RnnserveError) -> bool:
+        if self.durability == "none":
+            return False
+        if isinstance(error, Evicted):
+            return error.metadata.get("resumable") == "true"
+        if isinstance(error, StreamClosed):
+            return error.code == "OK"  # ended by the server, not here
+        return isinstance(error, TryAgain | TimedOut)
+
+    def _made(self, message: Message) -> pb.StreamStepsRequest:
+        self._replay.add(message)
+        self._unanswered.append(message)
+        self.next_step = message.end
+        request = self._request(message, message.first)
+        if self._state == "open":
+            self._send(message, message.first)
         return request
 
-    def _answered(self, answer: StepsAnswer) -> list[Answer]:
-        if answer.HasField("failure"):
-            self._refuse(error_from_status(answer.failure), answer.next_step)
-        return answers_from(answer)
+    def _request(self, message: Message, first: int) -> pb.StreamStepsRequest:
+        if message.steps is None:
+            return pb.StreamStepsRequest(reset=pb.ResetSession(first_step=first), answered_step=self.handed_step)
+        steps = message.steps if first == message.first else message.part(first, message.end)
+        return pb.StreamStepsRequest(steps=steps, answered_step=self.handed_step)
 
-    def _refuse(self, error: RnnserveError, next_step: int) -> None:
-        if self.refusal is None:
-            self.refusal, self.next_step = error, next_step
+    def _send(self, message: Message, first: int) -> None:
+        self._owed.append(_Owed(first, message))
+        self._sent_step = max(self._sent_step, message.end)
+
+    def _responded(self, response: pb.StreamStepsResponse) -> list[Answer]:
+        if not self._owed:
+            raise RnnserveError("the server answered what was not asked")
+        owed = self._owed[0]
+        if owed.end is None or (response.HasField("answer") and response.answer.next_step >= owed.end):
+            self._owed.popleft()
+        if response.HasField("answer"):
+            return self._answered(response.answer, owed)
+        if response.HasField("opened"):
+            self._opened(response.opened)
+        elif response.HasField("error"):
+            self._refuse(error_from_status(response.error), owed, owed.first)
+        elif owed.message is not None:
+            owed.message.answered = True
+            self._advance(self.answered_step)
+        return []
+
+    def _opened(self, opened: pb.SessionOpened) -> None:
+        self._state, index = "open", opened.next_step
+        self.durability = _DURABILITIES.get(opened.durability, "none")
+        if not self._was_open:
+            self._begin_at(index)
+        if index > self._sent_step:
+            self._break = _lost(f"the server expects step {index}, but only {self._sent_step} were sent")
+        elif (again := self._replay.since(index, self.next_step)) is None:
+            self._break = _lost(f"the server has lost the steps from {index} on, which are no longer kept here")
+        else:
+            self._send_again(again, index)
+
+    def _begin_at(self, index: int) -> None:
+        """The first time: a new session, or one taken over from another stream."""
+        self._was_open = True
+        if not self._taken_over:
+            self.answered_step = self.handed_step = self._acknowledged = index
+        if index >= self.answered_step:
+            self.next_step = self._sent_step = index
+
+    def _send_again(self, again: list[Message], index: int) -> None:
+        if index > self._acknowledged:
+            self._owed.append(_Owed(self._acknowledged, end=index))
+        for message in self._unanswered:
+            message.answered |= message.steps is None and message.first < index
+        for message in again:
+            first = max(message.first, index)
+            self._again.append(self._request(message, first))
+            self._send(message, first)
+        if self._closing:
+            self._again.append(self.close())
+
+    def _answered(self, answer: pb.StepsAnswer, owed: _Owed) -> list[Answer]:
+        answers = [row for row in answers_from(answer) if row.step >= self.answered_step]
+        if self._answers_each_step and answers and answers[0].step > self.answered_step:
+            self._break = _lost(f"the server left out the answers from step {self.answered_step} on")
+        if answer.HasField("failure") and owed.message is not None:  # if missed, the steps sent again fail, too
+            self._refuse(error_from_status(answer.failure), owed, answer.next_step)
+        self._advance(answer.next_step)
+        return answers
+
+    def _advance(self, answered_step: int) -> None:
+        self.answered_step = max(self.answered_step, answered_step)
+        while self._unanswered and self._is_answered(self._unanswered[0]):
+            self._unanswered.popleft().answered = True
+
+    def _is_answered(self, message: Message) -> bool:
+        if message.steps is None:
+            return message.answered or message.first < self.answered_step
+        return message.end <= self.answered_step
+
+    def _refuse(self, error: RnnserveError, owed: _Owed, index: int) -> None:
+        message = owed.message
+        if self._state == "opening" or (self.refusal is None and message is not None and self._is_replayed(owed)):
+            self._break = error if self._state == "opening" or isinstance(error, TryAgain) else _refused_again(error)
+        elif self.refusal is None:
+            self.refusal = error
+            self.next_step = self._sent_step = index
+            if message is not None:
+                self._drop_from(message, index)
+
+    def _is_replayed(self, owed: _Owed) -> bool:
+        return (owed.message is not None and owed.message.answered) or owed.first < self.answered_step
+
+    def _drop_from(self, message: Message, index: int) -> None:
+        """What was refused is for the caller to decide, so it is not sent again."""
+        self._replay.drop_from(message, index)
+        while self._unanswered and self._unanswered.pop() is not message:
+            pass
+        if index > message.first:
+            self._unanswered.append(message)  # its steps before the refused one
+        self._advance(self.answered_step)
+
+
+def _token(digits: str) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except ValueError:
+        raise ValueError("the token of a resume point is hex digits") from None
+
+
+def _lost(message: str) -> ResumePointLost:
+    return ResumePointLost(message, reason="RESUME_POINT_LOST")
+
+
+def _refused_again(error: RnnserveError) -> ResumePointLost:
+    return _lost(f"the server refused steps that it had answered before: {error.message}")
 
 
 def _checked(session_id: str) -> str:
@@ -111,50 +374,3 @@ def _checked(session_id: str) -> str:
         return session_id
     message = f"a session id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':', unlike {session_id!r}"
     raise FieldInvalid(message, reason="FIELD_INVALID", code="INVALID_ARGUMENT", field="open.session_id")
-
-
-class StepsAhead:
-    """Steps sent ahead of their answers. After the first failure nothing more is sent."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._ended = False
-        self._input_error: BaseException | None = None
-
-    @property
-    def failure(self) -> BaseException | None:
-        """The first thing that failed, in the order of the steps."""
-        return self._session.refusal or self._input_error
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the server owes an answer."""
-        return self._session.outstanding > 0
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to do."""
-        return (self._ended or self.failure is not None) and not self.waiting
-
-    def handle(self, event: Event[Input, StreamStepsResponse]) -> Turn[StreamStepsRequest, Answer]:
-        """What to do now."""
-        match event:
-            case NextInput(value):
-                return Turn(requests=self._request(value))
-            case Response(message):
-                before = self._session.outstanding
-                answers = self._session.receive(message)
-                return Turn(results=answers, places=before - self._session.outstanding)
-            case InputsEnded(error):
-                self._ended = True
-                self._input_error = self._input_error or error
-                return Turn()
-
-    def _request(self, x: Input) -> list[StreamStepsRequest]:
-        if self._ended or self.failure is not None:
-            return []
-        try:
-            return [self._session.steps(x)]
-        except RnnserveError as error:
-            self._input_error = error
-            return []

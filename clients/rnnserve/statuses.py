@@ -53,6 +53,11 @@ def ended_by_server(target: str) -> StreamClosed:
     return StreamClosed(f"{target} has ended the stream", reason="STREAM_CLOSED", code="OK")
 
 
+def cancelled_here() -> StreamClosed:
+    """The exception for a stream that was ended on this side while it was in use."""
+    return StreamClosed("the stream was cancelled", reason="STREAM_CLOSED", code="CANCELLED")
+
+
 def not_open() -> StreamClosed:
     """The exception for a stream that is used outside of its `with` block."""
     return StreamClosed("the stream is not open: use it in its `with` block", reason="STREAM_CLOSED")

@@ -6,17 +6,23 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol, cast
 
 from google.protobuf import duration_pb2
 
 from models.manifest import Manifest, ModelKey
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_LAST, OutputOptions
 from rnnserve.v1.real_time_service_pb2 import (
+    DURABILITY_NONE,
+    DURABILITY_PROCESS,
+    DURABILITY_STORED,
     NOTICE_REASON_DRAINING,
+    NOTICE_REASON_EVICTED,
+    Checkpoint,
+    CloseSession,
+    Durability,
     Notice,
-    OpenSession,
     ResetSession,
     SessionClosed,
     SessionOpened,
@@ -32,8 +38,9 @@ from service.api.calls import Refusals
 from service.api.drain import draining
 from service.api.limits import Limits
 from service.catalog.catalog import Catalog
-from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
-from service.sessions.registry import SessionRegistry
+from service.errors import Evicted, FieldInvalid, OpenMissing, OpenRepeated, ServingError, SessionMoved, within
+from service.sessions.record import ANONYMOUS, Floats, HeldAnswer, SessionKey
+from service.sessions.registry import Opening, SessionRegistry
 from service.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -41,6 +48,9 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[StreamStepsRequest, StreamStepsResponse]
 
+TOKEN_BYTES = 16
+QUIET_S = 0.2  # without a message: a stream that a drain may end, since its session can be resumed
+LAST_WORDS_S = 0.5
 CANCELLATION_S = 0.05  # within this after the end of a call whose client has gone, gRPC cancels it
 SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -75,62 +85,114 @@ class RealTimeService(RealTimeServiceServicer):
     async def StreamSteps(  # type: ignore[override]
         self, requests: AsyncIterator[StreamStepsRequest], context: Context
     ) -> None:
-        """One session, from `open` to `close`."""
+        """One stream of a session, from `open` to `close` or to whatever ends it."""
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
         if self._draining:  # the call began before the drain, but no session did
             raise draining()
         self._limits.check_size(request)
-        with within("open"):
-            stream = self._open(request.open, context)
+        stream = _Stream(context, cast("asyncio.Task[object]", asyncio.current_task()))
         try:
-            await self._serve(stream, requests)
+            with within("open"):
+                missed = await self._open(stream, request)
+            self._streams.add(stream)
+            await self._serve(stream, missed, requests)
+        except asyncio.CancelledError:
+            if stream.lost is None:
+                raise
+            stream.task.uncancel()
+            await stream.say_lost()
+            raise stream.lost from None
         finally:
             self._streams.discard(stream)
-            self._sessions.close(stream.session)
+            if stream.is_open:
+                self._sessions.leave(stream.session, stream)
 
     async def notify_draining(self, time_left_s: float) -> None:
-        """Tell every live stream that the server will end it, and open no more."""
+        """Tell every live stream that the server will end it, end those that lose nothing, and open no more."""
         self._draining = True
+        await asyncio.gather(*(self._drain(stream, time_left_s) for stream in self._streams), return_exceptions=True)
+
+    async def _drain(self, stream: _Stream, time_left_s: float) -> None:
         notice = Notice(
             reason=NOTICE_REASON_DRAINING,
             message=f"the server is shutting down; it ends this stream in {time_left_s:g} s",
             time_left=duration_pb2.Duration(seconds=int(time_left_s), nanos=int(time_left_s % 1 * 1e9)),
         )
-        sending = (stream.send(StreamStepsResponse(notice=notice)) for stream in self._streams)
-        await asyncio.gather(*sending, return_exceptions=True)  # a client may have gone
+        await stream.send(StreamStepsResponse(notice=notice))
+        if stream.session.resumable:
+            await stream.quiet()
+            stream.lose(draining())
 
-    def _open(self, wanted: OpenSession, context: Context) -> _Stream:
+    async def _open(self, stream: _Stream, request: StreamStepsRequest) -> list[HeldAnswer]:
+        wanted = request.open
         manifest = self._catalog.find(wanted.model, wanted.version).manifest
         codec.check_options(wanted.options, manifest)
         if not SESSION_ID.fullmatch(wanted.session_id):
             raise FieldInvalid(
                 "a session id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'", field="session_id"
             )
-        session = self._sessions.open(wanted.session_id, manifest)
-        stream = _Stream(session, manifest, wanted.options, context)
-        self._streams.add(stream)
-        return stream
+        if len(wanted.resume_token) not in (0, TOKEN_BYTES):
+            raise FieldInvalid(f"a resume token has {TOKEN_BYTES} bytes", field="resume_token")
+        opening = Opening(
+            SessionKey(ANONYMOUS, wanted.session_id),
+            wanted.resume_token,
+            resume=wanted.resume,
+            require_durable=wanted.require_durable,
+            answered_step=request.answered_step,
+        )
+        session, missed = await self._sessions.open(opening, manifest, stream)
+        manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now
+        stream.opened(session, manifest, wanted.options)
+        return missed
 
-    async def _serve(self, stream: _Stream, requests: AsyncIterator[StreamStepsRequest]) -> None:
+    async def _serve(
+        self, stream: _Stream, missed: list[HeldAnswer], requests: AsyncIterator[StreamStepsRequest]
+    ) -> None:
+        session = stream.session
         await stream.send(StreamStepsResponse(opened=self._opened(stream)))
+        for held in missed:
+            await stream.send(StreamStepsResponse(answer=stream.answer(held.next_step, held.outputs)))
         async for request in requests:
-            if request.WhichOneof("request") == "close":
-                closed = SessionClosed(next_step=stream.session.next_step)
-                await stream.send(StreamStepsResponse(closed=closed))
-                return
-            await stream.send(await self._reply(stream, request))
+            stream.busy()
+            session.acknowledge(request.answered_step)
+            if request.WhichOneof("request") == "close" and (response := await self._close(stream, request.close)):
+                await stream.send(response)
+                if response.WhichOneof("response") == "closed":
+                    return
+            else:
+                await stream.send(await self._reply(stream, request))
+            stream.idle()
         await asyncio.sleep(CANCELLATION_S)  # ended without `close`: half-closed, or about to be cancelled
 
     def _opened(self, stream: _Stream) -> SessionOpened:
+        window_s = self._sessions.resume_window_s if stream.session.resumable else 0.0
         return SessionOpened(
             model=stream.manifest.name,
             version=stream.manifest.version,
             next_step=stream.session.next_step,
             max_steps_per_message=self._limits.max_steps_per_message,
             max_message_bytes=self._limits.max_message_bytes,
+            durability=self._durability(stream.session),
+            resume_window=duration_pb2.Duration(seconds=int(window_s), nanos=int(window_s % 1 * 1e9)),
         )
+
+    def _durability(self, session: Session) -> Durability.ValueType:
+        if not session.resumable:
+            return DURABILITY_NONE
+        return DURABILITY_STORED if self._sessions.durable else DURABILITY_PROCESS
+
+    async def _close(self, stream: _Stream, close: CloseSession) -> StreamStepsResponse:
+        try:
+            if close.HasField("first_step"):
+                with within("close"):
+                    stream.session.expect(close.first_step)
+        except ServingError as error:
+            return StreamStepsResponse(error=self._refusals.status(error))
+        closed = SessionClosed(next_step=stream.session.next_step)
+        await self._sessions.close(stream.session, stream)
+        return StreamStepsResponse(closed=closed)
 
     async def _reply(self, stream: _Stream, request: StreamStepsRequest) -> StreamStepsResponse:
         try:
@@ -141,11 +203,13 @@ class RealTimeService(RealTimeServiceServicer):
                         return await self._apply(stream, request.steps)
                 case "reset":
                     with within("reset"):
-                        return StreamStepsResponse(reset=_reset(stream.session, request.reset))
+                        return StreamStepsResponse(reset=self._reset(stream.session, request.reset))
                 case "open":
                     raise OpenRepeated("this stream is open already", field="open")
                 case _:
                     raise FieldInvalid("the message is empty", field="request")
+        except SessionMoved:
+            raise
         except ServingError as error:
             return StreamStepsResponse(error=self._refusals.status(error))
 
@@ -154,41 +218,104 @@ class RealTimeService(RealTimeServiceServicer):
         if not steps.HasField("first_step"):
             raise FieldInvalid("the index of the first of these steps is mandatory", field="first_step")
         inputs = codec.decode(steps, stream.manifest, max_steps=self._limits.max_steps_per_message)
-        applied = await stream.session.apply(steps.first_step, inputs)
-        first_step, outputs = applied.first_step, applied.outputs
-        if applied.failure and not len(outputs):
+        session = stream.session
+        last_only = stream.options.steps == STEP_SELECTION_LAST
+        before = session.next_step
+        applied = await session.apply(stream, steps.first_step, inputs, last_only=last_only)
+        if session.next_step != before:
+            self._sessions.changed(session, session.next_step - before)
+        if applied.failure and not len(applied.outputs):
             raise applied.failure
-        if stream.options.steps == STEP_SELECTION_LAST:
-            first_step, outputs = first_step + len(outputs) - 1, outputs[-1:]
-        answer = StepsAnswer(
-            first_step=first_step,
-            prediction=codec.encode(outputs, stream.manifest, stream.options),
-            next_step=stream.session.next_step,
-            failure=self._refusals.status(applied.failure) if applied.failure else None,
-        )
+        answer = stream.answer(applied.next_step, applied.outputs)
+        if applied.failure:
+            answer.failure.CopyFrom(self._refusals.status(applied.failure))
         self._metrics.steps_answered(stream.manifest.key, time.perf_counter() - start_s)
         return StreamStepsResponse(answer=answer)
 
+    def _reset(self, session: Session, reset: ResetSession) -> SessionReset:
+        if not reset.HasField("first_step"):
+            raise FieldInvalid("the index of the next step is mandatory", field="first_step")
+        session.reset(reset.first_step)
+        self._sessions.changed(session)
+        return SessionReset(next_step=session.next_step)
 
-@dataclass(eq=False)
+
 class _Stream:
-    """A live stream; answers and notices take turns to write."""
+    """A live stream, the owner of its session; answers and notices take turns to write."""
 
     session: Session
     manifest: Manifest
     options: OutputOptions
-    context: Context
 
-    def __post_init__(self) -> None:
+    def __init__(self, context: Context, task: asyncio.Task[object]) -> None:
+        self.task = task
+        self.lost: ServingError | None = None
+        self._context = context
         self._writing = asyncio.Lock()
+        self.is_open = False
+        self._busy = False
+        self._used = asyncio.Event()
+        self._checkpoint: asyncio.Task[None] | None = None
+
+    def opened(self, session: Session, manifest: Manifest, options: OutputOptions) -> None:
+        """It has a session from now on."""
+        self.session, self.manifest, self.options = session, manifest, options
+        self.is_open = True
+
+    def lose(self, error: ServingError) -> None:
+        """End the call with the error; what is under way is dropped."""
+        if self.lost is None:
+            self.lost = error
+            self.task.cancel()
+
+    def became_durable(self) -> None:
+        """Tell it, if the client is not busy reading anyway."""
+        if self.is_open and (self._checkpoint is None or self._checkpoint.done()):
+            self._checkpoint = asyncio.create_task(self._send_checkpoint())
+
+    async def say_lost(self) -> None:
+        """A notice before the end, where it was the server's decision."""
+        if isinstance(self.lost, Evicted) and self.is_open:
+            notice = Notice(reason=NOTICE_REASON_EVICTED, message=self.lost.message)
+            with suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(LAST_WORDS_S):
+                    await self.send(StreamStepsResponse(notice=notice))
+
+    def busy(self) -> None:
+        """A message is being answered."""
+        self._busy = True
+        self._used.set()
+
+    def idle(self) -> None:
+        """It was answered."""
+        self._busy = False
+        self._used.set()
+
+    async def quiet(self) -> None:
+        """Wait until nothing has come for a while."""
+        while True:
+            self._used.clear()
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    await self._used.wait()
+            except TimeoutError:
+                if not self._busy:
+                    return
+
+    def answer(self, next_step: int, outputs: Floats) -> StepsAnswer:
+        """outputs (rows, outputs) about the steps before `next_step`."""
+        return StepsAnswer(
+            first_step=next_step - len(outputs),
+            prediction=codec.encode(outputs, self.manifest, self.options) if len(outputs) else None,
+            next_step=next_step,
+        )
 
     async def send(self, response: StreamStepsResponse) -> None:
+        if self.is_open:
+            response.durable_step = self.session.durable_step
         async with self._writing:
-            await self.context.write(response)
+            await self._context.write(response)
 
-
-def _reset(session: Session, reset: ResetSession) -> SessionReset:
-    if not reset.HasField("first_step"):
-        raise FieldInvalid("the index of the next step is mandatory", field="first_step")
-    session.reset(reset.first_step)
-    return SessionReset(next_step=session.next_step)
+    async def _send_checkpoint(self) -> None:
+        with suppress(asyncio.CancelledError):  # the client has gone
+            await self.send(StreamStepsResponse(checkpoint=Checkpoint()))

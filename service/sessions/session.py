@@ -1,7 +1,10 @@
-"""One stream's state and the index of its next step."""
+"""One stream's state: applies each step index once, whatever is sent again."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +13,9 @@ from numpy.typing import NDArray
 
 from models.manifest import ModelKey
 from service.engine.step_engine import StepEngine
-from service.errors import ExecutionFailed, StepOutOfOrder
+from service.errors import ExecutionFailed, ServingError, SessionMoved
+from service.sessions.ledger import Ledger, joined
+from service.sessions.record import Floats, HeldAnswer, SessionRecord
 
 
 class StepMetrics(Protocol):
@@ -21,48 +26,159 @@ class StepMetrics(Protocol):
         ...
 
 
+class Owner(Protocol):
+    """The stream that has a session; one at a time."""
+
+    def lose(self, error: ServingError) -> None:
+        """The session is taken away: end, and say why."""
+        ...
+
+    def became_durable(self) -> None:
+        """All that was applied is durable by now."""
+        ...
+
+
 @dataclass(frozen=True)
 class AppliedSteps:
-    """outputs (applied, outputs) of the steps from `first_step` on, and why the next one failed, if it did."""
+    """outputs (rows, outputs) about the steps before `next_step`, and why that one failed, if it did."""
 
-    first_step: int
-    outputs: NDArray[np.float32]
-    failure: ExecutionFailed | None
+    next_step: int
+    outputs: Floats
+    failure: ExecutionFailed | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The index of the step that the first row is about."""
+        return self.next_step - len(self.outputs)
 
 
 class Session:
-    """Applies each step index once, in order. Not safe for two callers at a time: a session has one stream."""
+    """State, ledger and owner of one session. Only its owner may change it."""
 
-    def __init__(self, session_id: str, model: ModelKey, engine: StepEngine, metrics: StepMetrics) -> None:
-        self.session_id = session_id
-        self.model = model
-        self.next_step = 0
+    def __init__(
+        self,
+        record: SessionRecord,
+        engine: StepEngine,
+        metrics: StepMetrics,
+        *,
+        max_held_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.key = record.key
+        self.model = record.model
+        self.opened_s = record.opened_s
+        self.used_s = record.used_s
+        self.durable_step = 0
+        self.owner: Owner | None = None
+        self.ended = False
+        self._weights_sha256 = record.weights_sha256
+        self.token_hash = record.token_hash
+        self._row = record.row
+        self._ledger = Ledger(
+            record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
+        )
         self._engine = engine
         self._metrics = metrics
-        self._row = engine.initial_row(model)
+        self._clock = clock
 
-    async def apply(self, first_step: int, inputs: NDArray[np.generic]) -> AppliedSteps:
-        """Apply (steps, features) or (steps,) of validated inputs.
+    @property
+    def next_step(self) -> int:
+        """The index that the next step must have."""
+        return self._ledger.next_step
 
-        Raises StepOutOfOrder. Whatever fails or is cancelled, the state is that after `next_step - 1`.
+    @property
+    def answered_step(self) -> int:
+        """Every answer before the step of that index is acknowledged."""
+        return self._ledger.answered_step
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it has a token, and so may outlive its stream."""
+        return bool(self.token_hash)
+
+    def record(self) -> SessionRecord:
+        """A checkpoint of this moment."""
+        return SessionRecord(
+            key=self.key,
+            model=self.model,
+            weights_sha256=self._weights_sha256,
+            token_hash=self.token_hash,
+            next_step=self._ledger.next_step,
+            answered_step=self._ledger.answered_step,
+            row=self._row,
+            held=self._ledger.held,
+            resets=self._ledger.resets,
+            opened_s=self.opened_s,
+            used_s=self.used_s,
+            parked=self.owner is None,
+        )
+
+    def take(self, owner: Owner, answered_step: int) -> list[HeldAnswer]:
+        """Give the session to a stream; the answers that it has missed. Raises ResumePointLost, and nothing changes.
+
+        The stream that had it loses it: what it has under way is dropped.
         """
-        self._expect(first_step)
-        result = await self._engine.step(self.model, inputs, self._row)
+        missed = self._ledger.missed(answered_step)
+        self._ledger.acknowledge(answered_step)
+        before, self.owner = self.owner, owner
+        if before is not None:
+            before.lose(SessionMoved("a newer stream has taken this session over"))
+        self.used_s = self._clock()
+        return missed
+
+    def acknowledge(self, answered_step: int) -> None:
+        """The client has every answer before the step of that index."""
+        self._ledger.acknowledge(answered_step)
+
+    async def apply(
+        self, owner: Owner, first_step: int, inputs: NDArray[np.generic], *, last_only: bool = False
+    ) -> AppliedSteps:
+        """Apply (steps, features) or (steps,) of validated inputs, as far as they are new.
+
+        Those applied before are answered from what is held. Raises StepOutOfOrder and SessionMoved. Whatever fails
+        or is cancelled, the state is that after `next_step - 1`.
+        """
+        new = self._ledger.new_steps(first_step, len(inputs))
+        if not new:
+            rows = self._ledger.rows_about(first_step, first_step + len(inputs))
+            return AppliedSteps(first_step + len(inputs), joined(rows[-1:] if last_only else rows))
+        before = self._ledger.next_step
+        result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._row)
+        if self.owner is not owner or self.ended:
+            raise SessionMoved("the session was taken away while the steps were under way")
         applied = len(result.outputs)
-        self._row = result.row
-        self.next_step += applied
-        self._metrics.steps(self.model, applied)
-        return AppliedSteps(first_step, result.outputs, result.failure)
+        if applied:
+            self._row = result.row.copy()  # a row of a tick's result would keep all of that alive
+            outputs = result.outputs[-1:] if last_only else result.outputs
+            self._ledger.applied(before, before + applied, outputs)
+            self._metrics.steps(self.model, applied)
+        self.used_s = self._clock()
+        outputs = result.outputs[-1:] if last_only else result.outputs
+        if first_step < before and not last_only:
+            outputs = joined([*self._ledger.rows_about(first_step, before), *([outputs] if applied else [])])
+        return AppliedSteps(before + applied, outputs, result.failure)
 
     def reset(self, first_step: int) -> None:
-        """Back to the initial state before the step of that index. Raises StepOutOfOrder."""
-        self._expect(first_step)
-        self._row = self._engine.initial_row(self.model)
+        """Back to the initial state before the step of that index, once. Raises StepOutOfOrder."""
+        if self._ledger.reset(first_step):
+            self._row = self._engine.initial_row(self.model)
+        self.used_s = self._clock()
 
-    def _expect(self, first_step: int) -> None:
-        if first_step != self.next_step:
-            raise StepOutOfOrder(
-                f"the next step of session {self.session_id!r} is {self.next_step}, not {first_step}",
-                field="first_step",
-                expected_step=self.next_step,
-            )
+    def expect(self, first_step: int) -> None:
+        """Raises StepOutOfOrder if it is not the next one."""
+        self._ledger.expect(first_step)
+
+    @property
+    def all_answered(self) -> bool:
+        """Whether every answer is acknowledged."""
+        return self._ledger.answered_step >= self._ledger.next_step
+
+
+def hash_of(token: bytes) -> bytes:
+    """What is kept of a resume token; nothing of none."""
+    return hashlib.sha256(token).digest() if token else b""
+
+
+def admits(token_hash: bytes, token: bytes) -> bool:
+    """Whether the token is the one that was hashed."""
+    return bool(token_hash) and hmac.compare_digest(token_hash, hash_of(token))

@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +24,10 @@ from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPEC
 from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
 from service.engine.executor import TorchExecutor, run_sequences
 from service.engine.step_engine import StepEngine
+from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.session import Session
 from tests.support.bundles import features, manifest, write_bundle
-from tests.support.fakes import CountingMetrics
+from tests.support.fakes import CountingMetrics, FakeStream
 from tests.support.reference import NumpyNetwork, Reference, State, assert_close
 from tests.support.server import COMMITTED_REPOSITORY, RunningServer
 from tests.support.wire import TIMEOUT_S, array, live_stream, open_, predict
@@ -89,16 +91,20 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
 
     async def stream(number: int, inputs: Array) -> Array:
         rng = np.random.default_rng((seed, number))
-        session, outputs = Session(str(number), bundle.manifest.key, engine, CountingMetrics()), []
+        key = bundle.manifest.key
+        record = SessionRecord(SessionKey("", str(number)), key, "0" * 64, b"", 0, 0, engine.initial_row(key))
+        session = Session(record, engine, CountingMetrics(), max_held_bytes=0, clock=time.time)
+        stream, outputs = FakeStream(), []
+        session.take(stream, 0)
         for chunk in cut(inputs, rng):
             for _ in range(rng.integers(4)):
                 await asyncio.sleep(0)
             if rng.random() < 0.2:
-                interrupted = asyncio.create_task(session.apply(session.next_step, chunk))
+                interrupted = asyncio.create_task(session.apply(stream, session.next_step, chunk))
                 await asyncio.sleep(0)
                 interrupted.cancel()
                 await asyncio.wait([interrupted])
-            applied = await session.apply(session.next_step, chunk)
+            applied = await session.apply(stream, session.next_step, chunk)
             assert applied.failure is None
             outputs.append(applied.outputs)
         return np.concatenate(outputs)

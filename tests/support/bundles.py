@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -73,5 +74,40 @@ def write_test_repository(repository: Path) -> Path:
     described = manifest("bidirectional", both_ways, features(3), labels=("yes", "no"), pattern="many-to-one")
     write_bundle(repository, described)
     stacked = NetworkSpec(cell="gru", features=3, hidden_size=8, layers=2, outputs=2)
+    write_accumulator(repository)
     write_bundle(repository, manifest("stacked", stacked, features(3, missing_values="hold_last")))
     return repository
+
+
+def write_accumulator(repository: Path) -> Bundle:
+    """A network that forgets nothing: ReLU cells with an identity recurrence, exact in whole numbers below 2**24.
+
+    One feature x >= 0. Outputs after each step: the sum of all x, and the sum of those sums before the step, which
+    tells the order of the steps too.
+    """
+    described = manifest(
+        "accumulator",
+        NetworkSpec(cell="relu", features=1, hidden_size=2, outputs=2),
+        FeatureInput(feature_names=("x",), mean=(0.0,), std=(1.0,)),
+    )
+    network = RecurrentNetwork(described.network)
+    weights = {
+        "weight_ih": [[1.0], [0.0]],  # sum += x
+        "weight_hh": [[1.0, 0.0], [1.0, 1.0]],  # sums += sum
+        "weight": [[1.0, 0.0], [0.0, 1.0]],  # the state as it is
+    }
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            kind = next((kind for kind in ("weight_ih", "weight_hh", "bias") if kind in name), "weight")
+            parameter.copy_(torch.tensor(weights.get(kind, 0.0)))
+    return load_bundle(save_bundle(repository, described, network))
+
+
+def accumulated(values: Iterable[float]) -> list[tuple[float, float]]:
+    """What the accumulator must answer, step by step."""
+    answers, total, totals = [], 0.0, 0.0
+    for value in values:
+        totals += total
+        total += value
+        answers.append((total, totals))
+    return answers

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.manifest import ModelKey
 from service.engine.executor import Floats
+from service.errors import ServingError
+from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
+from service.sessions.stores.store import StoreError
 
 RAISES = 666.0
 TURNS_NAN = 13.0
@@ -43,6 +47,20 @@ class FakeExecutor:
         return sums, sums
 
 
+class FakeStream:
+    """An owner of a session that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lost: ServingError | None = None
+        self.times_durable = 0
+
+    def lose(self, error: ServingError) -> None:
+        self.lost = error
+
+    def became_durable(self) -> None:
+        self.times_durable += 1
+
+
 class CountingMetrics:
     """Keeps what it was told, as (name, values…)."""
 
@@ -58,8 +76,23 @@ class CountingMetrics:
     def session_opened(self, model: ModelKey) -> None:
         self.events.append(("opened", model))
 
-    def session_closed(self, model: ModelKey) -> None:
-        self.events.append(("closed", model))
+    def session_resumed(self, model: ModelKey) -> None:
+        self.events.append(("resumed", model))
+
+    def live_sessions(self, model: ModelKey, sessions: int) -> None:
+        self.events.append(("live", model, sessions))
+
+    def parked(self, sessions: int, size_bytes: int) -> None:
+        self.events.append(("parked", sessions))
+
+    def evicted(self, limit: str) -> None:
+        self.events.append(("evicted", limit))
+
+    def checkpoint(self, sessions: int, duration_s: float) -> None:
+        self.events.append(("checkpoint", sessions))
+
+    def store_available(self, available: bool) -> None:
+        self.events.append(("store available", available))
 
     def queued(self, sequences: int) -> None:
         self.events.append(("queued", sequences))
@@ -71,3 +104,39 @@ class CountingMetrics:
 def column(*values: float) -> Floats:
     """Steps of one feature: (len(values), 1)."""
     return np.array(values, np.float32).reshape(-1, 1)
+
+
+class FakeStore:
+    """A durable store in memory. While `down` it refuses everything; `gate` holds operations up."""
+
+    durable = True
+
+    def __init__(self) -> None:
+        self.records: dict[SessionKey, SessionRecord] = {}
+        self.down = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def open(self) -> list[SessionSummary]:
+        await self._answer()
+        return sorted(map(summary_of, self.records.values()), key=lambda summary: summary.used_s)
+
+    async def write(self, records: Sequence[SessionRecord]) -> None:
+        await self._answer()
+        self.records |= {record.key: record for record in records}
+
+    async def read(self, key: SessionKey) -> SessionRecord | None:
+        await self._answer()
+        return self.records.get(key)
+
+    async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
+        await self._answer()
+        for key in keys:
+            self.records.pop(key, None)
+
+    async def close(self) -> None: ...
+
+    async def _answer(self) -> None:
+        await self.gate.wait()
+        if self.down:
+            raise StoreError("the store is down")

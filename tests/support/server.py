@@ -20,7 +20,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunningServer:
     """Where a server listens."""
 
@@ -28,6 +28,7 @@ class RunningServer:
     port: int
     metrics_port: int
     log_file: Path
+    terminated: bool = False
 
     @property
     def target(self) -> str:
@@ -39,11 +40,17 @@ class RunningServer:
 
     def terminate(self) -> None:
         """Send SIGTERM and return at once."""
+        self.terminated = True
         self.process.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
     def stop(self) -> int:
-        """Send SIGTERM if it still runs; the exit code."""
-        if self.process.poll() is None:
+        """Send SIGTERM if it still runs and has none yet, for a second one kills; the exit code."""
+        if self.process.poll() is None and not self.terminated:
             self.terminate()
         return self.process.wait(STOP_TIMEOUT_S)
 
@@ -60,10 +67,13 @@ class RunningServer:
 
 
 @contextmanager
-def start_server(repository: Path = COMMITTED_REPOSITORY, **settings: object) -> Iterator[RunningServer]:
+def start_server(
+    repository: Path = COMMITTED_REPOSITORY, state_dir: Path | None = None, **settings: object
+) -> Iterator[RunningServer]:
     """Start `python -m service` on free ports, with settings by name (drain_timeout_s=1); stopped at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        state_dir = Path(folder)
+        state_dir = state_dir or Path(folder)
+        (state_dir / "server.json").unlink(missing_ok=True)  # of one that was killed
         given = {"port": 0, "metrics_port": 0, "model_repository": repository, "state_dir": state_dir, **settings}
         variables = {f"RNNSERVE_{name.upper()}": str(value) for name, value in given.items()}
         log_file = state_dir / "server.log"

@@ -42,10 +42,17 @@ def random_steps(count: int, seed: int = 0, width: int = 3) -> Floats:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
 
 
-def open_(model: str, session_id: str, *, version: int = 0, **options: Any) -> Request:
-    return Request(
-        open=live_pb.OpenSession(model=model, version=version, session_id=session_id, options=OutputOptions(**options))
-    )
+def open_(model: str, session_id: str, *, version: int = 0, token: bytes = b"", **options: Any) -> Request:
+    opening = live_pb.OpenSession(model=model, version=version, session_id=session_id, resume_token=token)
+    opening.options.CopyFrom(OutputOptions(**options))
+    return Request(open=opening)
+
+
+def resume(opening: Request, answered_step: int = 0) -> Request:
+    """The same session again, from the step on whose answer is missing."""
+    again = Request(open=opening.open, answered_step=answered_step)
+    again.open.resume = True
+    return again
 
 
 def steps(first_step: int | None, values: ArrayLike | str) -> Request:
@@ -75,11 +82,14 @@ def predict(model: str, sequences: Sequence[Any], *, version: int = 0, **options
 class LiveStream:
     """One StreamSteps call, message by message. It counts its steps."""
 
+    opened: live_pb.SessionOpened
+
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         requests: Iterator[Request] = iter(self._requests.get, None)
         self.call: Any = RealTimeServiceStub(channel).StreamSteps(requests, timeout=TIMEOUT_S)
         self.next_step = 0
+        self.durable_step = 0
 
     def send(self, *requests: Request) -> None:
         for request in requests:
@@ -89,8 +99,19 @@ class LiveStream:
         self._requests.put(None)
 
     def read(self) -> Response:
-        response: Response = next(self.call)
-        return response
+        """The next response that is about a message or a notice; checkpoints are only noted."""
+        while True:
+            response: Response = next(self.call)
+            self.durable_step = max(self.durable_step, response.durable_step)
+            if response.WhichOneof("response") != "checkpoint":
+                return response
+
+    def wait_until_durable(self, step: int) -> None:
+        """Read checkpoints until every step before that one is durable."""
+        while self.durable_step < step:
+            response: Response = next(self.call)
+            assert response.WhichOneof("response") == "checkpoint", response
+            self.durable_step = response.durable_step
 
     def ask(self, request: Request) -> Response:
         self.send(request)
@@ -119,6 +140,8 @@ def live_stream(channel: grpc.Channel, opening: Request | None = None) -> Iterat
         if opening is not None:
             response = stream.ask(opening)
             assert response.WhichOneof("response") == "opened", response
+            stream.opened = response.opened
+            stream.next_step = response.opened.next_step
         yield stream
     finally:
         stream.half_close()

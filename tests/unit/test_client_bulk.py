@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rnnserve import Prediction, RnnserveError, ShapeMismatch
+from rnnserve import Prediction, RnnserveError, ShapeMismatch, Unreachable
 from rnnserve.bulk import Bulk
-from rnnserve.exchange import InputsEnded, NextInput, Response
+from rnnserve.exchange import CallEnded, InputsEnded, NextInput, Response
 from rnnserve.tensors import sequence_tensor
 from rnnserve.v1.prediction_pb2 import Prediction as PredictionMessage
 from rnnserve.v1.sequence_service_pb2 import PredictStreamResponse
@@ -102,3 +102,12 @@ def test_no_inputs_are_no_results() -> None:
 def test_another_way_to_handle_errors_does_not_exist() -> None:
     with pytest.raises(ValueError, match="errors"):
         Bulk("ignore")  # type: ignore[arg-type]
+
+
+def test_the_end_of_the_call_is_raised_and_nothing_is_resumed() -> None:
+    bulk = Bulk("return")
+    bulk.handle(NextInput([[1.0]]))
+    turn = bulk.handle(CallEnded(Unreachable("gone")))
+    assert turn.reconnect_after_s is None
+    assert bulk.done
+    assert isinstance(bulk.failure, Unreachable)

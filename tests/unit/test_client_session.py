@@ -7,8 +7,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from rnnserve import Answer, FieldInvalid, NotFinite, RnnserveError, ShapeMismatch, StepOutOfOrder
+from rnnserve.bookkeepers import StepsAhead
 from rnnserve.exchange import InputsEnded, NextInput, Response
-from rnnserve.session import Session, StepsAhead
+from rnnserve.session import Session
 from rnnserve.tensors import sequence_tensor
 from rnnserve.v1 import prediction_pb2
 from rnnserve.v1 import real_time_service_pb2 as pb
@@ -159,7 +160,7 @@ def test_ahead_nothing_is_sent_behind_a_known_refusal_and_the_end_waits_for_what
     ahead.handle(NextInput(STEP))
     ahead.handle(NextInput(STEP))
     ahead.handle(Response(refused("NOT_FINITE")))
-    assert ahead.handle(NextInput(STEP)).requests == []
+    assert not ahead.handle(NextInput(STEP)).requests
     assert not ahead.done
     ahead.handle(Response(refused("STEP_OUT_OF_ORDER")))
     assert ahead.done

@@ -21,7 +21,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
     settings = read_settings([])
     assert (settings.host, settings.port, settings.metrics_port) == ("127.0.0.1", 50051, 9464)
     assert settings.model_repository == Path("models/repository")
-    assert settings.state_dir is None
+    assert settings.state_dir == Path(".state")
 
 
 def test_a_variable_sets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,6 @@ IN_A_STREAM = {
     "empty": Row(Request(), "FIELD_INVALID", "request"),
     "no first_step": Row(steps(None, [[0, 0, 0]]), "FIELD_INVALID", "steps.first_step"),
     "gap": Row(steps(4, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "steps.first_step", AHEAD, Code.ABORTED),
-    "repeated": Row(steps(2, [[0, 0, 0]]), "STEP_OUT_OF_ORDER", "steps.first_step", AHEAD, Code.ABORTED),
     "reset out of order": Row(reset(2), "STEP_OUT_OF_ORDER", "reset.first_step", AHEAD, Code.ABORTED),
     "reset without an index": Row(reset(None), "FIELD_INVALID", "reset.first_step"),
     "too large": Row(steps(3, "a" * 5_000), "MESSAGE_TOO_LARGE", "request", {"limit": "4096"}, model="text"),

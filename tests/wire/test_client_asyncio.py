@@ -35,7 +35,7 @@ async def whole(client: AsyncClient, x: Array) -> Array:
 
 
 async def test_models_samples_and_health_are_told(client: AsyncClient) -> None:
-    assert len(await client.models()) == 5
+    assert len(await client.models()) == 6
     assert (await client.model("vanilla", version=1)).version == 1
     assert await client.samples("vanilla") == []
     assert (await client.health(), await client.health("text")) == ("serving", "serving")

@@ -34,7 +34,7 @@ ONCE = RetryPolicy(attempts=1)
 @pytest.fixture(scope="module")
 def small_server(repository: Path) -> Iterator[RunningServer]:
     """One with low limits, which may be paused."""
-    with start_server(repository, max_sessions=8, max_steps_per_message=5, max_message_bytes=2048) as running:
+    with start_server(repository, max_streams=8, max_steps_per_message=5, max_message_bytes=2048) as running:
         yield running
 
 
@@ -88,8 +88,9 @@ async def test_a_server_that_dies_ends_every_wait_for_answers(doomed_server: Run
         yield STEP
         threading.Event().wait()  # a sensor that never speaks again
 
-    async with AsyncClient(doomed_server.target) as awaited, awaited.stream("vanilla") as awaited_stream:
-        with Client(doomed_server.target) as client, client.stream("vanilla") as stream:
+    target = doomed_server.target
+    async with AsyncClient(target, resume_timeout_s=0) as awaited, awaited.stream("vanilla") as awaited_stream:
+        with Client(target, resume_timeout_s=0) as client, client.stream("vanilla") as stream:
             answers = stream.steps(source())
             assert next(answers).step == 0
             assert (await awaited_stream.step(STEP)).step == 0
@@ -103,7 +104,7 @@ async def test_a_server_that_dies_ends_every_wait_for_answers(doomed_server: Run
 
 
 def test_a_silent_server_times_out_for_every_kind_of_call(small_server: RunningServer) -> None:
-    with Client(small_server.target, timeout_s=0.5) as client, client.stream("vanilla") as stream:
+    with Client(small_server.target, timeout_s=0.5, resume_timeout_s=0) as client, client.stream("vanilla") as stream:
         stream.step(STEP)
         with paused(small_server):
             with pytest.raises(TimedOut, match=r"0\.5 s"):
@@ -117,7 +118,10 @@ def test_a_silent_server_times_out_for_every_kind_of_call(small_server: RunningS
 
 
 async def test_a_silent_server_times_out_for_every_kind_of_awaited_call(small_server: RunningServer) -> None:
-    async with AsyncClient(small_server.target, timeout_s=0.5) as client, client.stream("vanilla") as stream:
+    async with (
+        AsyncClient(small_server.target, timeout_s=0.5, resume_timeout_s=0) as client,
+        client.stream("vanilla") as stream,
+    ):
         await stream.step(STEP)
         with paused(small_server):
             with pytest.raises(TimedOut, match=r"0\.5 s"):
@@ -160,7 +164,7 @@ def test_one_session_too_many_is_told_when_to_come_back(small_server: RunningSer
 
 
 def test_a_draining_server_gives_notice_and_then_a_reason(doomed_server: RunningServer) -> None:
-    with Client(doomed_server.target) as client, client.stream("vanilla") as stream:
+    with Client(doomed_server.target, resume_timeout_s=0) as client, client.stream("vanilla") as stream:
         stream.step(STEP)
         doomed_server.terminate()
         with pytest.raises(Draining):

@@ -24,7 +24,14 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 def test_all_models_are_listed(client: Client) -> None:
     listed = [(model.name, model.version) for model in client.models()]
-    assert listed == [("bidirectional", 1), ("stacked", 1), ("text", 1), ("vanilla", 1), ("vanilla", 2)]
+    assert listed == [
+        ("accumulator", 1),
+        ("bidirectional", 1),
+        ("stacked", 1),
+        ("text", 1),
+        ("vanilla", 1),
+        ("vanilla", 2),
+    ]
 
 
 def test_a_model_tells_what_it_is(client: Client) -> None:

@@ -17,6 +17,8 @@ NAMES = [
     "rnnserve.v1.RealTimeService",
     "rnnserve.v1.SequenceService",
     "rnnserve.v1.ModelService",
+    "rnnserve.v1.SessionService",
+    "session-store",
     "models/vanilla",
     "models/bidirectional",
 ]

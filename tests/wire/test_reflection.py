@@ -21,6 +21,7 @@ def test_a_client_without_our_stubs_finds_services_and_methods(server: RunningSe
         "rnnserve.v1.RealTimeService",
         "rnnserve.v1.SequenceService",
         "rnnserve.v1.ModelService",
+        "rnnserve.v1.SessionService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

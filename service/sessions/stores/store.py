@@ -9,7 +9,10 @@ from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 
 
 class StoreError(Exception):
-    """The store is down, full, locked or damaged. What it was asked for is either done wholly or not at all."""
+    """The store is down, full, locked or damaged. What it was asked for is either done wholly or not at all.
+
+    Only of a scrub that fails may a part be done: nothing can be read any more, but bytes are left in the file.
+    """
 
 
 class SessionStore(Protocol):

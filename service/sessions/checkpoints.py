@@ -1,0 +1,180 @@
+"""Writes sessions behind, in rounds, off the path of their steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from service.errors import StoreUnavailable
+from service.sessions.record import SessionKey, SessionRecord
+from service.sessions.session import Session
+from service.sessions.stores.store import SessionStore, StoreError
+
+log = logging.getLogger(__name__)
+
+BATCH_SESSIONS = 500  # written at a time; the event loop copies so many in a few milliseconds
+RETRY_AFTER_S = 2.0
+Result = TypeVar("Result")
+
+
+class CheckpointMetrics(Protocol):
+    """Where checkpoints are counted."""
+
+    def checkpoint(self, sessions: int, duration_s: float) -> None:
+        """So many sessions were written."""
+        ...
+
+    def store_available(self, available: bool) -> None:
+        """Whether the store answered the last time."""
+        ...
+
+
+class Checkpointer:
+    """Keeps a store as up to date as its pace allows. A store that is slow or down never holds a session up."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        *,
+        interval_s: float,
+        every_steps: int,
+        timeout_s: float,
+        metrics: CheckpointMetrics,
+        on_written: Callable[[Session, SessionRecord], None],
+    ) -> None:
+        self.available = True
+        self.available_changed = asyncio.Event()
+        self._store = store
+        self._interval_s = interval_s
+        self._every_steps = every_steps
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._on_written = on_written
+        self._changed: dict[Session, None] = {}  # in the order of their first change
+        self._steps = 0
+        self._due = asyncio.Event()
+        self._round = asyncio.Lock()
+
+    def changed(self, session: Session, steps: int = 0) -> None:
+        """Write the session in the next round."""
+        self._changed[session] = None
+        self._steps += steps
+        if self._every_steps and self._steps >= self._every_steps:
+            self._due.set()
+
+    def is_changed(self, session: Session) -> bool:
+        """Whether it waits for the next round."""
+        return session in self._changed
+
+    def forget(self, session: Session) -> None:
+        """The session has ended."""
+        self._changed.pop(session, None)
+
+    async def run(self) -> None:
+        """A round whenever one is due; until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_s):
+                    await self._due.wait()
+            except TimeoutError:
+                pass
+            await self.write_changed()
+
+    async def write_changed(self) -> None:
+        """One round: all that have changed until now, in batches."""
+        async with self._round:
+            self._due.clear()
+            self._steps = 0
+            waiting = list(self._changed)
+            for start in range(0, len(waiting), BATCH_SESSIONS):
+                batch = [s for s in waiting[start : start + BATCH_SESSIONS] if s in self._changed]
+                if not await self._write(batch):
+                    break
+
+    async def read(self, key: SessionKey) -> SessionRecord | None:
+        """What is stored under the key. Raises StoreUnavailable."""
+        return await self._ask(self._store.read(key))
+
+    async def erase(self, keys: Sequence[SessionKey]) -> None:
+        """Forget these in the store. Raises StoreUnavailable."""
+        await self._ask(self._store.erase(keys))
+
+    async def scrub(self, keys: Sequence[SessionKey]) -> None:
+        """Leave no byte of these in the store, however long it takes. Raises StoreUnavailable."""
+        try:
+            await self._patiently(self._store.erase(keys, scrub=True))
+        except StoreError as error:
+            self._set_available(False, str(error))
+            raise _unavailable() from None
+        self._set_available(True)
+
+    def require_available(self) -> None:
+        """Raises StoreUnavailable where nothing can be made durable."""
+        if not self._store.durable:
+            raise StoreUnavailable("this server keeps sessions in memory only", field="require_durable")
+        if not self.available:
+            raise _unavailable()
+
+    async def _write(self, batch: list[Session]) -> bool:
+        for session in batch:
+            del self._changed[session]
+        # A store without durability is only asked to keep what has no stream.
+        kept = [session for session in batch if self._store.durable or session.owner is None]
+        records = [session.record() for session in kept]
+        start_s = time.perf_counter()
+        try:
+            await self._patiently(self._store.write(records))
+        except StoreError as error:
+            self._set_available(False, str(error))
+            self._changed |= {session: None for session in kept if not session.ended}
+            return False
+        self._set_available(True)
+        self._metrics.checkpoint(len(records), time.perf_counter() - start_s)
+        for session, record in zip(kept, records, strict=True):
+            if not session.ended:
+                self._on_written(session, record)
+        return True
+
+    async def _ask(self, operation: Awaitable[Result]) -> Result:
+        task = asyncio.ensure_future(operation)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await asyncio.shield(task)
+        except (TimeoutError, StoreError) as error:
+            task.add_done_callback(_retrieve)
+            self._set_available(False, str(error) or f"no answer within {self._timeout_s:g} s")
+            raise _unavailable() from None
+        self._set_available(True)
+        return result
+
+    async def _patiently(self, operation: Awaitable[None]) -> None:
+        """Wait for the end however long it takes, but tell when that is too long."""
+        task = asyncio.ensure_future(operation)
+        done, _ = await asyncio.wait([task], timeout=self._timeout_s)
+        if not done:
+            self._set_available(False, f"a write takes more than {self._timeout_s:g} s")
+        await task
+
+    def _set_available(self, available: bool, why: str = "") -> None:
+        if available == self.available:
+            return
+        self.available = available
+        self.available_changed.set()
+        self._metrics.store_available(available)
+        if available:
+            log.info("the session store answers again")
+        else:
+            log.error("the session store is unavailable; live streams go on, nothing more becomes durable: %s", why)
+
+
+def _unavailable() -> StoreUnavailable:
+    return StoreUnavailable("the session store does not answer", retry_after_s=RETRY_AFTER_S)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Nobody waits any more; its error was told already."""
+    if not task.cancelled():
+        task.exception()

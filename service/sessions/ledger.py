@@ -1,0 +1,140 @@
+"""The exactly-once rules of one session: which steps were applied, and which answers are still owed.
+
+No I/O, no clock, and no state of the network.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from service.errors import ResumePointLost, StepOutOfOrder
+from service.sessions.record import Floats, HeldAnswer
+
+ANSWER_OVERHEAD_BYTES = 200  # of one held answer, besides its outputs
+
+
+class Ledger:
+    """Counts steps from 0 and holds the answers that the client has not acknowledged."""
+
+    def __init__(
+        self,
+        next_step: int = 0,
+        answered_step: int = 0,
+        held: Iterable[HeldAnswer] = (),
+        resets: Iterable[int] = (),
+        *,
+        max_held_bytes: int,
+    ) -> None:
+        self.next_step = next_step
+        self.answered_step = answered_step
+        self._max_held_bytes = max_held_bytes
+        self._held: deque[HeldAnswer] = deque(held)
+        self._held_bytes = sum(map(_size_bytes, self._held))
+        self._dropped_step = self._held[0].first_step if self._held else next_step
+        self._resets: deque[int] = deque(resets)
+
+    @property
+    def held(self) -> tuple[HeldAnswer, ...]:
+        return tuple(self._held)
+
+    @property
+    def resets(self) -> tuple[int, ...]:
+        return tuple(self._resets)
+
+    @property
+    def held_from(self) -> int:
+        """Every answer from this index on is held."""
+        return max(self.answered_step, self._dropped_step)
+
+    def acknowledge(self, answered_step: int) -> None:
+        """The client has every answer before the index. After a crash it may be ahead of us."""
+        self.answered_step = max(self.answered_step, answered_step)
+        while self._held and self._held[0].next_step <= self.answered_step:
+            self._drop_oldest()
+        while self._resets and self._resets[0] < self.answered_step:
+            self._resets.popleft()
+
+    def missed(self, answered_step: int) -> list[HeldAnswer]:
+        """The answers from the index on, which a client that resumes there has missed. Raises ResumePointLost."""
+        if answered_step < self.held_from:
+            raise ResumePointLost(
+                f"the answers before step {self.held_from} are no longer held",
+                field="answered_step",
+                expected_step=self.held_from,
+            )
+        return [_from_step(answer, answered_step) for answer in self._held if answer.next_step > answered_step]
+
+    def new_steps(self, first_step: int, steps: int) -> int:
+        """How many of so many steps from that index on were not applied before. Raises StepOutOfOrder for a gap."""
+        if first_step > self.next_step:
+            raise self._out_of_order(first_step)
+        return max(0, first_step + steps - self.next_step)
+
+    def applied(self, first_step: int, next_step: int, outputs: Floats) -> None:
+        """The steps up to the index (exclusive) were applied; outputs (rows, outputs) is the answer."""
+        self.next_step = next_step
+        if next_step > self.answered_step:
+            answer = HeldAnswer(first_step, next_step, outputs)
+            self._held.append(answer)
+            self._held_bytes += _size_bytes(answer)
+            while self._held_bytes > self._max_held_bytes:
+                self._dropped_step = self._drop_oldest()
+                while self._resets and self._resets[0] < self._dropped_step:
+                    self._resets.popleft()
+
+    def reset(self, first_step: int) -> bool:
+        """Whether a reset before that step is new, or a repetition. Raises StepOutOfOrder."""
+        if first_step == self.next_step:
+            if not self._resets or self._resets[-1] != first_step:
+                self._resets.append(first_step)
+            return True
+        if first_step in self._resets:
+            return False
+        raise self._out_of_order(first_step)
+
+    def expect(self, first_step: int) -> None:
+        """Raises StepOutOfOrder if it is not the next one."""
+        if first_step != self.next_step:
+            raise self._out_of_order(first_step)
+
+    def rows_about(self, first_step: int, next_step: int) -> list[Floats]:
+        """Rows about the last of these steps, without a gap, as far as they are held."""
+        rows: list[Floats] = []
+        for answer in reversed(self._held):
+            if answer.first_row_step >= next_step:
+                continue
+            if answer.next_step < next_step or next_step <= first_step:
+                break
+            part = _from_step(answer, first_step).outputs[: next_step - answer.next_step or None]
+            rows.insert(0, part)
+            next_step -= len(part)
+        return rows
+
+    def _drop_oldest(self) -> int:
+        answer = self._held.popleft()
+        self._held_bytes -= _size_bytes(answer)
+        return answer.next_step
+
+    def _out_of_order(self, first_step: int) -> StepOutOfOrder:
+        return StepOutOfOrder(
+            f"the next step of the session is {self.next_step}, not {first_step}",
+            field="first_step",
+            expected_step=self.next_step,
+        )
+
+
+def _from_step(answer: HeldAnswer, step: int) -> HeldAnswer:
+    skip = max(0, step - answer.first_row_step)
+    return HeldAnswer(max(answer.first_step, step), answer.next_step, answer.outputs[skip:])
+
+
+def _size_bytes(answer: HeldAnswer) -> int:
+    return answer.outputs.nbytes + ANSWER_OVERHEAD_BYTES
+
+
+def joined(rows: list[Floats]) -> Floats:
+    """(rows, outputs) of several such; (0, 0) of none."""
+    return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)

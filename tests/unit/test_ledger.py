@@ -1,0 +1,194 @@
+"""The exactly-once rules, without network, torch or clock."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from service.errors import ResumePointLost, StepOutOfOrder
+from service.sessions.ledger import ANSWER_OVERHEAD_BYTES, Ledger, joined
+from service.sessions.record import HeldAnswer
+from tests.support.fakes import column
+
+
+def ledger(max_held_bytes: int = 10_000) -> Ledger:
+    return Ledger(max_held_bytes=max_held_bytes)
+
+
+def rows(answers: list[HeldAnswer]) -> list[tuple[int, list[float]]]:
+    return [(answer.first_row_step, answer.outputs[:, 0].tolist()) for answer in answers]
+
+
+def test_answers_are_held_until_they_are_acknowledged() -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    book.applied(2, 3, column(12))
+    assert rows(book.missed(0)) == [(0, [10, 11]), (2, [12])]
+    assert rows(book.missed(1)) == [(1, [11]), (2, [12])]
+    book.acknowledge(2)
+    assert rows(book.missed(2)) == [(2, [12])]
+
+
+def test_what_was_acknowledged_cannot_be_asked_for_again() -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    book.acknowledge(2)
+    with pytest.raises(ResumePointLost) as refusal:
+        book.missed(1)
+    assert refusal.value.metadata == {"expected_step": "2"}
+
+
+def test_an_acknowledgement_is_never_taken_back() -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    book.acknowledge(2)
+    book.acknowledge(0)
+    assert book.answered_step == 2
+
+
+def test_past_the_limit_the_oldest_answers_are_dropped_and_resuming_before_them_is_refused() -> None:
+    book = ledger(max_held_bytes=2 * (ANSWER_OVERHEAD_BYTES + 4))
+    for step in range(3):
+        book.applied(step, step + 1, column(step))
+    with pytest.raises(ResumePointLost):
+        book.missed(0)
+    assert rows(book.missed(1)) == [(1, [1]), (2, [2])]
+
+
+def test_a_gap_is_refused_with_the_expected_index() -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    with pytest.raises(StepOutOfOrder) as refusal:
+        book.new_steps(3, 1)
+    assert refusal.value.metadata == {"expected_step": "2"}
+
+
+@pytest.mark.parametrize(("first_step", "steps", "new"), [(0, 1, 0), (0, 2, 0), (1, 2, 1), (2, 3, 3), (0, 5, 3)])
+def test_only_steps_that_were_not_applied_before_are_new(first_step: int, steps: int, new: int) -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    assert book.new_steps(first_step, steps) == new
+
+
+def test_rows_about_known_steps_are_those_that_were_given_before() -> None:
+    book = ledger()
+    book.applied(0, 2, column(10, 11))
+    book.applied(2, 5, column(12, 13, 14))
+    assert joined(book.rows_about(1, 4))[:, 0].tolist() == [11, 12, 13]
+    book.acknowledge(2)
+    assert joined(book.rows_about(0, 4))[:, 0].tolist() == [12, 13]
+    assert book.rows_about(0, 2) == []
+
+
+def test_of_a_message_answered_about_its_last_step_only_that_row_is_held() -> None:
+    book = ledger()
+    book.applied(0, 3, column(12))
+    assert rows(book.missed(0)) == rows(book.missed(2)) == [(2, [12])]
+    assert joined(book.rows_about(0, 3))[:, 0].tolist() == [12]
+
+
+def test_a_reset_that_is_sent_again_is_known_even_behind_later_steps() -> None:
+    book = ledger()
+    book.applied(0, 1, column(10))
+    assert book.reset(1)
+    assert book.reset(1), "a second reset in the same place changes nothing, so it may be done again"
+    book.applied(1, 2, column(11))
+    assert not book.reset(1)
+    with pytest.raises(StepOutOfOrder):
+        book.reset(0)
+    book.acknowledge(2)
+    with pytest.raises(StepOutOfOrder):
+        book.reset(1)
+
+
+def test_a_client_that_is_ahead_after_a_crash_is_not_owed_what_it_has() -> None:
+    book = Ledger(next_step=2, answered_step=0, held=[HeldAnswer(0, 2, column(10, 11))], max_held_bytes=10_000)
+    assert book.missed(5) == []
+    book.acknowledge(5)
+    book.applied(2, 4, column(12, 13))
+    book.applied(4, 6, column(14, 15))
+    assert rows(book.missed(5)) == [(5, [15])]
+
+
+class ClientAndServer(RuleBasedStateMachine):
+    """A client sends 1, 2, 3, … to a server that sums them up, loses answers and falls back to checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.server, self.total = ledger(), 0.0
+        self.checkpoint: tuple[object, ...] = (0, 0, (), (), 0.0)
+        self.durable_step = 0
+        self.received: list[float] = []
+
+    def apply(self, first_step: int, count: int) -> list[float]:
+        """What the server does with a message; the rows of its answer."""
+        new = self.server.new_steps(first_step, count)
+        known = joined(self.server.rows_about(first_step, first_step + count - new))
+        outputs = self.total + np.cumsum(np.arange(first_step + count - new, first_step + count) + 1.0)
+        if new:
+            self.total = float(outputs[-1])
+            fresh = outputs.astype(np.float32).reshape(-1, 1)
+            self.server.applied(first_step + count - new, first_step + count, fresh)
+        return [*(known[:, 0] if len(known) else []), *outputs]
+
+    @rule(count=st.integers(1, 4), answer_is_lost=st.booleans())
+    def send_the_next_steps(self, count: int, answer_is_lost: bool) -> None:
+        if self.server.next_step > len(self.received):
+            self.resume()
+        answer = self.apply(len(self.received), count)
+        if not answer_is_lost:
+            self.received += answer
+
+    @rule(back=st.integers(1, 6), count=st.integers(1, 4))
+    def send_old_steps_again(self, back: int, count: int) -> None:
+        first_step = max(0, self.server.next_step - back)
+        before, steps = self.total, self.server.next_step
+        count = min(count, steps - first_step)
+        if count:
+            answer = self.apply(first_step, count)
+            assert (self.total, self.server.next_step) == (before, steps)
+            assert answer == [
+                float(sum(range(i + 2))) for i in range(first_step + count - len(answer), first_step + count)
+            ]
+
+    @rule()
+    def acknowledge(self) -> None:
+        self.server.acknowledge(len(self.received))
+
+    @rule()
+    def write_a_checkpoint(self) -> None:
+        s = self.server
+        self.checkpoint = (s.next_step, s.answered_step, s.held, s.resets, self.total)
+        self.durable_step = s.next_step
+
+    @rule()
+    def crash(self) -> None:
+        next_step, answered_step, held, resets, self.total = self.checkpoint  # type: ignore[assignment]
+        self.server = Ledger(next_step, answered_step, held, resets, max_held_bytes=10_000)  # type: ignore[arg-type]
+        self.resume()
+
+    @rule()
+    def resume(self) -> None:
+        for answer in self.server.missed(len(self.received)):
+            self.received += answer.outputs[:, 0].tolist()
+        self.server.acknowledge(len(self.received))
+        behind = len(self.received) - self.server.next_step
+        if behind > 0:
+            self.apply(self.server.next_step, behind)
+
+    @invariant()
+    def answers_are_the_running_sums_each_once(self) -> None:
+        assert self.received == [float(sum(range(i + 2))) for i in range(len(self.received))]
+
+    @invariant()
+    def the_state_has_each_step_once(self) -> None:
+        assert self.total == sum(range(self.server.next_step + 1))
+
+    @invariant()
+    def nothing_durable_is_lost(self) -> None:
+        assert self.server.next_step >= self.durable_step
+
+
+ClientAndServer.TestCase.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestExactlyOnce = ClientAndServer.TestCase
