@@ -45,6 +45,7 @@ from rnnserve.errors import (
 from rnnserve.models import Model, Quality, Sample, TrainingData
 from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
+from rnnserve.sessions import SessionInfo
 from rnnserve.stream import Stream
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "RnnserveError",
     "Sample",
     "SessionExists",
+    "SessionInfo",
     "SessionLimit",
     "SessionMoved",
     "SessionNotFound",

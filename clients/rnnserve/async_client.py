@@ -21,6 +21,7 @@ from rnnserve.requests import StepSelection, output_options
 from rnnserve.results import Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
 from rnnserve.session import RESUME_TIMEOUT_S, Session
+from rnnserve.sessions import SessionInfo
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
@@ -73,6 +74,18 @@ class AsyncClient:
     async def samples(self, name: str, version: int = 0) -> list[Sample]:
         """The held-out recordings that ship with a model; may be empty. Raises ModelNotFound."""
         return await self._run(self._calls.samples(name, version))
+
+    async def sessions(self) -> list[SessionInfo]:
+        """All sessions of the server, live and parked, by id."""
+        return await self._run(self._calls.sessions())
+
+    async def session(self, session_id: str) -> SessionInfo:
+        """One session. Raises SessionNotFound."""
+        return await self._run(self._calls.session(session_id))
+
+    async def delete_session(self, session_id: str) -> None:
+        """Ends a session and erases it everywhere before it returns. Raises SessionNotFound."""
+        await self._run(self._calls.delete_session(session_id))
 
     async def health(self, model: str | None = None) -> str:
         """ "serving" or "not_serving": the whole server, or one model. Raises ModelNotFound."""

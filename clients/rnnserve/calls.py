@@ -17,9 +17,10 @@ from rnnserve.models import Model, Sample, model_from, samples_from
 from rnnserve.requests import predict_request
 from rnnserve.results import Prediction, prediction_from
 from rnnserve.retry import RetryPolicy
+from rnnserve.sessions import SessionInfo, session_from
 from rnnserve.stubs import HealthCheckRequest, Stubs, health_status_name
 from rnnserve.tensors import Input
-from rnnserve.v1 import model_service_pb2, prediction_pb2
+from rnnserve.v1 import model_service_pb2, prediction_pb2, session_service_pb2
 
 _Q = TypeVar("_Q", bound=Message)
 _A = TypeVar("_A")
@@ -75,6 +76,29 @@ class Calls:
         request = model_service_pb2.ListSamplesRequest(model=name, version=version)
         response = yield from self._call(lambda stubs: stubs.models.ListSamples, request)
         return samples_from(response.samples)
+
+    def sessions(self) -> Program[list[SessionInfo]]:
+        """All sessions, page by page."""
+        found: list[SessionInfo] = []
+        page_token = ""
+        while True:
+            request = session_service_pb2.ListSessionsRequest(page_token=page_token)
+            page = yield from self._call(lambda stubs: stubs.sessions.ListSessions, request)
+            found += map(session_from, page.sessions)
+            page_token = page.next_page_token
+            if not page_token:
+                return found
+
+    def session(self, session_id: str) -> Program[SessionInfo]:
+        """One session."""
+        request = session_service_pb2.GetSessionRequest(session_id=session_id)
+        response = yield from self._call(lambda stubs: stubs.sessions.GetSession, request)
+        return session_from(response.session)
+
+    def delete_session(self, session_id: str) -> Program[None]:
+        """Not tried again: a second try could not tell that the first one succeeded."""
+        request = session_service_pb2.DeleteSessionRequest(session_id=session_id)
+        yield Call(lambda stubs: stubs.sessions.DeleteSession, request, self.timeout_s)
 
     def predict(
         self, model: str, version: int, inputs: Iterable[Input], options: prediction_pb2.OutputOptions

@@ -19,6 +19,7 @@ from rnnserve.requests import StepSelection, output_options
 from rnnserve.results import Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
 from rnnserve.session import RESUME_TIMEOUT_S, Session
+from rnnserve.sessions import SessionInfo
 from rnnserve.statuses import error_from_call
 from rnnserve.stream import Stream
 from rnnserve.stubs import Stubs
@@ -72,6 +73,18 @@ class Client:
     def samples(self, name: str, version: int = 0) -> list[Sample]:
         """The held-out recordings that ship with a model; may be empty. Raises ModelNotFound."""
         return self._run(self._calls.samples(name, version))
+
+    def sessions(self) -> list[SessionInfo]:
+        """All sessions of the server, live and parked, by id."""
+        return self._run(self._calls.sessions())
+
+    def session(self, session_id: str) -> SessionInfo:
+        """One session. Raises SessionNotFound."""
+        return self._run(self._calls.session(session_id))
+
+    def delete_session(self, session_id: str) -> None:
+        """Ends a session and erases it everywhere before it returns. Raises SessionNotFound."""
+        self._run(self._calls.delete_session(session_id))
 
     def health(self, model: str | None = None) -> str:
         """ "serving" or "not_serving": the whole server, or one model. Raises ModelNotFound."""

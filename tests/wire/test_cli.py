@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from rnnserve import AsyncClient, Client, SessionNotFound
 from rnnserve.cli.app import app, stdout
 from tests.support.server import RunningServer
 
@@ -107,6 +108,32 @@ def test_json_lines_of_sequences_are_many(run: Run, tmp_path: Path) -> None:
 def test_health_is_told_by_word_and_by_exit_code(run: Run) -> None:
     assert (run("health").stdout, run("health").exit_code) == ("serving\n", 0)
     assert lines_of_json(run("--json", "health", "text")) == [{"model": "text", "status": "serving"}]
+
+
+def test_sessions_are_listed_told_about_and_erased(run: Run, server: RunningServer) -> None:
+    with Client(server.target) as client:
+        stream = client.stream("accumulator", session="seen-from-the-command-line")
+        stream.open()
+        stream.step([1.0])
+        assert "seen-from-the-command-line  accumulator v1  live" in run("sessions").stdout
+        (info,) = lines_of_json(run("--json", "sessions", stream.session))
+        assert (info["id"], info["live"], info["next_step"]) == (stream.session, True, 1)
+        assert run("sessions", stream.session, "--delete").exit_code == 0
+        with pytest.raises(SessionNotFound):
+            stream.step([2.0])
+    gone = run("sessions", stream.session)
+    assert (gone.exit_code, "SESSION_NOT_FOUND" in gone.stderr) == (1, True)
+
+
+async def test_a_program_sees_the_same(server: RunningServer) -> None:
+    async with AsyncClient(server.target) as client:
+        async with client.stream("accumulator", session="seen-by-a-program") as stream:
+            await stream.step([1.0])
+            info = await client.session(stream.session)
+            assert (info.model, info.version, info.live, info.next_step) == ("accumulator", 1, True, 1)
+            assert info.id in [found.id for found in await client.sessions()]
+        with pytest.raises(SessionNotFound):
+            await client.delete_session("seen-by-a-program")
 
 
 def test_samples_are_saved_so_that_they_can_be_streamed(

@@ -170,6 +170,28 @@ def health(context: typer.Context, model: Annotated[str | None, typer.Argument()
 
 
 @app.command()
+def sessions(
+    context: typer.Context,
+    session: Annotated[str | None, typer.Argument(help="One session; all if it is not named.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="End that session and erase it everywhere.")] = False,
+) -> None:
+    """The sessions that the server keeps, live and parked."""
+    with exit_codes(), _options(context).client() as client:
+        if delete:
+            if session is None:
+                raise BadInput("which session is to be deleted?")
+            client.delete_session(session)
+            stderr.print(f"{session} is erased")
+            return
+        found = client.sessions() if session is None else [client.session(session)]
+        if _options(context).json:
+            for info in found:
+                show.print_json(show.session_json(info))
+        else:
+            stdout.print(show.sessions_table(found) if found else "there are no sessions")
+
+
+@app.command()
 def samples(
     context: typer.Context,
     model: str,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from rnnserve.models import Model, Sample
 from rnnserve.results import Answer, Prediction
+from rnnserve.sessions import SessionInfo
 from rnnserve.tensors import Array
 
 
@@ -25,6 +26,22 @@ def models_table(models: Iterable[Model]) -> Table:
         serves = "streams" if model.streamable else "sequences"
         table.add_row(f"{model.name} v{model.version}", serves, _network(model), _quality(model), model.summary)
     return table
+
+
+def sessions_table(sessions: Iterable[SessionInfo]) -> Table:
+    """One line for each session."""
+    table = Table("session", "model", "state", "steps", "opened", "last used", "bytes", box=None, header_style="bold")
+    for info in sessions:
+        opened, used = (time.astimezone().isoformat(" ", "seconds") for time in (info.opened_at, info.used_at))
+        state = "live" if info.live else "parked"
+        numbers = f"{info.next_step:,}", f"{info.size_bytes:,}"
+        table.add_row(info.id, f"{info.model} v{info.version}", state, numbers[0], opened, used, numbers[1])
+    return table
+
+
+def session_json(info: SessionInfo) -> dict[str, object]:
+    """All that is known of a session."""
+    return dataclasses.asdict(info) | {"opened_at": info.opened_at.isoformat(), "used_at": info.used_at.isoformat()}
 
 
 def model_details(model: Model) -> Table:
