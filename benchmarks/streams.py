@@ -2,8 +2,9 @@
 
     python -m benchmarks.streams --streams 256 --seconds 60
 
-Closed loop: each stream sends its next step when it has the answer to the last. Servers run on one core, this client
-on another. The echo server says what the transport alone allows; the ratio is the figure, for machines differ.
+Closed loop: each stream sends its next step when it has the answer to the last, which it acknowledges. Servers run on
+one core, this client on another. The echo server says what the transport alone allows; one of ours keeps its sessions
+in memory, the other writes them into SQLite each second. The ratios are the figures, for machines differ.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -77,15 +79,18 @@ def server(*command: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def both_servers() -> Iterator[dict[str, str]]:
-    """Start echo and rnnserve: name -> target."""
+def all_servers() -> Iterator[dict[str, str]]:
+    """Start echo and two of ours: name -> target."""
     with ExitStack() as stack:
         echo = stack.enter_context(server("benchmarks.echo_server"))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        ours = {"RNNSERVE_PORT": "0", "RNNSERVE_METRICS_PORT": "0", "RNNSERVE_STATE_DIR": folder}
-        rnnserve = stack.enter_context(server("service", **ours))
         assert echo.stdout is not None
-        yield {"echo": f"127.0.0.1:{int(echo.stdout.readline())}", "rnnserve": f"127.0.0.1:{_port(rnnserve, folder)}"}
+        targets = {"echo": f"127.0.0.1:{int(echo.stdout.readline())}"}
+        for store in ("memory", "sqlite"):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            ours = {"PORT": "0", "METRICS_PORT": "0", "STATE_DIR": folder, "SESSION_STORE": store}
+            process = stack.enter_context(server("service", **{f"RNNSERVE_{key}": ours[key] for key in ours}))
+            targets[store] = f"127.0.0.1:{_port(process, folder)}"
+        yield targets
 
 
 def _port(process: subprocess.Popen[str], folder: str) -> int:
@@ -102,12 +107,15 @@ async def one_stream(stub: RealTimeServiceAsyncStub, until_s: float, load: Load)
     values = np.random.default_rng().normal(size=(1, FEATURES)).astype("<f4")
     tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
     call = stub.StreamSteps()
-    await call.write(StreamStepsRequest(open=OpenSession(model=MODEL, session_id=uuid.uuid4().hex)))
+    opening = OpenSession(model=MODEL, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
+    await call.write(StreamStepsRequest(open=opening))
     await call.read()
     step = 0
     while (start_s := time.perf_counter()) < until_s:
-        await call.write(StreamStepsRequest(steps=Steps(first_step=step, tensor=tensor)))
+        await call.write(StreamStepsRequest(steps=Steps(first_step=step, tensor=tensor), answered_step=step))
         response = await call.read()
+        while isinstance(response, StreamStepsResponse) and response.HasField("checkpoint"):
+            response = await call.read()
         if not isinstance(response, StreamStepsResponse) or response.answer.next_step <= step:
             load.errors += 1
             break
@@ -131,12 +139,13 @@ async def turn(target: str, streams: int, seconds: float, load: Load) -> None:
 def report(loads: dict[str, Load], streams: int) -> None:
     """Print the table."""
     table = Table(title=f"{streams} streams, closed loop")
-    for column in ("server", "steps", "errors", "steps/s", "÷ echo", "p50 ms", "p99 ms"):
+    for column in ("server", "steps", "errors", "steps/s", "÷ echo", "÷ memory", "p50 ms", "p99 ms"):
         table.add_column(column, justify="right")
     for name, load in loads.items():
-        ratio = load.steps_per_s / loads["echo"].steps_per_s
+        of_echo, of_memory = (load.steps_per_s / loads[other].steps_per_s for other in ("echo", "memory"))
         table.add_row(
-            name, f"{len(load.latencies_s):,}", str(load.errors), f"{load.steps_per_s:,.0f}", f"{ratio:.2f}",
+            name, f"{len(load.latencies_s):,}", str(load.errors), f"{load.steps_per_s:,.0f}",
+            f"{of_echo:.2f}", f"{of_memory:.2f}",
             f"{load.percentile_ms(50):.1f}", f"{load.percentile_ms(99):.1f}",
         )  # fmt: skip
     Console().print(table)
@@ -147,10 +156,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=60, help="for each server, in all")
-    parser.add_argument("--turns", type=int, default=6, help="the servers take turns, so that noise hits both")
+    parser.add_argument("--turns", type=int, default=6, help="the servers take turns, so that noise hits all")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {CLIENT_CORE})
-    with both_servers() as targets, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with all_servers() as targets, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         loads = {name: Load() for name in targets}
         for _ in track(range(arguments.turns), "turns"):
             for name, target in targets.items():
