@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test check proto clean
+.PHONY: setup serve demo train test chaos check proto clean
 
 setup: $(READY)
 
@@ -35,6 +35,9 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make chaos SEED=7` for those of a seed
+	$(BIN)/python -m tests.chaos --plans 200 $(if $(SEED),--seed $(SEED))
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -1,0 +1,63 @@
+"""Breaks the real code on purpose, to see whether the harness notices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rnnserve.replay import Replay
+
+if TYPE_CHECKING:
+    from service.sessions.record import SessionRecord
+    from service.sessions.session import Session
+
+VARIABLE = "CHAOS_BREAK"
+SERVER_BREAKS = ("no-index-check", "no-token-check", "no-held-answers", "forgetful-checkpoint")
+CLIENT_BREAKS = ("no-replay", "doubled-replay", "doubled-replay+no-index-check")
+"""The server must bear a client that sends again twice; only without the index check it does not."""
+
+BREAKS = (*SERVER_BREAKS, *CLIENT_BREAKS)
+
+
+def break_server(name: str) -> None:
+    """In the process of the server."""
+    from service.sessions import registry
+    from service.sessions.ledger import Ledger
+    from service.sessions.session import Session
+
+    record = Session.record
+    if name.endswith("no-index-check"):
+        setattr(Ledger, "new_steps", lambda self, first_step, steps: steps)  # noqa: B010
+    elif name == "no-token-check":
+        setattr(registry, "_check_token", lambda token_hash, opening: None)  # noqa: B010
+    elif name == "no-held-answers":
+
+        def without_answers(self: Session) -> SessionRecord:
+            return replace(record(self), held=())
+
+        setattr(Session, "record", without_answers)  # noqa: B010
+    elif name == "forgetful-checkpoint":
+
+        def with_initial_row(self: Session) -> SessionRecord:
+            return replace(record(self), row=self._engine.initial_row(self.model))
+
+        setattr(Session, "record", with_initial_row)  # noqa: B010
+
+
+def break_client(name: str) -> None:
+    """In the process of the client; for good."""
+    if name == "no-replay":
+
+        def nothing(self: Replay, index: int, end: int) -> list[Any]:
+            return []
+
+        setattr(Replay, "since", nothing)  # noqa: B010
+    elif name.startswith("doubled-replay"):
+        from rnnserve.session import Session as ClientSession
+
+        send_again = ClientSession._send_again
+
+        def send_twice(self: ClientSession, again: list[Any], index: int) -> None:
+            send_again(self, [message for message in again for _ in range(2)], index)
+
+        setattr(ClientSession, "_send_again", send_twice)  # noqa: B010

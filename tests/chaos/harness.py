@@ -1,0 +1,406 @@
+"""Runs plans: one fault each, in the midst of a stream, and then the proof that every step counted exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from rnnserve import Client, ResumePoint, RnnserveError, SessionExists, SessionNotFound
+from tests.chaos.client import Row, Watched, first_line, read_record, run_script
+from tests.chaos.plans import STEPS, Plan, make_plan
+from tests.chaos.proxy import BOTH, Direction, Proxy
+from tests.chaos.server import ChaosServer
+from tests.chaos.server_with_points import Action, Armed
+from tests.support.server import ROOT
+
+STOPPED_S = 1.0
+BLACK_HOLE_S = 1.6  # longer than the client waits for an answer
+FULL_DISK_S = 0.4
+LOCKED_S = 1.5  # longer than the store waits for a lock
+DELAY_S = 0.15
+QUIET_TIMEOUT_S = 3.0
+MESSAGE_TIMEOUT_S = 3.0
+PLAN_TIMEOUT_S = 30.0
+POLL_S = 0.002
+ATTEMPTS = 6
+CLIENT_POINTS = ("before_send", "after_send")
+
+
+@dataclass
+class Outcome:
+    """What came of a plan."""
+
+    plan: Plan
+    hit: bool = False
+    """Whether the fault came while the step was in flight and, where it is one of the store, a write failed."""
+    attempts: int = 1
+    steps: int = 0
+    recovery_s: float = 0.0
+    """From the fault to the next answer."""
+    violations: list[str] = field(default_factory=list)
+
+
+class Subject:
+    """A client that works on the script of a plan, in a thread or in a process, and what it has recorded."""
+
+    def __init__(self, plan: Plan, target: str, *, watches: bool) -> None:
+        self.plan = plan
+        self.target = target
+        self.watched_step = plan.step if watches else None
+        self.giving: Callable[[], None] = lambda: None
+        self.given: Callable[[], None] = lambda: None
+        self.before_last: Callable[[], None] = lambda: None
+        self.error: BaseException | None = None
+        self.over = threading.Event()
+        self.fault_over = threading.Event()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def rows(self) -> list[Row]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Whatever is left of it."""
+
+    @property
+    def answered(self) -> int:
+        return len(self.rows())
+
+
+class ThreadSubject(Subject):
+    """In a thread of the harness."""
+
+    def start(self) -> None:
+        self._rows: list[Row] = []
+        threading.Thread(target=self._run, name="subject", daemon=True).start()
+
+    def rows(self) -> list[Row]:
+        return list(self._rows)
+
+    def _record(self, row: Row | None, point: ResumePoint) -> None:
+        self.point = point
+        if row:
+            self._rows.append(row)
+
+    def _run(self) -> None:
+        try:
+            watched = None
+            if self.watched_step is not None:
+                watched = Watched(self.watched_step, lambda: self.giving(), lambda: self.given())
+            run_script(
+                self.target,
+                self.plan.session,
+                self.plan.script,
+                self._record,
+                watched=watched,
+                before_last=lambda: self.before_last(),
+            )
+        except BaseException as error:
+            self.error = error
+        self.over.set()
+
+
+class ProcessSubject(Subject):
+    """In a process of its own, which can be killed."""
+
+    def __init__(self, plan: Plan, target: str, folder: Path, break_name: str, *, watches: bool) -> None:
+        super().__init__(plan, target, watches=watches)
+        self._file = folder / f"{plan.session}.record"
+        self._file.unlink(missing_ok=True)
+        self._break_name = break_name
+
+    def start(self) -> None:
+        self._begin(self.watched_step)
+
+    def rows(self) -> list[Row]:
+        return read_record(self._file)[0]
+
+    def die_and_be_reborn(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._listener.join(MESSAGE_TIMEOUT_S)
+        self._begin(None)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _begin(self, watched_step: int | None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.client", self.target, str(self._file)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(first_line(self.plan.session, self.plan.script, watched_step, self._break_name))
+        self._process.stdin.flush()
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), name="subject", daemon=True)
+        self._listener.start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process.stdin, process.stdout:
+            for line in process.stdout:
+                match line.strip():
+                    case "giving":
+                        self.giving()
+                    case "given":
+                        self.given()
+                    case "done":
+                        self.over.set()
+                with contextlib.suppress(OSError):
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
+        if process.wait() > 0:
+            self.error = RuntimeError(f"the client process ended with exit code {process.returncode}")
+            self.over.set()
+
+
+class Harness:
+    """A server, the proxy in front of it, and the plans that run through them."""
+
+    def __init__(self, repository: Path, folder: Path, break_name: str = "") -> None:
+        self._folder = folder
+        self._break_name = break_name
+        self._server = ChaosServer(repository, folder, break_name)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def run(self, seed: int) -> Outcome:
+        """The plan of the seed; with other steps until its fault hits."""
+        for attempt in range(ATTEMPTS):
+            outcome = self._run(make_plan(seed, attempt))
+            outcome.attempts = attempt + 1
+            if outcome.hit or outcome.violations:
+                break
+        return outcome
+
+    def _run(self, plan: Plan) -> Outcome:
+        outcome = Outcome(plan)
+        self._proxy = Proxy(self._server.port)  # a port of its own, for gRPC shares connections between channels
+        at_client = plan.point in CLIENT_POINTS
+        target = f"127.0.0.1:{self._proxy.port}"
+        subject: Subject
+        if plan.fault == "client_dies":
+            subject = ProcessSubject(plan, target, self._folder, self._break_name, watches=at_client)
+        else:
+            subject = ThreadSubject(plan, target, watches=at_client)
+            subject.before_last = lambda: self._before_last(plan, subject, outcome)
+        failures = self._server.store_failures
+        began_s = time.monotonic()
+        try:
+            if at_client:
+                self._run_with_client_point(plan, subject, outcome)
+            else:
+                self._run_with_server_point(plan, subject, outcome)
+            if not subject.over.wait(max(1.0, began_s + PLAN_TIMEOUT_S - time.monotonic())):
+                outcome.violations.append(f"the client did not finish within {PLAN_TIMEOUT_S:g} s")
+        finally:
+            self._proxy.close()
+            subject.close()
+        if subject.error is not None:
+            outcome.violations.append(f"the client failed: {subject.error!r}")
+        if plan.fault in ("full_disk", "locked_database"):
+            outcome.hit &= self._server.store_failures > failures
+        rows = subject.rows()
+        outcome.steps = len(rows)
+        outcome.violations += violations(rows, plan)
+        return outcome
+
+    def _run_with_server_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
+        actions: dict[str, Action] = {"kill": "kill", "stop": "stop"}
+        while not self._server.reached.empty():
+            self._server.reached.get()
+        self._server.arm(Armed(plan.session, plan.point, plan.step, actions.get(plan.fault, "wait")))
+        subject.start()
+        report = self._report(subject)
+        if report is None:
+            subject.fault_over.set()
+            self._server.arm(None)
+            return
+        answered = subject.answered
+        outcome.hit = answered < report["next_step"]
+        with self._recovery(subject, outcome, answered):
+            self._inject(plan, subject, outcome, self._server.go, itself=plan.fault in actions)
+
+    def _report(self, subject: Subject) -> dict[str, int] | None:
+        until_s = time.monotonic() + PLAN_TIMEOUT_S
+        while time.monotonic() < until_s:
+            with contextlib.suppress(Empty):
+                return self._server.reached.get(timeout=0.05)
+            if (subject.over.is_set() or subject.answered >= STEPS) and self._server.reached.empty():
+                return None
+        return None
+
+    def _run_with_client_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
+        """The fault comes when the step was given and the proxy has let no byte of it pass."""
+        first_of_message = max(edge for edge in (0, *plan.script.message_ends) if edge <= plan.step)
+        given: SimpleQueue[bool] = SimpleQueue()
+        forwarded_bytes: list[int] = []
+
+        def hold() -> None:
+            until_s = time.monotonic() + QUIET_TIMEOUT_S
+            while subject.answered < first_of_message and time.monotonic() < until_s:
+                time.sleep(POLL_S)
+            self._proxy.hold(["up"])
+            forwarded_bytes.append(self._proxy.forwarded_bytes["up"])
+
+        subject.giving = hold
+        subject.given = lambda: given.put(True)
+        subject.start()
+        until_s = time.monotonic() + PLAN_TIMEOUT_S
+        while given.empty() and not subject.over.is_set() and time.monotonic() < until_s:
+            time.sleep(POLL_S)
+        arrived = plan.point == "before_send" or self._proxy.wait_for_message(MESSAGE_TIMEOUT_S)
+        answered = subject.answered
+        nothing_passed = forwarded_bytes == [self._proxy.forwarded_bytes["up"]]
+        outcome.hit = not given.empty() and arrived and nothing_passed and answered == first_of_message
+        with self._recovery(subject, outcome, answered):
+            self._inject(plan, subject, outcome, self._proxy.release)
+
+    @contextmanager
+    def _recovery(self, subject: Subject, outcome: Outcome, answered: int) -> Iterator[None]:
+        """From the fault to the next answer, however long the fault lasts."""
+        began_s = time.monotonic()
+
+        def watch() -> None:
+            while subject.answered <= answered and not subject.over.is_set():
+                if time.monotonic() - began_s > PLAN_TIMEOUT_S:
+                    return
+                time.sleep(POLL_S)
+            outcome.recovery_s = max(outcome.recovery_s, time.monotonic() - began_s)
+
+        watcher = threading.Thread(target=watch, name="recovery", daemon=True)
+        watcher.start()
+        yield
+        watcher.join(PLAN_TIMEOUT_S)
+
+    def _inject(
+        self, plan: Plan, subject: Subject, outcome: Outcome, go: Callable[[], None], *, itself: bool = False
+    ) -> None:
+        """The fault, at once; `go` ends the wait at the point, where it waits."""
+        match plan.fault:
+            case "kill":
+                self._crash(itself)
+                self._proxy.release()
+            case "stop":
+                if not itself:
+                    self._server.stop()
+                self._proxy.release()
+                time.sleep(STOPPED_S)
+                self._server.resume()
+            case "cut":
+                if plan.choice < 0.5:
+                    self._proxy.cut()
+                    go()
+                else:  # the step arrives, its answer does not, and the next connection is slow
+                    self._proxy.hold(["down"])
+                    if plan.point not in CLIENT_POINTS:
+                        go()
+                    time.sleep(DELAY_S)
+                    self._proxy.cut()
+                    self._proxy.delay(DELAY_S)
+            case "half_close":
+                directions: tuple[Direction, Direction] = BOTH
+                self._proxy.half_close(directions[plan.choice < 0.5])
+                go()
+            case "black_hole":
+                self._black_hole(plan, go)
+            case "full_disk":
+                with self._server.full_disk():
+                    self._suffer(plan, go, FULL_DISK_S)
+            case "locked_database":
+                with self._server.locked_database():
+                    self._suffer(plan, go, LOCKED_S)
+            case "client_dies":
+                assert isinstance(subject, ProcessSubject)
+                process_ended = threading.Thread(target=subject.die_and_be_reborn, name="rebirth", daemon=True)
+                process_ended.start()
+                process_ended.join(MESSAGE_TIMEOUT_S)
+                go()
+        if self._is_crash_to_follow(plan):
+            with self._recovery(subject, outcome, subject.answered):
+                self._server.start()
+                subject.fault_over.set()
+        subject.fault_over.set()
+
+    def _crash(self, itself: bool) -> None:
+        if itself:
+            self._server.wait_for_end()
+        else:
+            self._server.kill()
+        self._server.start()
+
+    def _black_hole(self, plan: Plan, go: Callable[[], None]) -> None:
+        """One direction or both; in the end all arrives late, or the connection is cut."""
+        kinds: tuple[tuple[Direction, ...], ...] = (("up",), ("down",), BOTH)
+        self._proxy.hold(kinds[int(plan.choice * 3)])
+        if plan.point not in CLIENT_POINTS:
+            go()
+        time.sleep(BLACK_HOLE_S)
+        if plan.choice * 6 % 1 < 0.5:
+            self._proxy.cut()
+        self._proxy.release()
+
+    def _suffer(self, plan: Plan, go: Callable[[], None], duration_s: float) -> None:
+        """A fault of the store; where a crash is to follow, it comes before the store is well again."""
+        go()
+        time.sleep(duration_s)
+        if self._is_crash_to_follow(plan):
+            self._server.kill()
+
+    @staticmethod
+    def _is_crash_to_follow(plan: Plan) -> bool:
+        return plan.fault in ("full_disk", "locked_database") and plan.choice < 0.5
+
+    def _before_last(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
+        """The last step proves the state as it is after the fault."""
+        subject.fault_over.wait(PLAN_TIMEOUT_S)
+        self._intrude(plan, outcome)
+
+    def _intrude(self, plan: Plan, outcome: Outcome) -> None:
+        """Somebody else knows the id of the session but not its token, and must not get in."""
+        if plan.choice > 0.3:
+            return
+        point = ResumePoint(plan.session, "00" * 16, STEPS)
+        with Client(f"127.0.0.1:{self._server.port}", timeout_s=5.0) as client:
+            intruder = client.stream("accumulator", resume=point)
+            try:
+                intruder.open()
+            except (SessionExists, SessionNotFound):  # the latter after a crash, until its owner comes back
+                return
+            except RnnserveError as error:
+                outcome.violations.append(f"an intruder was refused, but by {error!r}")
+                return
+            outcome.violations.append("an intruder got the session with another token")
+            intruder.abort()
+
+
+def violations(rows: Sequence[Row], plan: Plan) -> list[str]:
+    """What is wrong with the answers that the client got."""
+    found = []
+    steps = [step for step, _ in rows]
+    if steps != list(range(STEPS + 1)):
+        missing = sorted(set(range(STEPS + 1)) - set(steps))
+        repeated = sorted({step for step in steps if steps.count(step) > 1})
+        found.append(f"{len(steps)} answers: missing {missing}, repeated {repeated}, in order {steps == sorted(steps)}")
+    expected = plan.script.expected()
+    wrong = [(step, output) for step, output in rows if step > STEPS or output != expected[step]]
+    if wrong:
+        step, output = wrong[0]
+        right = expected[step] if step <= STEPS else "none"
+        found.append(f"{len(wrong)} wrong answers, the first to step {step}: {output} instead of {right}")
+    return found

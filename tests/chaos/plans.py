@@ -1,0 +1,74 @@
+"""What is done to a stream, drawn from a seed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Point = Literal["before_send", "after_send", "after_apply", "after_checkpoint", "before_answer"]
+Fault = Literal["kill", "stop", "cut", "half_close", "black_hole", "full_disk", "locked_database", "client_dies"]
+POINTS: tuple[Point, ...] = get_args(Point)
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+PAIRS = tuple(itertools.product(FAULTS, POINTS))
+
+STEPS = 40  # besides the last one, which proves the state
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a client sends: whole numbers in messages of several, and resets before some of them."""
+
+    values: tuple[float, ...]
+    message_ends: tuple[int, ...]
+    resets: tuple[int, ...]
+    ahead: int
+    pause_s: float
+
+    def expected(self) -> list[tuple[float, float]]:
+        """The right answer to each step."""
+        from tests.support.bundles import accumulated  # needs torch, which a client process does without
+
+        edges = [0, *self.resets, len(self.values)]
+        return [row for start, end in itertools.pairwise(edges) for row in accumulated(self.values[start:end])]
+
+    def messages(self, first: int, end: int) -> list[tuple[int, int]]:
+        """From and up to which step each message goes, between these steps."""
+        edges = [first, *(edge for edge in self.message_ends if first < edge < end), end]
+        return list(itertools.pairwise(edges)) if first < end else []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One fault at one point, when the stream has come to this step."""
+
+    seed: int
+    point: Point
+    fault: Fault
+    step: int
+    script: Script
+    choice: float
+    """0 to 1, for what differs between two faults of one kind."""
+
+    @property
+    def session(self) -> str:
+        return f"chaos-{self.seed}-{self.step}"
+
+
+def make_plan(seed: int, attempt: int = 0) -> Plan:
+    """Seeds in a row go round all pairs of fault and point. Another attempt differs in the step alone."""
+    drawn = random.Random(seed)
+    fault, point = PAIRS[seed % len(PAIRS)]
+    sizes = itertools.accumulate(drawn.choice((1, 1, 2, 3, 5)) for _ in range(STEPS))
+    ends = tuple(end for end in sizes if end < STEPS)
+    script = Script(
+        values=tuple(float(drawn.randint(1, 9)) for _ in range(STEPS + 1)),
+        message_ends=ends,
+        resets=tuple(sorted(drawn.sample(ends, drawn.choice((0, 0, 1, 2))))),
+        ahead=drawn.choice((2, 4, 16)),
+        pause_s=drawn.choice((0.0, 0.005, 0.02)),
+    )
+    choice = drawn.random()
+    step = random.Random(f"{seed}/{attempt}").randrange(STEPS)
+    return Plan(seed, point, fault, step, script, choice)

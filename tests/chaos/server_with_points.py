@@ -1,0 +1,191 @@
+"""The real service, which can be stopped at named points; nothing in the service knows of them.
+
+`python -m tests.chaos.server_with_points` imports everything once and then forks a service for each line on stdin,
+whose process id it prints, so that one that was killed is back at once. At the end of stdin all are killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from service.api import real_time
+from service.app import serve
+from service.engine.sequence_lane import SequenceLane
+from service.sessions.session import Session
+from service.sessions.stores.sqlite import SqliteStore
+from service.sessions.stores.store import StoreError
+from service.settings import read_settings
+from tests.chaos import broken
+from tests.chaos.plans import Point
+
+CONTROL_VARIABLE = "CHAOS_CONTROL"
+GO_TIMEOUT_S = 10.0
+
+Action = Literal["kill", "stop", "wait"]
+
+
+@dataclass(frozen=True)
+class Armed:
+    """What is to happen where the step of this session has come to the point."""
+
+    session: str
+    point: Point
+    step: int
+    action: Action
+
+
+class Points:
+    """Does what the harness asks for through a Unix socket, and tells it."""
+
+    def __init__(self, path: str) -> None:
+        self._armed: Armed | None = None
+        self._go = threading.Event()
+        self._written: asyncio.Event | None = None  # the checkpoint that an answer waits for
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self.tell(pid=os.getpid())
+        threading.Thread(target=self._listen, name="points", daemon=True).start()
+
+    def reach(self, point: Point, session: str, next_step: int) -> None:
+        """Everything stands still here, as it does in a process that has no more time."""
+        armed = self._armed
+        if not _concerns(armed, point, session, next_step):
+            return
+        assert armed is not None
+        self._armed = None
+        self._go.clear()
+        self.tell(reached=point, session=session, next_step=next_step)
+        if armed.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif armed.action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            self._go.wait(GO_TIMEOUT_S)
+
+    async def hold_answer(self, session: str, next_step: int) -> None:
+        """So that a checkpoint has a step whose answer is not out yet: the answer waits for that checkpoint."""
+        if _concerns(self._armed, "after_checkpoint", session, next_step):
+            self._written = asyncio.Event()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GO_TIMEOUT_S):
+                    await self._written.wait()
+
+    def checkpoint_written(self) -> None:
+        if self._written is not None:
+            self._written.set()
+
+    def _listen(self) -> None:
+        for line in self._socket.makefile():
+            message = json.loads(line)
+            if "arm" in message:
+                self._armed = Armed(**message["arm"]) if message["arm"] else None
+                self.tell(armed=True)
+            else:
+                self._go.set()
+
+    def tell(self, **message: object) -> None:
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _concerns(armed: Armed | None, point: Point, session: str, next_step: int) -> bool:
+    return armed is not None and (armed.point, armed.session) == (point, session) and next_step > armed.step
+
+
+def wrap(points: Points) -> None:
+    """Put the points around the methods of the service."""
+    apply, write = Session.apply, SqliteStore.write
+    init: Any = real_time._Stream.__init__
+
+    async def apply_and_reach(self: Session, *given: Any, **named: Any) -> Any:
+        before = self.next_step
+        applied = await apply(self, *given, **named)
+        if self.next_step > before:
+            points.reach("after_apply", self.key.session_id, self.next_step)
+        return applied
+
+    async def write_and_reach(self: SqliteStore, records: Any) -> None:
+        try:
+            await write(self, records)
+        except StoreError:
+            points.tell(store_failed=True)
+            raise
+        for record in records:
+            points.reach("after_checkpoint", record.key.session_id, record.next_step)
+        points.checkpoint_written()
+
+    def init_with_points(self: Any, context: Any, task: Any) -> None:
+        init(self, _Context(context, self, points), task)
+
+    async def no_warm_up(self: SequenceLane, folders: object) -> None:
+        """No whole sequences here."""
+
+    setattr(Session, "apply", apply_and_reach)  # noqa: B010 (mypy would refuse the assignment)
+    setattr(SqliteStore, "write", write_and_reach)  # noqa: B010
+    setattr(real_time._Stream, "__init__", init_with_points)  # noqa: B010
+    setattr(SequenceLane, "warm_up", no_warm_up)  # noqa: B010
+
+
+class _Context:
+    """Of a call; answers come by their point before they are written."""
+
+    def __init__(self, context: Any, stream: Any, points: Points) -> None:
+        self._context, self._stream, self._points = context, stream, points
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, response: Any) -> None:
+        if response.HasField("answer"):
+            session, next_step = self._stream.session.key.session_id, response.answer.next_step
+            await self._points.hold_answer(session, next_step)
+            self._points.reach("before_answer", session, next_step)
+        await self._context.write(response)
+
+
+def run_service() -> int:
+    """What `python -m service` does, with the points."""
+    import uvloop
+
+    settings = read_settings([])
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    broken.break_server(os.environ.get(broken.VARIABLE, ""))
+    wrap(Points(os.environ[CONTROL_VARIABLE]))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings))
+    return 0
+
+
+def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead leave nothing behind
+    children: list[int] = []
+    for _ in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 1)
+            code = 1
+            try:
+                code = run_service()
+            except BaseException:
+                logging.exception("the service ended")
+            os._exit(code)
+        children = [child for child in children if os.path.exists(f"/proc/{child}")] + [pid]
+        print(pid, flush=True)
+    for child in children:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

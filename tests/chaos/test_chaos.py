@@ -1,0 +1,58 @@
+"""A few faults of each kind in the midst of a stream; `make chaos` has many more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.harness import Harness, violations
+from tests.chaos.plans import FAULTS, PAIRS, POINTS, STEPS, make_plan
+from tests.support.bundles import write_accumulator
+
+SEEDS = [
+    *(number * len(POINTS) + number % len(POINTS) for number in range(len(FAULTS))),
+    PAIRS.index(("kill", "after_checkpoint")),
+    PAIRS.index(("kill", "before_answer")),
+]
+IDS = [f"{plan.fault}-{plan.point}" for plan in map(make_plan, SEEDS)]
+
+pytestmark = pytest.mark.xdist_group("chaos")
+
+
+@pytest.fixture(scope="module")
+def accumulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("accumulator")
+    write_accumulator(repository)
+    return repository
+
+
+@pytest.fixture(scope="module")
+def harness(accumulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    harness = Harness(accumulator, tmp_path_factory.mktemp("chaos"))
+    yield harness
+    harness.close()
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=IDS)
+def test_every_step_counts_exactly_once(harness: Harness, seed: int) -> None:
+    outcome = harness.run(seed)
+    assert outcome.violations == []
+    assert outcome.hit
+
+
+def test_a_checkpoint_without_its_answers_is_found_out(accumulator: Path, tmp_path: Path) -> None:
+    harness = Harness(accumulator, tmp_path, "no-held-answers")
+    try:
+        assert harness.run(PAIRS.index(("kill", "after_checkpoint"))).violations
+    finally:
+        harness.close()
+
+
+def test_holes_repetitions_and_wrong_answers_are_found_out() -> None:
+    plan = make_plan(0)
+    right = list(enumerate(plan.script.expected()))
+    assert violations(right, plan) == []
+    for wrong in (right[:-1], right[:3] + right[4:], [*right[:3], *right[2:]], [*right[:STEPS], (STEPS, (0.5, 0.5))]):
+        assert violations(wrong, plan)
