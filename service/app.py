@@ -139,6 +139,8 @@ class Service:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, _stop_or_end, stop, number)
+        event_loop = asyncio.get_running_loop()
+        self.metrics.count_tasks(lambda: len(asyncio.all_tasks(event_loop)))
         with self._state_dir_locked():
             await self._start_sessions()
             await self._serve(stop, self._bind())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from models.manifest import ModelKey
 from service.errors import reasons
@@ -24,6 +25,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._declare_calls()
         self._declare_work()
+        ProcessCollector(registry=self.registry)  # memory, processor time, file handles
+        self._tasks = Gauge("rnnserve_tasks", "Tasks of the event loop.", registry=self.registry)
 
     def _declare_calls(self) -> None:
         r = self.registry
@@ -137,6 +140,10 @@ class Metrics:
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
         self._tick_sessions.labels(*model).observe(sessions)
         self._tick_s.labels(*model).observe(duration_s)
+
+    def count_tasks(self, count: Callable[[], int]) -> None:
+        """Ask there at each scrape."""
+        self._tasks.set_function(count)
 
     def queued(self, sequences: int) -> None:
         self._queued.set(sequences)
