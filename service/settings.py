@@ -92,7 +92,10 @@ class Settings(BaseSettings):
         0, ge=0, le=10_000_000, description="the same for each tenant; 0 = as many as there may be in all"
     )
     max_parked_bytes: int = Field(
-        8 * 2**30, ge=0, le=2**50, description="states and answers of parked sessions; past it the longest parked go"
+        8 * 2**30,
+        ge=0,
+        le=2**50,
+        description="states and answers of parked sessions; past it the longest parked go; 0 = no limit",
     )
 
     max_sequence_steps: int = Field(20_000, ge=1, le=1_000_000, description="steps of one whole sequence")
