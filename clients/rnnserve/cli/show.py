@@ -29,13 +29,16 @@ def models_table(models: Iterable[Model]) -> Table:
 
 
 def sessions_table(sessions: Iterable[SessionInfo]) -> Table:
-    """One line for each session."""
-    table = Table("session", "model", "state", "steps", "opened", "last used", "bytes", box=None, header_style="bold")
+    """One line for each session, with its whole id, for that is what other commands take."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("session", no_wrap=True)
+    for heading in ("model", "state", "steps", "last used", "bytes"):
+        table.add_column(heading)
     for info in sessions:
-        opened, used = (time.astimezone().isoformat(" ", "seconds") for time in (info.opened_at, info.used_at))
+        used = info.used_at.astimezone().strftime("%b %d %H:%M:%S")
         state = "live" if info.live else "parked"
-        numbers = f"{info.next_step:,}", f"{info.size_bytes:,}"
-        table.add_row(info.id, f"{info.model} v{info.version}", state, numbers[0], opened, used, numbers[1])
+        name = f"{info.model} v{info.version}"
+        table.add_row(info.id, name, state, f"{info.next_step:,}", used, f"{info.size_bytes:,}")
     return table
 
 
