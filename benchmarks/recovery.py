@@ -128,7 +128,7 @@ async def _fill(state_dir: Path, bundle: Bundle, sessions: int) -> None:
                 SessionRecord(
                     SessionKey(ANONYMOUS, f"s{number}"), key, bundle.manifest.weights_sha256, hash_of(TOKEN), 5, 5,
                     rng.normal(size=bundle.predictor.row_size).astype(np.float32),
-                    opened_s=time.time(), used_s=time.time(), parked=True,
+                    opened_s=time.time(), used_s=time.time(),
                 )
                 for number in range(start, start + BATCH_SESSIONS)
             ]

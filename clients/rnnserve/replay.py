@@ -31,7 +31,8 @@ class Message:
 
     def part(self, first: int, end: int) -> Steps:
         """Only the steps from `first` to before `end`."""
-        assert self.steps is not None
+        if self.steps is None:
+            raise ValueError("a reset has no steps")
         if self.steps.HasField("text"):
             return Steps(first_step=first, text=self.steps.text[first - self.first : end - self.first])
         tensor = self.steps.tensor

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
-from google.protobuf import duration_pb2
-
 from models.manifest import Manifest, ModelKey
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_LAST, OutputOptions
 from rnnserve.v1.real_time_service_pb2 import (
@@ -37,6 +35,7 @@ from service.api import codec
 from service.api.calls import Refusals
 from service.api.drain import draining
 from service.api.limits import Limits
+from service.api.statuses import duration
 from service.catalog.catalog import Catalog
 from service.errors import Evicted, FieldInvalid, OpenMissing, OpenRepeated, ServingError, SessionMoved, within
 from service.sessions.record import ANONYMOUS, Floats, HeldAnswer, SessionKey
@@ -118,7 +117,7 @@ class RealTimeService(RealTimeServiceServicer):
         notice = Notice(
             reason=NOTICE_REASON_DRAINING,
             message=f"the server is shutting down; it ends this stream in {time_left_s:g} s",
-            time_left=duration_pb2.Duration(seconds=int(time_left_s), nanos=int(time_left_s % 1 * 1e9)),
+            time_left=duration(time_left_s),
         )
         await stream.send(StreamStepsResponse(notice=notice))
         if stream.session.resumable:
@@ -157,12 +156,10 @@ class RealTimeService(RealTimeServiceServicer):
         async for request in requests:
             stream.busy()
             session.acknowledge(request.answered_step)
-            if request.WhichOneof("request") == "close" and (response := await self._close(stream, request.close)):
-                await stream.send(response)
-                if response.WhichOneof("response") == "closed":
-                    return
-            else:
-                await stream.send(await self._reply(stream, request))
+            response = await self._reply(stream, request)
+            await stream.send(response)
+            if response.HasField("closed"):
+                return
             stream.idle()
         await asyncio.sleep(CANCELLATION_S)  # ended without `close`: half-closed, or about to be cancelled
 
@@ -175,7 +172,7 @@ class RealTimeService(RealTimeServiceServicer):
             max_steps_per_message=self._limits.max_steps_per_message,
             max_message_bytes=self._limits.max_message_bytes,
             durability=self._durability(stream.session),
-            resume_window=duration_pb2.Duration(seconds=int(window_s), nanos=int(window_s % 1 * 1e9)),
+            resume_window=duration(window_s),
         )
 
     def _durability(self, session: Session) -> Durability.ValueType:
@@ -184,12 +181,8 @@ class RealTimeService(RealTimeServiceServicer):
         return DURABILITY_STORED if self._sessions.durable else DURABILITY_PROCESS
 
     async def _close(self, stream: _Stream, close: CloseSession) -> StreamStepsResponse:
-        try:
-            if close.HasField("first_step"):
-                with within("close"):
-                    stream.session.expect(close.first_step)
-        except ServingError as error:
-            return StreamStepsResponse(error=self._refusals.status(error))
+        if close.HasField("first_step"):
+            stream.session.expect(close.first_step)
         closed = SessionClosed(next_step=stream.session.next_step)
         await self._sessions.close(stream.session, stream)
         return StreamStepsResponse(closed=closed)
@@ -204,6 +197,9 @@ class RealTimeService(RealTimeServiceServicer):
                 case "reset":
                     with within("reset"):
                         return StreamStepsResponse(reset=self._reset(stream.session, request.reset))
+                case "close":
+                    with within("close"):
+                        return await self._close(stream, request.close)
                 case "open":
                     raise OpenRepeated("this stream is open already", field="open")
                 case _:
@@ -269,7 +265,7 @@ class _Stream:
             self.task.cancel()
 
     def became_durable(self) -> None:
-        """Tell it, if the client is not busy reading anyway."""
+        """Tell the client; one such message at most is under way."""
         if self.is_open and (self._checkpoint is None or self._checkpoint.done()):
             self._checkpoint = asyncio.create_task(self._send_checkpoint())
 

@@ -40,10 +40,15 @@ def _details(error: errors.ServingError) -> list[message.Message]:
         field = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[field]))
     if error.retry_after_s is not None:
-        delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s)))
     return details
+
+
+def duration(seconds: float) -> duration_pb2.Duration:
+    """As the contract has it."""
+    message = duration_pb2.Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
 
 
 def _pack(detail: message.Message) -> any_pb2.Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +51,8 @@ class SessionRecord:
     row: Floats  # (row_size,)
     held: tuple[HeldAnswer, ...] = ()
     resets: tuple[int, ...] = ()  # indices of unacknowledged resets
-    opened_s: float = field(default=0.0)  # seconds since 1970
-    used_s: float = field(default=0.0)  # the last message or the end of the stream, likewise
-    parked: bool = False  # whether its stream is gone
+    opened_s: float = 0.0  # seconds since 1970
+    used_s: float = 0.0  # the last message or the end of the stream, likewise
 
     @property
     def size_bytes(self) -> int:

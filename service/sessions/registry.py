@@ -161,20 +161,18 @@ class SessionRegistry:
             raise FieldInvalid("only a session with a resume token can be resumed", field="resume_token")
         if opening.require_durable:
             self.checkpoints.require_available()
-        session = await self._found(opening)
-        resumed = session is not None
-        if session is None:
-            session = self._new(opening, manifest)
-        elif session.model.name != manifest.name:
-            raise FieldInvalid(f"the session is one of model {session.model.name!r}", field="model")
-        if session.owner is None:
+        found = await self._found(opening)
+        if found is not None and found.model.name != manifest.name:
+            raise FieldInvalid(f"the session is one of model {found.model.name!r}", field="model")
+        was_live = found is not None and found.owner is not None
+        if not was_live:
             self._check_streams()
-        was_live = session.owner is not None
+        session = found or self._new(opening, manifest)
         missed = session.take(owner, opening.answered_step)
         self._sessions[session.key] = session
         if not was_live:
             self._add_live(session.model, 1)
-        if resumed:
+        if found is not None:
             self._metrics.session_resumed(session.model)
         else:
             self._per_tenant[session.key.tenant] += 1
@@ -205,7 +203,6 @@ class SessionRegistry:
         if session.owner is not owner or (session.resumable and not session.all_answered):
             self.leave(session, owner)
             return
-        self._add_live(session.model, -1)
         self._end(session)
         await self._erase_ended()
 
@@ -231,14 +228,11 @@ class SessionRegistry:
             owner = session.owner
             self._end(session)
             if owner is not None:
-                self._add_live(session.model, -1)
                 owner.lose(SessionNotFound("the session was deleted", field="session_id"))
         elif key in self._stored:
-            self._remove_stored(key)
-            self._per_tenant[key.tenant] -= 1
+            self._end_stored(key)
         else:
             raise self._gone(key)
-        self._to_erase.add(key)
         await self.checkpoints.scrub([key])
         self._to_erase.discard(key)
 
@@ -305,7 +299,6 @@ class SessionRegistry:
         return session
 
     def _new(self, opening: Opening, manifest: Manifest) -> Session:
-        self._check_streams()
         self._make_room(opening.key.tenant)
         now_s = self._clock()
         self._to_erase.discard(opening.key)
@@ -353,7 +346,6 @@ class SessionRegistry:
                 self._end(session)
                 self._remember_eviction(session.key, "max_session_age_s")
                 if owner is not None:
-                    self._add_live(session.model, -1)
                     owner.lose(_evicted("max_session_age_s", resumable=False))
             elif owner is not None and limits.idle_timeout_s and now_s - session.used_s > limits.idle_timeout_s:
                 self.leave(session, owner)
@@ -376,10 +368,13 @@ class SessionRegistry:
                 self._evict_stored(key, "max_session_age_s")
 
     def _evict_stored(self, key: SessionKey, limit: str) -> None:
+        self._end_stored(key)
+        self._remember_eviction(key, limit)
+
+    def _end_stored(self, key: SessionKey) -> None:
         self._remove_stored(key)
         self._per_tenant[key.tenant] -= 1
         self._to_erase.add(key)
-        self._remember_eviction(key, limit)
 
     def _remember_eviction(self, key: SessionKey, limit: str) -> None:
         self._evicted[key] = limit
@@ -389,7 +384,9 @@ class SessionRegistry:
 
     def _end(self, session: Session) -> None:
         session.ended = True
-        session.owner = None
+        if session.owner is not None:
+            session.owner = None
+            self._add_live(session.model, -1)
         del self._sessions[session.key]
         self.checkpoints.forget(session)
         self._per_tenant[session.key.tenant] -= 1

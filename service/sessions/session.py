@@ -110,7 +110,6 @@ class Session:
             resets=self._ledger.resets,
             opened_s=self.opened_s,
             used_s=self.used_s,
-            parked=self.owner is None,
         )
 
     def take(self, owner: Owner, answered_step: int) -> list[HeldAnswer]:
@@ -146,17 +145,14 @@ class Session:
         result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._row)
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
-        applied = len(result.outputs)
+        applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
+        known = [] if last_only else self._ledger.rows_about(first_step, before)
         if applied:
             self._row = result.row.copy()  # a row of a tick's result would keep all of that alive
-            outputs = result.outputs[-1:] if last_only else result.outputs
             self._ledger.applied(before, before + applied, outputs)
             self._metrics.steps(self.model, applied)
         self.used_s = self._clock()
-        outputs = result.outputs[-1:] if last_only else result.outputs
-        if first_step < before and not last_only:
-            outputs = joined([*self._ledger.rows_about(first_step, before), *([outputs] if applied else [])])
-        return AppliedSteps(before + applied, outputs, result.failure)
+        return AppliedSteps(before + applied, joined([*known, outputs] if applied else known), result.failure)
 
     def reset(self, first_step: int) -> None:
         """Back to the initial state before the step of that index, once. Raises StepOutOfOrder."""

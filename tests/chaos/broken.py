@@ -19,6 +19,11 @@ CLIENT_BREAKS = ("no-replay", "doubled-replay", "doubled-replay+no-index-check")
 BREAKS = (*SERVER_BREAKS, *CLIENT_BREAKS)
 
 
+def put(owner: object, name: str, replacement: object) -> None:
+    """Put something else in the place of an attribute; for good."""
+    setattr(owner, name, replacement)
+
+
 def break_server(name: str) -> None:
     """In the process of the server."""
     from service.sessions import registry
@@ -27,21 +32,21 @@ def break_server(name: str) -> None:
 
     record = Session.record
     if name.endswith("no-index-check"):
-        setattr(Ledger, "new_steps", lambda self, first_step, steps: steps)  # noqa: B010
+        put(Ledger, "new_steps", lambda self, first_step, steps: steps)
     elif name == "no-token-check":
-        setattr(registry, "_check_token", lambda token_hash, opening: None)  # noqa: B010
+        put(registry, "_check_token", lambda token_hash, opening: None)
     elif name == "no-held-answers":
 
         def without_answers(self: Session) -> SessionRecord:
             return replace(record(self), held=())
 
-        setattr(Session, "record", without_answers)  # noqa: B010
+        put(Session, "record", without_answers)
     elif name == "forgetful-checkpoint":
 
         def with_initial_row(self: Session) -> SessionRecord:
             return replace(record(self), row=self._engine.initial_row(self.model))
 
-        setattr(Session, "record", with_initial_row)  # noqa: B010
+        put(Session, "record", with_initial_row)
 
 
 def break_client(name: str) -> None:
@@ -51,7 +56,7 @@ def break_client(name: str) -> None:
         def nothing(self: Replay, index: int, end: int) -> list[Any]:
             return []
 
-        setattr(Replay, "since", nothing)  # noqa: B010
+        put(Replay, "since", nothing)
     elif name.startswith("doubled-replay"):
         from rnnserve.session import Session as ClientSession
 
@@ -60,4 +65,4 @@ def break_client(name: str) -> None:
         def send_twice(self: ClientSession, again: list[Any], index: int) -> None:
             send_again(self, [message for message in again for _ in range(2)], index)
 
-        setattr(ClientSession, "_send_again", send_twice)  # noqa: B010
+        put(ClientSession, "_send_again", send_twice)

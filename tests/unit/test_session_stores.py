@@ -39,7 +39,6 @@ def record(session_id: str, *, tenant: str = "", row: Floats = ROW, used_s: floa
         row=row,
         opened_s=1.7e9 + 0.1,
         used_s=used_s,
-        parked=True,
     )
 
 
@@ -343,7 +342,6 @@ records = st.builds(
     resets=st.lists(steps, max_size=3).map(tuple),
     opened_s=times,
     used_s=times,
-    parked=st.booleans(),
 )
 
 

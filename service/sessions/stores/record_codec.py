@@ -34,7 +34,6 @@ def encode_record(record: SessionRecord) -> bytes:
         record.resets,
         record.opened_s,
         record.used_s,
-        record.parked,
     )
     try:
         body: bytes = msgpack.packb(fields)
@@ -73,7 +72,6 @@ def _record_of(
     resets: tuple[int, ...],
     opened_s: float,
     used_s: float,
-    parked: bool,
 ) -> SessionRecord:
     return SessionRecord(
         key=SessionKey(tenant, session_id),
@@ -89,7 +87,6 @@ def _record_of(
         resets=resets,
         opened_s=opened_s,
         used_s=used_s,
-        parked=parked,
     )
 
 

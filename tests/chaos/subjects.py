@@ -1,0 +1,143 @@
+"""The client under test at work on the script of a plan, in a thread or in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from rnnserve import ResumePoint
+from tests.chaos.client import Row, Watched, first_line, read_record, run_script
+from tests.chaos.plans import Plan
+from tests.support.server import ROOT
+
+MESSAGE_TIMEOUT_S = 3.0
+
+
+class Subject(ABC):
+    """A client that works on the script of a plan, in a thread or in a process, and what it has recorded."""
+
+    def __init__(self, plan: Plan, target: str, *, watches: bool) -> None:
+        self.plan = plan
+        self.target = target
+        self.watched_step = plan.step if watches else None
+        self.giving: Callable[[], None] = lambda: None
+        self.given: Callable[[], None] = lambda: None
+        self.before_last: Callable[[], None] = lambda: None
+        self.error: BaseException | None = None
+        self.over = threading.Event()
+        self.fault_over = threading.Event()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin the script."""
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """The answers so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End whatever is left of it."""
+
+    @property
+    def answered(self) -> int:
+        return len(self.rows())
+
+
+class ThreadSubject(Subject):
+    """In a thread of the harness."""
+
+    def start(self) -> None:
+        self._rows: list[Row] = []
+        threading.Thread(target=self._run, name="subject", daemon=True).start()
+
+    def rows(self) -> list[Row]:
+        return list(self._rows)
+
+    def close(self) -> None:
+        """The thread ends with its script."""
+
+    def _record(self, row: Row | None, _point: ResumePoint) -> None:
+        if row:
+            self._rows.append(row)
+
+    def _run(self) -> None:
+        try:
+            watched = None
+            if self.watched_step is not None:
+                watched = Watched(self.watched_step, lambda: self.giving(), lambda: self.given())
+            run_script(
+                self.target,
+                self.plan.session,
+                self.plan.script,
+                self._record,
+                watched=watched,
+                before_last=lambda: self.before_last(),
+            )
+        except BaseException as error:
+            self.error = error
+        self.over.set()
+
+
+class ProcessSubject(Subject):
+    """In a process of its own, which can be killed."""
+
+    def __init__(self, plan: Plan, target: str, folder: Path, break_name: str, *, watches: bool) -> None:
+        super().__init__(plan, target, watches=watches)
+        self._file = folder / f"{plan.session}.record"
+        self._file.unlink(missing_ok=True)
+        self._break_name = break_name
+
+    def start(self) -> None:
+        self._begin(self.watched_step)
+
+    def rows(self) -> list[Row]:
+        return read_record(self._file)[0]
+
+    def die_and_be_reborn(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._listener.join(MESSAGE_TIMEOUT_S)
+        self._begin(None)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _begin(self, watched_step: int | None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.client", self.target, str(self._file)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(first_line(self.plan.session, self.plan.script, watched_step, self._break_name))
+        self._process.stdin.flush()
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), name="subject", daemon=True)
+        self._listener.start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process.stdin, process.stdout:
+            for line in process.stdout:
+                match line.strip():
+                    case "giving":
+                        self.giving()
+                    case "given":
+                        self.given()
+                    case "done":
+                        self.over.set()
+                with contextlib.suppress(OSError):
+                    process.stdin.write("go\n")
+                    process.stdin.flush()
+        if process.wait() > 0:
+            self.error = RuntimeError(f"the client process ended with exit code {process.returncode}")
+            self.over.set()
