@@ -51,6 +51,8 @@ class Replay:
     def __init__(self, limit_bytes: int = REPLAY_BUFFER_BYTES, when_full: WhenReplayFull = "wait") -> None:
         if when_full not in ("wait", "drop"):
             raise ValueError(f'when_replay_full must be "wait" or "drop", not {when_full!r}')
+        if limit_bytes < 0:
+            raise ValueError(f"replay_buffer_bytes must be 0 or more, not {limit_bytes}")
         self.complete = True  # nothing was ever dropped: a session can be built from its beginning
         self._limit_bytes = limit_bytes
         self._drops = when_full == "drop"

@@ -577,3 +577,8 @@ def test_a_resume_point_names_its_session() -> None:
     with pytest.raises(ValueError, match="hex"):
         new_session(resume=ResumePoint("mine", "no", 0))
     assert np.isclose(new_session(resume=ResumePoint("mine", "00" * 16, 4)).open().answered_step, 4)
+
+
+def test_a_replay_buffer_of_less_than_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="replay_buffer_bytes must be 0 or more, not -1"):
+        Replay(-1)
