@@ -92,6 +92,14 @@ def test_stretching_keeps_the_ends_and_changes_the_length() -> None:
     assert stretch(values, 5 / 3).ravel().tolist() == [0, 0.5, 1, 1.5, 2]
 
 
+def test_a_piece_is_a_run_of_three_fifths_of_the_frames_or_more() -> None:
+    values = np.arange(20, dtype=np.float32)[:, None]
+    pieces = [speaker.piece(values, RNG) for _ in range(200)]
+    assert all((np.diff(piece, axis=0) == 1).all() for piece in pieces)
+    assert {len(piece) for piece in pieces} == set(range(12, 21))
+    assert {piece[0, 0] for piece in pieces} >= {0, 1, 2, 3, 4, 5}
+
+
 @needs_data
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_the_first_run_of_a_task_is_the_one_whose_weights_ship_whatever_the_seed(task: Task) -> None:
