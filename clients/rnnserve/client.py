@@ -37,7 +37,7 @@ class Client:
         tls: None = plaintext; True = the usual certificate authorities; else a file of CA certificates, or its bytes.
         token: sent as `authorization: Bearer`, and only over TLS or to this machine itself.
         timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
-        retry: when calls that change nothing are tried again.
+        retry: when calls that change nothing are tried again, and the first open of a stream.
         resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
 
     Raises:
@@ -58,6 +58,7 @@ class Client:
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
         self._metadata = call_metadata(target, tls, token)
+        self._retry = retry
         self._calls = Calls(timeout_s, retry)
         self._channel = _channel(target, tls)
         self._stubs = Stubs(self._channel)
@@ -130,6 +131,7 @@ class Client:
             durable=durable,
             replay=Replay(replay_buffer_bytes, when_replay_full),
             resume_timeout_s=self._resume_timeout_s,
+            open_attempts=self._retry.attempts,
         )
         start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
         return Stream(opened, start, self._target, self._timeout_s)

@@ -14,8 +14,8 @@ class RetryPolicy:
     """How often a call is tried, and the pauses between: each up to twice as long as the one before, at random.
 
     Only calls that change nothing are ever repeated, only where the server is out of reach or said to try again, never
-    before the time it named, and never past the `timeout_s` of the call. Streams resume by themselves, for as long as
-    `resume_timeout_s` says.
+    before the time it named, and never past the `timeout_s` of the call. The first open of a stream is tried as often
+    where no server answers. After that it resumes by itself, for as long as `resume_timeout_s` says.
     """
 
     attempts: int = 4

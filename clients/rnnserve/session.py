@@ -16,6 +16,7 @@ from rnnserve.errors import (
     StreamClosed,
     TimedOut,
     TryAgain,
+    Unreachable,
 )
 from rnnserve.exchange import Turn
 from rnnserve.replay import Message, Replay
@@ -66,6 +67,7 @@ class Session:
         durable: bool = False,
         replay: Replay | None = None,
         resume_timeout_s: float = RESUME_TIMEOUT_S,
+        open_attempts: int = 1,
     ) -> None:
         if resume is not None and session_id not in (None, resume.session):
             raise ValueError("a resume point names its session: leave `session` out")
@@ -92,6 +94,7 @@ class Session:
         self._taken_over = resume is not None
         self._replay = replay or Replay()
         self._resumption = Resumption(resume_timeout_s)
+        self._open_attempts = open_attempts  # left for the first open
         self._state: Literal["new", "opening", "open", "cut"] = "new"
         self._was_open = False
         self._leaving = False
@@ -145,6 +148,7 @@ class Session:
         A session that can be built from its beginning is not asked to be there: the server may never have kept it.
         """
         self._state, self._acknowledged = "opening", self.handed_step
+        self._open_attempts -= 1
         self._owed = deque([_Owed()])
         request = pb.StreamStepsRequest(open=self._opening, answered_step=self.handed_step)
         request.open.resume = self._taken_over or (self._was_open and (self._leaving or not self._replay.complete))
@@ -235,6 +239,8 @@ class Session:
         return refusal
 
     def _resumes_after(self, error: RnnserveError) -> bool:
+        if not self._was_open:
+            return isinstance(error, Unreachable) and self._open_attempts > 0
         if self.durability == "none":
             return False
         if isinstance(error, Evicted):

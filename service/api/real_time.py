@@ -95,6 +95,8 @@ class RealTimeService(RealTimeServiceServicer):
         try:
             with within("open"):
                 missed = await self._open(stream, request)
+            if self._draining:
+                raise draining()
             self._streams.add(stream)
             await self._serve(stream, missed, requests)
         except asyncio.CancelledError:

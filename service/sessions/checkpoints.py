@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from service.errors import StoreUnavailable
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.session import Session
-from service.sessions.stores.store import SessionStore, StoreError
+from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Checkpointer:
                     break
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
-        """What is stored under the key. Raises StoreUnavailable."""
+        """What is stored under the key. Raises StoreUnavailable, RecordUnreadable."""
         return await self._ask(self._store.read(key))
 
     async def erase(self, keys: Sequence[SessionKey]) -> None:
@@ -143,6 +143,9 @@ class Checkpointer:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await asyncio.shield(task)
+        except RecordUnreadable:
+            self._set_available(True)
+            raise
         except (TimeoutError, StoreError) as error:
             task.add_done_callback(_retrieve)
             self._set_available(False, str(error) or f"no answer within {self._timeout_s:g} s")

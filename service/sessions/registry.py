@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from service.errors import (
     Evicted,
     FieldInvalid,
     ModelNotStreamable,
+    ResumePointLost,
     ServingError,
     SessionExists,
     SessionLimit,
@@ -27,7 +29,9 @@ from service.errors import (
 from service.sessions.checkpoints import Checkpointer, CheckpointMetrics
 from service.sessions.record import HeldAnswer, SessionKey, SessionRecord, SessionSummary, summary_of
 from service.sessions.session import Owner, Session, StepMetrics, admits, hash_of
-from service.sessions.stores.store import SessionStore
+from service.sessions.stores.store import RecordUnreadable, SessionStore
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5.0
 SWEEP_S = 1.0
@@ -245,8 +249,9 @@ class SessionRegistry:
     async def enforce_limits(self) -> None:
         """Evict what is idle, old or too much, and tell the metrics what is left."""
         now_s = self._clock()
-        self._evict_live(now_s)
-        self._evict_parked(now_s)
+        self._evict_unstored(now_s)
+        self._evict_stored_ones(now_s)
+        self._evict_surplus()
         self._count()
         await self._erase_ended()
 
@@ -279,7 +284,11 @@ class SessionRegistry:
 
     async def _loaded(self, opening: Opening) -> Session | None:
         """From the store, unless somebody else has loaded or ended it meanwhile."""
-        record = await self.checkpoints.read(opening.key)
+        try:
+            record = await self.checkpoints.read(opening.key)
+        except RecordUnreadable as error:
+            log.error("session %r cannot be resumed: %s", opening.key.session_id, error)
+            raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
         if opening.key in self._sessions:
             return self._sessions[opening.key]
         if record is None or opening.key not in self._stored:
@@ -327,45 +336,65 @@ class SessionRegistry:
 
     def _make_room(self, tenant: str) -> None:
         """Evict the longest parked session where one more would be too many. Raises SessionLimit if none is parked."""
-        if len(self._sessions) + len(self._stored) >= self._limits.max_sessions:
-            if not self._stored:
-                raise _limit_reached("max_sessions", self._limits.max_sessions)
-            self._evict_stored(next(iter(self._stored)), "max_sessions")
-        if self._per_tenant[tenant] >= self._limits.max_sessions_per_tenant > 0:
-            oldest = next((key for key in self._stored if key.tenant == tenant), None)
-            if oldest is None:
-                raise _limit_reached("max_sessions_per_tenant", self._limits.max_sessions_per_tenant)
-            self._evict_stored(oldest, "max_sessions_per_tenant")
+        limits = self._limits
+        if len(self._sessions) + len(self._stored) >= limits.max_sessions and not self._evict_longest_parked(
+            "max_sessions"
+        ):
+            raise _limit_reached("max_sessions", limits.max_sessions)
+        if self._per_tenant[tenant] >= limits.max_sessions_per_tenant > 0 and not self._evict_longest_parked(
+            "max_sessions_per_tenant", tenant
+        ):
+            raise _limit_reached("max_sessions_per_tenant", limits.max_sessions_per_tenant)
 
-    def _evict_live(self, now_s: float) -> None:
-        """A stream that is idle loses its session, which is parked; a session that is too old ends."""
+    def _evict_longest_parked(self, limit: str, tenant: str | None = None) -> bool:
+        """Whether there was one, of the tenant if it matters; those in the store are parked the longest."""
+        key = next((key for key in self._stored if tenant in (None, key.tenant)), None)
+        if key is not None:
+            self._evict_stored(key, limit)
+            return True
+        session = next((s for s in self._unwritten() if tenant in (None, s.key.tenant)), None)
+        if session is not None:
+            self._evict(session, limit)
+        return session is not None
+
+    def _evict_unstored(self, now_s: float) -> None:
+        """A session that is too old ends; a stream that is idle loses its session, which is parked."""
         limits = self._limits
         for session in list(self._sessions.values()):
             owner = session.owner
             if limits.max_age_s and now_s - session.opened_s > limits.max_age_s:
-                self._end(session)
-                self._remember_eviction(session.key, "max_session_age_s")
+                self._evict(session, "max_session_age_s")
                 if owner is not None:
                     owner.lose(_evicted("max_session_age_s", resumable=False))
+            elif owner is None and now_s - session.used_s > limits.resume_window_s:
+                self._evict(session, "resume_window_s")
             elif owner is not None and limits.idle_timeout_s and now_s - session.used_s > limits.idle_timeout_s:
                 self.leave(session, owner)
                 self._metrics.evicted("idle_timeout_s")
                 owner.lose(_evicted("idle_timeout_s", resumable=session.resumable))
 
-    def _evict_parked(self, now_s: float) -> None:
+    def _evict_stored_ones(self, now_s: float) -> None:
         limits = self._limits
         while self._stored:
             key, summary = next(iter(self._stored.items()))
-            if now_s - summary.used_s > limits.resume_window_s:
-                self._evict_stored(key, "resume_window_s")
-            elif self._stored_bytes > limits.max_parked_bytes > 0:
-                self._evict_stored(key, "max_parked_bytes")
-            else:
+            if now_s - summary.used_s <= limits.resume_window_s:
                 break
+            self._evict_stored(key, "resume_window_s")
         if limits.max_age_s:
             too_old = [key for key, s in self._stored.items() if now_s - s.opened_s > limits.max_age_s]
             for key in too_old:
                 self._evict_stored(key, "max_session_age_s")
+
+    def _evict_surplus(self) -> None:
+        most_bytes, unwritten_bytes = self._limits.max_parked_bytes, self._unwritten_bytes()
+        while self._stored and self._stored_bytes + unwritten_bytes > most_bytes > 0:
+            self._evict_longest_parked("max_parked_bytes")
+        while not self._stored and self._unwritten_bytes() > most_bytes > 0:
+            self._evict_longest_parked("max_parked_bytes")
+
+    def _evict(self, session: Session, limit: str) -> None:
+        self._end(session)
+        self._remember_eviction(session.key, limit)
 
     def _evict_stored(self, key: SessionKey, limit: str) -> None:
         self._end_stored(key)
@@ -430,8 +459,16 @@ class SessionRegistry:
         self._metrics.live_sessions(model, self._live[model])
 
     def _count(self) -> None:
+        sessions, size_bytes = len(self._unwritten()), self._unwritten_bytes()
+        self._metrics.parked(len(self._stored) + sessions, self._stored_bytes + size_bytes)
+
+    def _unwritten_bytes(self) -> int:
+        return sum(session.record().size_bytes for session in self._unwritten())
+
+    def _unwritten(self) -> list[Session]:
+        """Parked, but not in the store yet, the longest unused first: more than a few where it is slow or down."""
         parked = [session for session in self._sessions.values() if session.owner is None]
-        self._metrics.parked(len(self._stored) + len(parked), self._stored_bytes)
+        return sorted(parked, key=lambda session: session.used_s)
 
 
 def _check_token(token_hash: bytes, opening: Opening) -> None:

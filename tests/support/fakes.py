@@ -13,7 +13,7 @@ from models.manifest import ModelKey
 from service.engine.executor import Floats
 from service.errors import ServingError
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
-from service.sessions.stores.store import StoreError
+from service.sessions.stores.store import RecordUnreadable, StoreError
 
 RAISES = 666.0
 TURNS_NAN = 13.0
@@ -107,13 +107,17 @@ def column(*values: float) -> Floats:
 
 
 class FakeStore:
-    """A durable store in memory. While `down` it refuses everything; `gate` holds operations up."""
+    """A durable store in memory. While `down` it refuses everything; `gate` holds operations up.
+
+    The records of `damaged` keys cannot be read.
+    """
 
     durable = True
 
     def __init__(self) -> None:
         self.records: dict[SessionKey, SessionRecord] = {}
         self.down = False
+        self.damaged: set[SessionKey] = set()
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -127,6 +131,8 @@ class FakeStore:
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
         await self._answer()
+        if key in self.damaged:
+            raise RecordUnreadable("a stored session is damaged")
         return self.records.get(key)
 
     async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:

@@ -23,6 +23,7 @@ from rnnserve import (
     ResumePoint,
     ResumePointLost,
     RnnserveError,
+    SessionLimit,
     SessionMoved,
     SessionNotFound,
     StreamClosed,
@@ -545,6 +546,21 @@ def test_without_a_token_or_without_time_nothing_is_resumed(durability: Literal[
     session, _ = opened(Server(durability), resume_timeout_s=0.0 if durability == "process" else 60.0)
     assert session.cut(Unreachable("gone")).reconnect_after_s is None
     assert isinstance(session.failure, Unreachable)
+
+
+def test_the_first_open_is_tried_again_where_no_server_answers() -> None:
+    session = new_session(open_attempts=3)
+    first = session.open()
+    turns = [session.cut(Unreachable("gone")) for _ in range(3)]
+    assert [list(turn.requests) for turn in turns] == [[first], [first], []]
+    assert isinstance(session.failure, Unreachable)
+
+
+def test_the_first_open_is_not_tried_again_where_a_server_refuses_it() -> None:
+    session = new_session(open_attempts=3)
+    session.open()
+    assert not session.cut(SessionLimit("full")).requests
+    assert isinstance(session.failure, SessionLimit)
 
 
 def test_the_pauses_grow_to_two_seconds_and_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,49 @@ async def test_a_session_parked_while_the_store_is_down_is_still_there(server: S
     assert again.next_step == 1
 
 
+async def test_a_session_parked_while_the_store_is_down_is_gone_after_the_resume_window_all_the_same(
+    server: Server,
+) -> None:
+    registry = await server.start()
+    session, stream = await open_(registry, opening("a"))
+    server.store.down = True
+    registry.leave(session, stream)
+    server.now_s += 101
+    await registry.enforce_limits()
+    with pytest.raises(Evicted) as refusal:
+        await open_(registry, opening("a", resume=True))
+    assert refusal.value.metadata["limit"] == "resume_window_s"
+
+
+async def test_sessions_parked_while_the_store_is_down_count_as_parked_bytes(server: Server) -> None:
+    registry = await server.start(max_parked_bytes=8)  # a state of 4 bytes and an answer of 4 each
+    server.store.down = True
+    for session_id in ("old", "newer"):
+        session, stream = await open_(registry, opening(session_id))
+        await step(registry, session, stream, 1)
+        server.now_s += 1
+        registry.leave(session, stream)
+    await registry.enforce_limits()
+    with pytest.raises(Evicted):
+        await open_(registry, opening("old", resume=True))
+    await open_(registry, opening("newer", resume=True))
+
+
+async def test_a_damaged_record_is_lost_alone_and_its_id_is_free_once_it_is_deleted(server: Server) -> None:
+    registry = await server.start()
+    await park(registry, "a", 1)
+    await park(registry, "b", 1)
+    server.store.damaged.add(SessionKey("", "a"))
+    for resume in (True, False):
+        with pytest.raises(ResumePointLost, match="damaged"):
+            await open_(registry, opening("a", resume=resume))
+    assert registry.durable
+    await open_(registry, opening("b", resume=True))
+    await registry.delete(SessionKey("", "a"))
+    server.store.damaged.clear()
+    assert (await open_(registry, opening("a")))[0].next_step == 0
+
+
 async def test_two_that_resume_a_parked_session_at_once_get_one_session(server: Server) -> None:
     registry = await server.start()
     await park(registry, "a", 1)

@@ -22,7 +22,7 @@ from service.sessions.stores import record_codec
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.record_codec import decode_record, encode_record
 from service.sessions.stores.sqlite import MIGRATIONS, SqliteStore
-from service.sessions.stores.store import SessionStore, StoreError
+from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 
 BUSY_TIMEOUT_S = 0.05
 ROW = np.array([0.1, -0.0, 3.4e38, 1e-45], np.float32)
@@ -259,7 +259,7 @@ async def test_a_damaged_record_is_an_error_and_the_others_are_read(sqlite_store
     with sqlite3.connect(file) as other:
         other.execute("UPDATE sessions SET record = x'93' WHERE session_id = 'a'")
     other.close()
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(RecordUnreadable, match="damaged"):
         await sqlite_store.read(record("a").key)
     assert content(await sqlite_store.read(record("b").key)) == content(record("b"))
 
@@ -363,20 +363,20 @@ VALUE = encode_record(owing("a"))
 def test_any_changed_byte_is_refused(place: int, change: int) -> None:
     damaged = bytearray(VALUE)
     damaged[place] ^= change
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(RecordUnreadable, match="damaged"):
         decode_record(bytes(damaged))
 
 
 @given(value=st.integers(0, len(VALUE) - 1).map(lambda size: VALUE[:size]) | st.binary(max_size=50))
 def test_a_part_of_a_record_and_anything_else_is_refused(value: bytes) -> None:
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(RecordUnreadable, match="damaged"):
         decode_record(value)
 
 
 @pytest.mark.parametrize("body", [[], 7, None, [1], [1, "only", "a few"], {}])
 def test_a_list_of_the_wrong_parts_is_refused(body: object) -> None:
     packed = msgpack.packb(body)
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(RecordUnreadable, match="damaged"):
         decode_record(packed + record_codec.checksum_of(packed))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from models.manifest import ModelKey
 from service.sessions.record import Floats, HeldAnswer, SessionKey, SessionRecord
-from service.sessions.stores.store import StoreError
+from service.sessions.stores.store import RecordUnreadable, StoreError
 
 FORMAT_VERSION = 1
 CHECKSUM_BYTES = 4  # of every format version, for a damaged version number must not pass for another version
@@ -43,19 +43,19 @@ def encode_record(record: SessionRecord) -> bytes:
 
 
 def decode_record(value: bytes) -> SessionRecord:
-    """The record of which these are the bytes. Raises StoreError."""
+    """The record of which these are the bytes. Raises RecordUnreadable."""
     body = value[:-CHECKSUM_BYTES]
     if value[-CHECKSUM_BYTES:] != checksum_of(body):
-        raise StoreError("a stored session is damaged: its checksum is wrong")
+        raise RecordUnreadable("a stored session is damaged: its checksum is wrong")
     try:
         version, *fields = msgpack.unpackb(body, use_list=False)
         if version != FORMAT_VERSION:
-            raise StoreError(
+            raise RecordUnreadable(
                 f"a stored session has the format version {version!r}; this server reads {FORMAT_VERSION} only"
             )
         return _record_of(*fields)
     except (TypeError, ValueError) as error:
-        raise StoreError(f"a stored session is damaged: {error}") from error
+        raise RecordUnreadable(f"a stored session is damaged: {error}") from error
 
 
 def _record_of(

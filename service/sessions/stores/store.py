@@ -15,6 +15,10 @@ class StoreError(Exception):
     """
 
 
+class RecordUnreadable(StoreError):
+    """One record is damaged or of another format; the store is well, and so are the others."""
+
+
 class SessionStore(Protocol):
     """Keeps records by key. Every method raises StoreError; none blocks the event loop.
 
@@ -35,7 +39,7 @@ class SessionStore(Protocol):
         ...
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
-        """What was last written under the key."""
+        """What was last written under the key. Raises RecordUnreadable, too."""
         ...
 
     async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
