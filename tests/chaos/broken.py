@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "CHAOS_BREAK"
 SERVER_BREAKS = ("no-index-check", "no-token-check", "no-held-answers", "forgetful-checkpoint")
-CLIENT_BREAKS = ("no-replay", "doubled-replay", "doubled-replay+no-index-check")
-"""The server must bear a client that sends again twice; only without the index check it does not."""
-
-BREAKS = (*SERVER_BREAKS, *CLIENT_BREAKS)
+BREAKS = (*SERVER_BREAKS, "no-replay")
 
 
 def put(owner: object, name: str, replacement: object) -> None:
@@ -31,7 +28,7 @@ def break_server(name: str) -> None:
     from service.sessions.session import Session
 
     record = Session.record
-    if name.endswith("no-index-check"):
+    if name == "no-index-check":
         put(Ledger, "new_steps", lambda self, first_step, steps: steps)
     elif name == "no-token-check":
         put(registry, "_check_token", lambda token_hash, opening: None)
@@ -57,12 +54,3 @@ def break_client(name: str) -> None:
             return []
 
         put(Replay, "since", nothing)
-    elif name.startswith("doubled-replay"):
-        from rnnserve.session import Session as ClientSession
-
-        send_again = ClientSession._send_again
-
-        def send_twice(self: ClientSession, again: list[Any], index: int) -> None:
-            send_again(self, [message for message in again for _ in range(2)], index)
-
-        put(ClientSession, "_send_again", send_twice)

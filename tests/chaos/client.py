@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rnnserve import Answer, Client, ResumePoint
+from rnnserve import Answer, Client, ResumePoint, Stream
 from tests.chaos import broken
 from tests.chaos.plans import STEPS, Script
 
@@ -49,6 +49,8 @@ def run_script(
     """All steps of the script, or those that a resumed session has not seen yet."""
     with Client(target, timeout_s=TIMEOUT_S, resume_timeout_s=RESUME_TIMEOUT_S) as client:
         stream = client.stream("accumulator", session=None if resume else session, resume=resume)
+        if script.sends_again_twice:
+            _send_again_twice(stream)
         with stream:
 
             def note(answers: Iterable[Answer]) -> None:
@@ -68,6 +70,13 @@ def run_script(
                 if STEPS in script.resets:
                     stream.reset()
                 note([stream.step(np.array([script.values[STEPS]], np.float32))])
+
+
+def _send_again_twice(stream: Stream) -> None:
+    """Ours sends nothing that the server has; another client may, and the server must bear it."""
+    session = stream._session
+    send_again = session._send_again
+    broken.put(session, "_send_again", lambda again, index: send_again([m for m in again for _ in range(2)], index))
 
 
 def _segments(script: Script, first: int) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ class Script:
     resets: tuple[int, ...]
     ahead: int
     pause_s: float
+    sends_again_twice: bool
 
     def expected(self) -> list[tuple[float, float]]:
         """The right answer to each step."""
@@ -68,6 +69,7 @@ def make_plan(seed: int, attempt: int = 0) -> Plan:
         resets=tuple(sorted(drawn.sample(ends, drawn.choice((0, 0, 1, 2))))),
         ahead=drawn.choice((2, 4, 16)),
         pause_s=drawn.choice((0.0, 0.005, 0.02)),
+        sends_again_twice=drawn.random() < 0.5,
     )
     choice = drawn.random()
     step = random.Random(f"{seed}/{attempt}").randrange(STEPS)

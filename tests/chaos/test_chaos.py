@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.harness import Harness, violations
-from tests.chaos.plans import FAULTS, PAIRS, POINTS, STEPS, make_plan
+from tests.chaos.plans import FAULTS, PAIRS, POINTS, STEPS, Fault, Point, make_plan
 from tests.support.bundles import write_accumulator
 
 SEEDS = [
@@ -42,10 +42,16 @@ def test_every_step_counts_exactly_once(harness: Harness, seed: int) -> None:
     assert outcome.hit
 
 
-def test_a_checkpoint_without_its_answers_is_found_out(accumulator: Path, tmp_path: Path) -> None:
-    harness = Harness(accumulator, tmp_path, "no-held-answers")
+@pytest.mark.parametrize(
+    ("break_name", "fault"),
+    [("no-held-answers", ("kill", "after_checkpoint")), ("no-index-check", ("kill", "before_send"))],
+)
+def test_broken_code_is_found_out(
+    accumulator: Path, tmp_path: Path, break_name: str, fault: tuple[Fault, Point]
+) -> None:
+    harness = Harness(accumulator, tmp_path, break_name)
     try:
-        assert harness.run(PAIRS.index(("kill", "after_checkpoint"))).violations
+        assert harness.run(PAIRS.index(fault)).violations
     finally:
         harness.close()
 
