@@ -52,6 +52,7 @@ SERVICES = [
         (session_service_pb2, "SessionService"),
     )
 ]
+PENDING_CALLS = 1_000  # besides streams
 TRANSPORT_SLACK_BYTES = 2**20  # a message this far above our limit still reaches us, so that it gets a reason
 SHUTDOWN_S = 0.25
 ENDING_S = 2.0  # of the time for a drain: for last words, the sessions' last checkpoint and the end itself
@@ -131,6 +132,9 @@ class Service:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients with keepalive are welcome
                 ("grpc.keepalive_permit_without_calls", 1),
+                # When all clients come back at once, gRPC cancels calls that wait behind the first 1,000.
+                ("grpc.server.max_pending_requests", PENDING_CALLS + self.settings.max_streams),
+                ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS + self.settings.max_streams),
             ],
         )
 

@@ -1,6 +1,7 @@
 """The client on an event loop: the same names, awaited."""
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -173,3 +174,15 @@ async def test_a_cancelled_task_ends_its_stream_and_leaves_the_client_usable(cli
     assert await client.health() == "serving"
     others = {task.get_name() for task in asyncio.all_tasks()}
     assert not {name for name in others if name == "rnnserve-inputs"}
+
+
+async def test_twelve_hundred_streams_that_come_at_once_are_all_served(server: RunningServer) -> None:
+    async with AsyncClient(server.target, timeout_s=60.0) as client:
+        await client.models()  # connected
+        streams = [client.stream("vanilla") for _ in range(1_200)]
+        server.process.send_signal(signal.SIGSTOP)
+        opens = [asyncio.create_task(stream.open()) for stream in streams]
+        await asyncio.wait(opens, timeout=0.5)  # they go out, and the server will see them all at once
+        server.process.send_signal(signal.SIGCONT)
+        await asyncio.gather(*opens)
+        await asyncio.gather(*(stream.close() for stream in streams))
