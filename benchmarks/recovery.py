@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from service.sessions.record import ANONYMOUS, SessionKey, SessionRecord
 from service.sessions.session import hash_of
 from service.sessions.stores.sqlite import SqliteStore
 from tests.support.bundles import features, manifest, write_accumulator, write_bundle
-from tests.support.server import start_server
+from tests.support.server import free_port, start_server
 
 TOKEN = bytes(16)
 BATCH_SESSIONS = 1_000
@@ -136,11 +135,6 @@ async def _fill(state_dir: Path, bundle: Bundle, sessions: int) -> None:
     await store.close()
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
 async def measure(sessions: int) -> list[tuple[str, str]]:
     """All three, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +143,7 @@ async def measure(sessions: int) -> list[tuple[str, str]]:
         rows = []
         for name, part, count in (("crash", crash, 100), ("drain", drain, 1_000)):
             (Path(folder) / name).mkdir()
-            rows += await part(repository, Path(folder) / name, _free_port(), count)
+            rows += await part(repository, Path(folder) / name, free_port(), count)
         return rows + await full_store(repository, Path(folder), sessions)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.chaos.broken import VARIABLE as BREAK_VARIABLE
 from tests.chaos.server_with_points import CONTROL_VARIABLE, Armed
-from tests.support.server import ROOT
+from tests.support.server import ROOT, free_port
 
 START_TIMEOUT_S = 90.0
 ANSWER_TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ class ChaosServer:
 
     def __init__(self, repository: Path, state_dir: Path, break_name: str = "") -> None:
         self.state_dir = state_dir
-        self.port = _free_port()
+        self.port = free_port()
         self.reached: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self.store_failures = 0
         """Writes of the store that failed, in all processes so far."""
@@ -160,12 +160,6 @@ class ChaosServer:
                         self._answers.put(message)
         except OSError:
             pass  # it was killed
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float, otherwise: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.containers import compose_works
 from tests.support.server import ROOT, wait_for_ports
 
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -76,13 +76,6 @@ def test_the_readme_says_how_to_serve() -> None:
 @pytest.mark.xdist_group("readme")
 def test_a_block_of_the_readme_runs_as_written(block: tuple[str, str], terminal: Terminal) -> None:
     assert terminal.run(*block).strip()
-
-
-def compose_works() -> bool:
-    return shutil.which("docker") is not None and all(
-        subprocess.run(["docker", *words], capture_output=True).returncode == 0
-        for words in (["compose", "version"], ["info"])
-    )
 
 
 @pytest.mark.skipif(not compose_works(), reason="no Docker engine with compose runs here")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,3 +101,10 @@ def wait_for_ports(process: subprocess.Popen[bytes], file: Path, log_file: Path)
         time.sleep(0.02)
     ports: dict[str, int] = json.loads(file.read_text())
     return ports
+
+
+def free_port() -> int:
+    """Nobody listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
