@@ -27,7 +27,7 @@ from tests.support.bundles import write_accumulator
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import sample_values
 
-PICTURE = Path(__file__).parents[1] / "docs" / "reliability" / "soak.png"
+ROOT = Path(__file__).parents[1]
 CLIENTS = 2_000
 PAUSE_S = (0.5, 3.5)  # between two steps of a session
 LIMITS = {"resume_window_s": 30, "max_streams": 4_000, "max_sessions": 4_000, "checkpoint_interval_s": 0.5}
@@ -89,9 +89,11 @@ def look(server: RunningServer, state_dir: Path) -> dict[str, float]:
     return found | {FILE: sum(file.stat().st_size for file in state_dir.glob("sessions.sqlite*")) * 1e-6}
 
 
-async def soak(server: RunningServer, state_dir: Path, seconds: float) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """Load it, and look once a second."""
-    seen, counts = [], dict[str, int]()
+async def soak(
+    server: RunningServer, state_dir: Path, seconds: float
+) -> tuple[dict[float, dict[str, float]], dict[str, int]]:
+    """Load it, and look once a second; by time."""
+    seen, counts = dict[float, dict[str, float]](), dict[str, int]()
     start_s = time.monotonic()
     async with AsyncClient(server.target) as client:
         lives = [asyncio.create_task(live(client, start_s + seconds, counts)) for _ in range(CLIENTS)]
@@ -99,20 +101,22 @@ async def soak(server: RunningServer, state_dir: Path, seconds: float) -> tuple[
             task = progress.add_task("soaking", total=seconds)
             while not all(one.done() for one in lives):
                 await asyncio.wait(lives, timeout=1.0, return_when=asyncio.FIRST_EXCEPTION)
-                seen.append(await asyncio.to_thread(look, server, state_dir))
+                seen[time.monotonic() - start_s] = await asyncio.to_thread(look, server, state_dir)
                 progress.update(task, completed=min(seconds, time.monotonic() - start_s))
         await asyncio.gather(*lives)
     return seen, counts
 
 
-def draw(seen: list[dict[str, float]], file: Path) -> None:
+def draw(seen: dict[float, dict[str, float]], file: Path) -> None:
     """A panel for each."""
+    names = list(next(iter(seen.values())))
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure, panels = plt.subplots(len(seen[0]), 1, sharex=True, figsize=(8, 9), layout="constrained")
-    for panel, name in zip(panels, seen[0], strict=True):
-        panel.plot([moment[name] for moment in seen])
+    figure, panels = plt.subplots(len(names), 1, sharex=True, figsize=(8, 9), layout="constrained")
+    for panel, name in zip(panels, names, strict=True):
+        values = [moment[name] for moment in seen.values()]
+        panel.plot(list(seen), values)
         panel.set_ylabel(name)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.1 * max(values))
     panels[-1].set_xlabel("seconds")
     figure.suptitle("What a server holds while sessions come, go and die")
     figure.savefig(file, dpi=110)
@@ -122,14 +126,16 @@ def main() -> int:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--picture", type=Path, default=ROOT / "build" / "soak.png")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         repository, state_dir = Path(folder, "repository"), Path(folder, "state")
         write_accumulator(repository)
         state_dir.mkdir()
         with start_server(repository, state_dir, **LIMITS) as server:
-            seen, counts = asyncio.run(soak(server, state_dir, seconds))
-    draw(seen, PICTURE)
+            by_time, counts = asyncio.run(soak(server, state_dir, given.seconds))
+    draw(by_time, given.picture)
+    seen = list(by_time.values())
     table = Table("what", "middle third", "last third", "ratio", title=f"{sum(counts.values()):,} sessions: {counts}")
     third, grew = len(seen) // 3, False
     for name in seen[0]:

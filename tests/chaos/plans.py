@@ -11,7 +11,11 @@ Point = Literal["before_send", "after_send", "after_apply", "after_checkpoint", 
 Fault = Literal["kill", "stop", "cut", "half_close", "black_hole", "full_disk", "locked_database", "client_dies"]
 POINTS: tuple[Point, ...] = get_args(Point)
 FAULTS: tuple[Fault, ...] = get_args(Fault)
-PAIRS = tuple(itertools.product(FAULTS, POINTS))
+PAIRS = tuple(
+    (FAULTS[n % len(FAULTS)], POINTS[(n % len(FAULTS) + n // len(FAULTS)) % len(POINTS)])
+    for n in range(len(FAULTS) * len(POINTS))
+)
+"""Each fault at each point; any eight in a row have all faults, any five of a fault all points."""
 
 STEPS = 40  # besides the last one, which proves the state
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.harness import Harness, violations
-from tests.chaos.plans import FAULTS, PAIRS, POINTS, STEPS, Fault, Point, make_plan
+from tests.chaos.plans import FAULTS, PAIRS, STEPS, Fault, Point, make_plan
 from tests.support.bundles import write_accumulator
 
 SEEDS = [
-    *(number * len(POINTS) + number % len(POINTS) for number in range(len(FAULTS))),
+    *range(len(FAULTS)),  # each, and all points
     PAIRS.index(("kill", "after_checkpoint")),
     PAIRS.index(("kill", "before_answer")),
 ]
