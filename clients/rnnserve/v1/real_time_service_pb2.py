@@ -28,41 +28,41 @@ from rnnserve.v1 import prediction_pb2 as rnnserve_dot_v1_dot_prediction__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rnnserve/v1/real_time_service.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"\xdd\x01\n\x12StreamStepsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.rnnserve.v1.OpenSessionH\x00\x12#\n\x05steps\x18\x02 \x01(\x0b\x32\x12.rnnserve.v1.StepsH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.ResetSessionH\x00\x12*\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.CloseSessionH\x00\x12\x15\n\ranswered_step\x18\x05 \x01(\x04\x42\t\n\x07request\"\xad\x01\n\x0bOpenSession\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0frequire_durable\x18\x07 \x01(\x08\"o\n\x05Steps\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12%\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x07\n\x05inputB\r\n\x0b_first_step\"6\n\x0cResetSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"6\n\x0c\x43loseSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\xe6\x02\n\x13StreamStepsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpenedH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.StepsAnswerH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.SessionResetH\x00\x12,\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosedH\x00\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12%\n\x06notice\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12-\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x17.rnnserve.v1.CheckpointH\x00\x12\x14\n\x0c\x64urable_step\x18\x08 \x01(\x04\x42\n\n\x08response\"\xdb\x01\n\rSessionOpened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_steps_per_message\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.rnnserve.v1.Durability\x12\x30\n\rresume_window\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0c\n\nCheckpoint\"\x86\x01\n\x0bStepsAnswer\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12+\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12#\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0cSessionReset\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"\"\n\rSessionClosed\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"r\n\x06Notice\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.rnnserve.v1.NoticeReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12,\n\ttime_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*l\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x15\n\x11\x44URABILITY_STORED\x10\x03*d\n\x0cNoticeReason\x12\x1d\n\x19NOTICE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_REASON_DRAINING\x10\x01\x12\x19\n\x15NOTICE_REASON_EVICTED\x10\x02\x32g\n\x0fRealTimeService\x12T\n\x0bStreamSteps\x12\x1f.rnnserve.v1.StreamStepsRequest\x1a .rnnserve.v1.StreamStepsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rnnserve/v1/real_time_service.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"\xdd\x01\n\x12StreamStepsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.rnnserve.v1.OpenSessionH\x00\x12#\n\x05steps\x18\x02 \x01(\x0b\x32\x12.rnnserve.v1.StepsH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.ResetSessionH\x00\x12*\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.CloseSessionH\x00\x12\x15\n\ranswered_step\x18\x05 \x01(\x04\x42\t\n\x07request\"\xe4\x01\n\x0bOpenSession\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0frequire_durable\x18\x07 \x01(\x08\x12\x0f\n\x07rebuild\x18\x08 \x01(\x08\x12\x11\n\tcaller_id\x18\t \x01(\x0c\x12\x11\n\ttake_over\x18\n \x01(\x08\"o\n\x05Steps\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12%\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x07\n\x05inputB\r\n\x0b_first_step\"6\n\x0cResetSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"6\n\x0c\x43loseSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\xe6\x02\n\x13StreamStepsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpenedH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.StepsAnswerH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.SessionResetH\x00\x12,\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosedH\x00\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12%\n\x06notice\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12-\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x17.rnnserve.v1.CheckpointH\x00\x12\x14\n\x0c\x64urable_step\x18\x08 \x01(\x04\x42\n\n\x08response\"\xdb\x01\n\rSessionOpened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_steps_per_message\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.rnnserve.v1.Durability\x12\x30\n\rresume_window\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0c\n\nCheckpoint\"\x86\x01\n\x0bStepsAnswer\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12+\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12#\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0cSessionReset\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"\"\n\rSessionClosed\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"r\n\x06Notice\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.rnnserve.v1.NoticeReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12,\n\ttime_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*l\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x15\n\x11\x44URABILITY_STORED\x10\x03*d\n\x0cNoticeReason\x12\x1d\n\x19NOTICE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_REASON_DRAINING\x10\x01\x12\x19\n\x15NOTICE_REASON_EVICTED\x10\x02\x32g\n\x0fRealTimeService\x12T\n\x0bStreamSteps\x12\x1f.rnnserve.v1.StreamStepsRequest\x1a .rnnserve.v1.StreamStepsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.real_time_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=1711
-  _globals['_DURABILITY']._serialized_end=1819
-  _globals['_NOTICEREASON']._serialized_start=1821
-  _globals['_NOTICEREASON']._serialized_end=1921
+  _globals['_DURABILITY']._serialized_start=1766
+  _globals['_DURABILITY']._serialized_end=1874
+  _globals['_NOTICEREASON']._serialized_start=1876
+  _globals['_NOTICEREASON']._serialized_end=1976
   _globals['_STREAMSTEPSREQUEST']._serialized_start=166
   _globals['_STREAMSTEPSREQUEST']._serialized_end=387
   _globals['_OPENSESSION']._serialized_start=390
-  _globals['_OPENSESSION']._serialized_end=563
-  _globals['_STEPS']._serialized_start=565
-  _globals['_STEPS']._serialized_end=676
-  _globals['_RESETSESSION']._serialized_start=678
-  _globals['_RESETSESSION']._serialized_end=732
-  _globals['_CLOSESESSION']._serialized_start=734
-  _globals['_CLOSESESSION']._serialized_end=788
-  _globals['_STREAMSTEPSRESPONSE']._serialized_start=791
-  _globals['_STREAMSTEPSRESPONSE']._serialized_end=1149
-  _globals['_SESSIONOPENED']._serialized_start=1152
-  _globals['_SESSIONOPENED']._serialized_end=1371
-  _globals['_CHECKPOINT']._serialized_start=1373
-  _globals['_CHECKPOINT']._serialized_end=1385
-  _globals['_STEPSANSWER']._serialized_start=1388
-  _globals['_STEPSANSWER']._serialized_end=1522
-  _globals['_SESSIONRESET']._serialized_start=1524
-  _globals['_SESSIONRESET']._serialized_end=1557
-  _globals['_SESSIONCLOSED']._serialized_start=1559
-  _globals['_SESSIONCLOSED']._serialized_end=1593
-  _globals['_NOTICE']._serialized_start=1595
-  _globals['_NOTICE']._serialized_end=1709
-  _globals['_REALTIMESERVICE']._serialized_start=1923
-  _globals['_REALTIMESERVICE']._serialized_end=2026
+  _globals['_OPENSESSION']._serialized_end=618
+  _globals['_STEPS']._serialized_start=620
+  _globals['_STEPS']._serialized_end=731
+  _globals['_RESETSESSION']._serialized_start=733
+  _globals['_RESETSESSION']._serialized_end=787
+  _globals['_CLOSESESSION']._serialized_start=789
+  _globals['_CLOSESESSION']._serialized_end=843
+  _globals['_STREAMSTEPSRESPONSE']._serialized_start=846
+  _globals['_STREAMSTEPSRESPONSE']._serialized_end=1204
+  _globals['_SESSIONOPENED']._serialized_start=1207
+  _globals['_SESSIONOPENED']._serialized_end=1426
+  _globals['_CHECKPOINT']._serialized_start=1428
+  _globals['_CHECKPOINT']._serialized_end=1440
+  _globals['_STEPSANSWER']._serialized_start=1443
+  _globals['_STEPSANSWER']._serialized_end=1577
+  _globals['_SESSIONRESET']._serialized_start=1579
+  _globals['_SESSIONRESET']._serialized_end=1612
+  _globals['_SESSIONCLOSED']._serialized_start=1614
+  _globals['_SESSIONCLOSED']._serialized_end=1648
+  _globals['_NOTICE']._serialized_start=1650
+  _globals['_NOTICE']._serialized_end=1764
+  _globals['_REALTIMESERVICE']._serialized_start=1978
+  _globals['_REALTIMESERVICE']._serialized_end=2081
 # @@protoc_insertion_point(module_scope)

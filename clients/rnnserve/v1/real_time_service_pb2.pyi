@@ -138,6 +138,9 @@ class OpenSession(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     REQUIRE_DURABLE_FIELD_NUMBER: _builtins.int
+    REBUILD_FIELD_NUMBER: _builtins.int
+    CALLER_ID_FIELD_NUMBER: _builtins.int
+    TAKE_OVER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of a streamable model."""
     version: _builtins.int
@@ -156,6 +159,16 @@ class OpenSession(_message.Message):
     """
     require_durable: _builtins.bool
     """STORE_UNAVAILABLE unless the session will survive a crash of the server. Needs a token."""
+    rebuild: _builtins.bool
+    """The client had the session and can send it again from the first step on: a session that the server has lost begins
+    anew, but one that was deleted or evicted is SESSION_NOT_FOUND or EVICTED.
+    """
+    caller_id: _builtins.bytes
+    """Names the caller among all that have the token, at most 16 bytes. A caller that comes back after another one has
+    had the session gets SESSION_MOVED, unless it says `take_over`. Empty = each open takes over.
+    """
+    take_over: _builtins.bool
+    """Another caller may have the session now; it loses it."""
     @_builtins.property
     def options(self) -> _prediction_pb2.OutputOptions:
         """What the answers carry."""
@@ -170,10 +183,13 @@ class OpenSession(_message.Message):
         resume_token: _builtins.bytes = ...,
         resume: _builtins.bool = ...,
         require_durable: _builtins.bool = ...,
+        rebuild: _builtins.bool = ...,
+        caller_id: _builtins.bytes = ...,
+        take_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "require_durable", b"require_durable", "resume", b"resume", "resume_token", b"resume_token", "session_id", b"session_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller_id", b"caller_id", "model", b"model", "options", b"options", "rebuild", b"rebuild", "require_durable", b"require_durable", "resume", b"resume", "resume_token", b"resume_token", "session_id", b"session_id", "take_over", b"take_over", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
