@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from models.manifest import FeatureInput, Manifest, Sample
+from models.manifest import FeatureInput, Manifest, Sample, manifest_digest
 from models.predictor import Predictor
 from models.recurrent import RecurrentNetwork
 from models.samples import read_sample
@@ -44,8 +44,8 @@ class Bundle:
 def load_bundle(folder: Path) -> Bundle:
     """Read and verify `<name>/<version>/`.
 
-    Raises BundleError if a file is missing or unreadable, the manifest does not fit its schema or its folder,
-    the weights do not fit their digest or the network, or a sample is none that the network reads.
+    Raises BundleError if a file is missing or unreadable, the manifest does not fit its schema, its folder or its
+    digest, the weights do not fit theirs or the network, or a sample is none that the network reads.
     """
     manifest = load_manifest(folder)
     weights = _read(folder, WEIGHTS)
@@ -57,8 +57,12 @@ def load_bundle(folder: Path) -> Bundle:
         tensors = load(weights)
     except SafetensorError as error:
         raise BundleError(folder, WEIGHTS, str(error)) from None
+    except KeyError as error:  # a type that safetensors knows and torch does not
+        raise BundleError(folder, WEIGHTS, f"a tensor is {error.args[0]}, not float32") from None
+    with torch.device("meta"):  # shapes alone: what a wrong manifest asks for may be more than there is memory
+        wanted = RecurrentNetwork(manifest.network).state_dict()
+    _check_weights(folder, tensors, wanted)
     network = RecurrentNetwork(manifest.network)
-    _check_weights(folder, tensors, network.state_dict())
     network.load_state_dict(tensors)
     samples = tuple(_read_sample(folder, sample, manifest) for sample in manifest.samples)
     return Bundle(folder, manifest, Predictor(network.eval(), manifest.input), samples)
@@ -66,31 +70,46 @@ def load_bundle(folder: Path) -> Bundle:
 
 def load_manifest(folder: Path) -> Manifest:
     """Read `manifest.json` alone. Raises BundleError."""
+    text = _read(folder, MANIFEST)
     try:
-        manifest = Manifest.model_validate_json(_read(folder, MANIFEST))
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or MANIFEST
-        raise BundleError(folder, field, first["msg"]) from None
+        raise BundleError(folder, field, first["msg"].removeprefix("Value error, ")) from None
     if manifest.name != folder.parent.name:
         raise BundleError(folder, "name", f"is {manifest.name!r}, but the folder says {folder.parent.name!r}")
     if str(manifest.version) != folder.name:
         raise BundleError(folder, "version", f"is {manifest.version}, but the folder says {folder.name!r}")
+    digest = manifest_digest(text)
+    if digest != manifest.manifest_sha256:
+        raise BundleError(
+            folder,
+            "manifest_sha256",
+            f"{MANIFEST} says something else than when it was written; if that is meant, put {digest} here",
+        )
     return manifest
 
 
 def save_bundle(repository: Path, manifest: Manifest, network: RecurrentNetwork) -> Path:
     """Write manifest and weights to `<repository>/<name>/<version>/` and return that folder.
 
-    The digest in the manifest is set here, whatever it was.
+    The digests in the manifest are set here, whatever they were.
     """
     folder = repository / manifest.name / str(manifest.version)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     manifest = manifest.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
     (folder / WEIGHTS).write_bytes(weights)
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    write_manifest(folder, manifest)
     return folder
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` with the digest of what it says."""
+    digest = manifest_digest(manifest.model_dump_json())
+    manifest = manifest.model_copy(update={"manifest_sha256": digest})
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections import Counter
 from functools import cached_property
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from models.recurrent import NetworkSpec
 
@@ -15,8 +29,45 @@ Pattern = Literal["one-to-one", "one-to-many", "many-to-one", "many-to-many alig
 MissingValues = Literal["refuse", "hold_last", "mean"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Symbol = Annotated[str, StringConstraints(min_length=1, max_length=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+
+LEAST_FLOAT32, MOST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+MAX_WIDTH = 2**16  # of a layer, so that the size of any network can be reckoned
+
+
+def _differing(entries: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = [entry for entry, times in Counter(entries).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is there more than once")
+    return entries
+
+
+def _in_float32(value: float) -> float:
+    if value and not LEAST_FLOAT32 <= abs(value) <= MOST_FLOAT32:
+        raise ValueError(f"{value:g} is beyond what float32 can hold")
+    return value
+
+
+def _of_its_unit(value: float, info: ValidationInfo) -> float:
+    if info.data.get("metric", "").endswith("percent") and not 0 <= value <= 100:
+        raise ValueError(f"{value:g} percent is not between 0 and 100")
+    return value
+
+
+def _of_bounded_width(network: NetworkSpec) -> NetworkSpec:
+    for name, value in network:
+        sizes = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(size, int) and size > MAX_WIDTH for size in sizes):
+            raise ValueError(f"{name} is {value}, above the limit of {MAX_WIDTH}")
+    return network
+
+
+def manifest_digest(text: str | bytes) -> str:
+    """SHA-256 of what a manifest says beside this digest; the order of its fields and white space do not count."""
+    content = {name: value for name, value in json.loads(text).items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class ModelKey(NamedTuple):
@@ -42,9 +93,9 @@ class FeatureInput(_Part):
     """Numeric steps. The network sees (x − mean) / std."""
 
     kind: Literal["features"] = "features"
-    feature_names: tuple[Text, ...] = Field(min_length=1)
-    mean: tuple[float, ...]
-    std: tuple[PositiveFloat, ...]
+    feature_names: Annotated[tuple[Text, ...], AfterValidator(_differing)] = Field(min_length=1)
+    mean: tuple[Annotated[float, AfterValidator(_in_float32)], ...]
+    std: tuple[Annotated[PositiveFloat, AfterValidator(_in_float32)], ...]
     missing_values: MissingValues = Field(
         "refuse", description="what NaN means: an error, the feature's last value (its mean at first), or its mean"
     )
@@ -62,13 +113,7 @@ class TextInput(_Part):
     """Text, one character a step; the number of a symbol is its place in `symbols`."""
 
     kind: Literal["text"] = "text"
-    symbols: tuple[Symbol, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _symbols_differ(self) -> Self:
-        if len(set(self.symbols)) != len(self.symbols):
-            raise ValueError("symbols holds one of them twice")
-        return self
+    symbols: Annotated[tuple[Symbol, ...], AfterValidator(_differing)] = Field(min_length=1)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -87,7 +132,9 @@ class Output(_Part):
     """What the outputs of the network mean."""
 
     activation: Literal["softmax", "none"]
-    labels: tuple[Text, ...] = Field((), description="one for each output of a classifier; empty otherwise")
+    labels: Annotated[tuple[Text, ...], AfterValidator(_differing)] = Field(
+        (), description="one for each output of a classifier; empty otherwise"
+    )
 
     @model_validator(mode="after")
     def _classes_have_labels(self) -> Self:
@@ -114,18 +161,27 @@ class DataSource(_Part):
 class Quality(_Part):
     """A metric of these very weights on data that training never saw."""
 
-    metric: Text
-    value: float
+    metric: Text = Field(description="what was measured; a percentage if it ends in 'percent'")
+    value: Annotated[float, AfterValidator(_of_its_unit)]
     split: Text
-    items: PositiveInt = Field(description="how many predictions were scored")
+    items: Count = Field(description="how many predictions were scored")
 
 
 class Repeats(_Part):
     """The same training repeated over seeds or folds, each scored on its own held-out data."""
 
     metric: Text
-    over: Text
-    values: tuple[float, ...] = Field(min_length=1)
+    over: Text = Field(description="what differs; a number at its start says how many values there are")
+    values: tuple[Annotated[float, AfterValidator(_of_its_unit)], ...] = Field(min_length=1)
+
+    @field_validator("values")
+    @classmethod
+    def _as_many_as_said(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        over = info.data.get("over", "")
+        count = re.match(r"\d+", over)
+        if count and int(count[0]) != len(values):
+            raise ValueError(f"there are {len(values)}, but repeats.over says {over!r}")
+        return values
 
     @property
     def mean(self) -> float:
@@ -145,10 +201,10 @@ class Manifest(_Part):
 
     schema_version: Literal[1] = 1
     name: Name
-    version: PositiveInt
+    version: Count
     summary: Text = Field(description="what it does, in one sentence")
     pattern: Pattern
-    network: NetworkSpec
+    network: Annotated[NetworkSpec, AfterValidator(_of_bounded_width)]
     input: Annotated[FeatureInput | TextInput, Field(discriminator="kind")]
     output: Output
     look_ahead: Literal[0] = Field(0, description="steps that an answer waits for; no other value is served yet")
@@ -157,6 +213,7 @@ class Manifest(_Part):
     repeats: Repeats | None = None
     samples: tuple[Sample, ...] = ()
     weights_sha256: Sha256
+    manifest_sha256: Sha256 = Field("0" * 64, description="of all other fields; set when the manifest is written")
 
     @property
     def key(self) -> ModelKey:
@@ -176,4 +233,7 @@ class Manifest(_Part):
             raise ValueError(
                 f"output.labels has {len(self.output.labels)} entries but network.outputs is {self.network.outputs}"
             )
+        for number, sample in enumerate(self.samples):
+            if sample.label and sample.label not in self.output.labels:
+                raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")
         return self

@@ -107,13 +107,14 @@ class StepsAhead(Exchange):
 
     @property
     def waiting(self) -> bool:
-        """Whether the server owes an answer, or the room to send more."""
-        return self._session.outstanding > 0 or (self.failure is None and bool(self._made_later))
+        """Whether the server owes an answer. For room to send more it may take as long as it needs."""
+        return self._session.outstanding > 0
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self._session.failure is not None or ((self._ended or self.failure is not None) and not self.waiting)
+        all_sent = self.failure is not None or (self._ended and not self._made_later)
+        return self._session.failure is not None or (all_sent and not self.waiting)
 
     def _take(self, x: Input) -> None:
         if not self._ended:

@@ -17,7 +17,9 @@ _KEEPALIVE_TIMEOUT_MS = 20_000
 
 
 def channel_options(target: str) -> list[tuple[str, int]]:
-    """Limits, keepalive while calls are open, and quick reconnects."""
+    """Limits, keepalive while calls are open, and quick reconnects. Raises ValueError for a target without a host."""
+    if not _host(target).strip():
+        raise ValueError(f"the target {target!r} names no host: it is host:port, such as localhost:50051")
     options = [
         ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
         ("grpc.keepalive_time_ms", _KEEPALIVE_PERIOD_MS),

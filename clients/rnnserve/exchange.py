@@ -77,7 +77,7 @@ class Bookkeeper(Protocol[_X, _Q_co, _A, _R_co]):
 
     @property
     def waiting(self) -> bool:
-        """Whether something must come from the server before it goes on."""
+        """Whether the server owes something, so that the wait for it is limited."""
 
     @property
     def done(self) -> bool:

@@ -23,6 +23,8 @@ class ResumePoint(NamedTuple):
     """32 hex digits."""
     answered_step: int
     """The index before which every answer was received."""
+    reset: bool = False
+    """Whether the session was reset before the step of that index, so that whoever goes on does it again."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,7 @@ class Session:
             options=options,
             resume_token=self._token,
             require_durable=durable,
+            caller_id=secrets.token_bytes(16),
         )
         self._answers_each_step = options.steps == STEP_SELECTION_ALL
         self._taken_over = resume is not None
@@ -105,6 +106,9 @@ class Session:
         self._unanswered: deque[Message] = deque()
         self._again: list[pb.StreamStepsRequest] = []
         self._break: RnnserveError | None = None
+        self._reset_step = 0  # the last reset that was answered came before this one
+        if resume is not None and resume.reset:
+            self.reset()
 
     @property
     def outstanding(self) -> int:
@@ -129,7 +133,7 @@ class Session:
     @property
     def resume_point(self) -> ResumePoint:
         """Where the session stands, for another stream to go on."""
-        return ResumePoint(self.id, self._token.hex(), self.handed_step)
+        return ResumePoint(self.id, self._token.hex(), self.handed_step, 0 < self._reset_step == self.handed_step)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -145,13 +149,16 @@ class Session:
     def open(self) -> pb.StreamStepsRequest:
         """The first message of a call.
 
-        A session that can be built from its beginning is not asked to be there: the server may never have kept it.
+        A session that can be built from its beginning is not asked to be there: the server may have lost it. Only the
+        first time it is taken from whoever has it.
         """
         self._state, self._acknowledged = "opening", self.handed_step
         self._open_attempts -= 1
         self._owed = deque([_Owed()])
         request = pb.StreamStepsRequest(open=self._opening, answered_step=self.handed_step)
         request.open.resume = self._taken_over or (self._was_open and (self._leaving or not self._replay.complete))
+        request.open.rebuild = self._was_open and not request.open.resume
+        request.open.take_over = self._taken_over and not self._was_open
         return request
 
     def steps(self, x: Input) -> pb.StreamStepsRequest:
@@ -178,7 +185,10 @@ class Session:
 
     def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
         """The new answers in a response."""
-        self.durable_step = max(self.durable_step, response.durable_step)
+        if response.durable_step > self.durable_step:
+            self.durable_step = response.durable_step
+            if self.durability == "process":  # the store works again
+                self.durability = "stored"
         kind = response.WhichOneof("response")
         answers: list[Answer] = []
         if kind == "notice":
@@ -282,6 +292,7 @@ class Session:
             self._refuse(error_from_status(response.error), owed, owed.first)
         elif owed.message is not None:
             owed.message.answered = True
+            self._reset_step = max(self._reset_step, owed.message.first)
             self._advance(self.answered_step)
         return []
 
@@ -293,7 +304,8 @@ class Session:
         if index > self._sent_step:
             self._break = _lost(f"the server expects step {index}, but only {self._sent_step} were sent")
         elif (again := self._replay.since(index, self.next_step)) is None:
-            self._break = _lost(f"the server has lost the steps from {index} on, which are no longer kept here")
+            lost = f"the server has lost the steps from {index} on, which are no longer kept here"
+            self._break = _lost(lost, expected_step=index)
         else:
             self._send_again(again, index)
 
@@ -366,8 +378,9 @@ def _token(digits: str) -> bytes:
         raise ValueError("the token of a resume point is hex digits") from None
 
 
-def _lost(message: str) -> ResumePointLost:
-    return ResumePointLost(message, reason="RESUME_POINT_LOST")
+def _lost(message: str, **metadata: int) -> ResumePointLost:
+    known = {name: str(value) for name, value in metadata.items()}
+    return ResumePointLost(message, reason="RESUME_POINT_LOST", metadata=known)
 
 
 def _refused_again(error: RnnserveError) -> ResumePointLost:

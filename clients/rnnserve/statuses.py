@@ -1,5 +1,6 @@
 """Reads what went wrong out of a google.rpc.Status or a failed gRPC call."""
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
@@ -14,6 +15,8 @@ _M = TypeVar("_M", bound=Message)
 
 DOMAIN = "rnnserve"
 _DETAILS_KEY = "grpc-status-details-bin"
+_UNRESOLVED = re.compile(r"hostname lookup error:(?:address lookup failed for .*?: )?(.*)\]$")
+_TLS_FAILED = re.compile(r"(?:OPENSSL_internal:|verification check failed with error: \w+: )(.*?)\.?(?:: OK)?$")
 _CODE_NAMES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -65,14 +68,31 @@ def not_open() -> StreamClosed:
 
 def _error_without_details(code: grpc.StatusCode, details: str, target: str) -> RnnserveError:
     if code is grpc.StatusCode.UNAVAILABLE:
-        cause = details.rsplit(": ", 1)[-1]  # grpc puts the names of its own layers before it
-        message = f"no server answers at {target} ({cause}); start one with `python -m service`, or name another target"
-        return Unreachable(message, reason="UNREACHABLE", code=code.name)
+        return Unreachable(_why_unreachable(details, target), reason="UNREACHABLE", code=code.name)
+    if code is grpc.StatusCode.CANCELLED and details == code.name:  # by neither of us: the stream was reset on its way
+        return Unreachable(f"the call to {target} was cut off", reason="UNREACHABLE", code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return timed_out(target)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in details:
         return MessageTooLarge(details, reason="MESSAGE_TOO_LARGE", code=code.name)  # the transport's own limit
     return RnnserveError(details or f"the call to {target} failed", code=code.name)
+
+
+def _why_unreachable(details: str, target: str) -> str:
+    tls = _TLS_FAILED.search(details)
+    if tls and "WRONG_VERSION_NUMBER" in tls[1]:
+        return f"TLS with {target} failed: what answers there does not speak it; connect without TLS"
+    if tls:
+        return f"TLS with {target} failed ({tls[1]})"
+    return (
+        f"no server answers at {target} ({_cause(details)}); start one with `python -m service`, or name another target"
+    )
+
+
+def _cause(details: str) -> str:
+    """Without the names of grpc's own layers, which it puts around it."""
+    unresolved = _UNRESOLVED.search(details)
+    return unresolved[1] if unresolved else details.rsplit(": ", 1)[-1]
 
 
 def _status_in(metadata: Iterable[tuple[str, str | bytes]]) -> Status | None:

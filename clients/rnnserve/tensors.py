@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from rnnserve.errors import DataTypeMismatch, ShapeMismatch
+from rnnserve.errors import DataTypeMismatch, NotFinite, ShapeMismatch
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
 Array = npt.NDArray[np.float32]
@@ -13,6 +13,7 @@ Input = npt.ArrayLike | str
 """What a model reads: an array or anything that NumPy makes one of, or a text."""
 
 _WIRE_TYPE = np.dtype("<f4")
+_KINDS = {"U": "text", "S": "bytes", "c": "complex numbers", "M": "dates", "m": "spans of time"}
 
 
 def steps_tensor(x: npt.ArrayLike) -> Tensor:
@@ -39,15 +40,36 @@ def _numbers(x: npt.ArrayLike) -> npt.NDArray[np.generic]:
     except ValueError as error:  # rows of different lengths
         raise ShapeMismatch(f"not an array: {error}", reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT") from error
     if values.dtype.kind not in "fiub":
-        message = f"inputs must be numbers, not {values.dtype.name}"
+        message = f"inputs must be numbers, not {_described(values)}"
         raise DataTypeMismatch(message, reason="DATA_TYPE_MISMATCH", code="INVALID_ARGUMENT")
     return values
+
+
+def _described(values: npt.NDArray[np.generic]) -> str:
+    if values.dtype.kind != "O":
+        return _KINDS.get(values.dtype.kind, values.dtype.name)
+    strange = [value for value in values.flat if not isinstance(value, int | float)]
+    return f"objects such as {strange[0]!r:.40}" if strange else "Python objects"
 
 
 def _tensor(values: npt.NDArray[np.generic], expected: str) -> Tensor:
     if values.ndim != 2:
         message = f"{expected} (steps, features), but this has the shape {values.shape}"
         raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, which the server refuses by name
-        data = values.astype(_WIRE_TYPE).tobytes()
+    try:
+        with np.errstate(over="raise"):
+            data = values.astype(_WIRE_TYPE).tobytes()
+    except FloatingPointError:
+        raise _too_large(values) from None
     return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=data)
+
+
+def _too_large(values: npt.NDArray[np.generic]) -> NotFinite:
+    with np.errstate(over="ignore"):
+        step, feature = np.argwhere(np.isfinite(values) & np.isinf(values.astype(_WIRE_TYPE)))[0].tolist()
+    return NotFinite(
+        f"step {step} of the message has {values[step, feature]:g} as feature {feature}, which does not fit float32",
+        reason="NOT_FINITE",
+        code="INVALID_ARGUMENT",
+        metadata={"step": str(step), "feature": str(feature)},
+    )

@@ -14,6 +14,9 @@ from models.training.measure import Confusion, Live
 CARD = "README.md"
 ABLATION = "ablation.md"
 DEPTH_TITLE = "## What depth brings\n"
+HEARD = (
+    "How often the answer after so many steps is right; a recording that is already over counts with its last answer."
+)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,7 +40,7 @@ def write_card(
         task.words.purpose,
         "## Network\n\n" + describe(manifest.network),
         f"## Quality\n\n{_quality(manifest)}\n\n{_repeats(task, runs)}\n\nFor comparison:\n\n{task.words.references}",
-        _heard(task, heard),
+        describe_heard(task, heard),
         f"## Where it errs\n\n{describe_errors(task, errors, test)}\n\n{task.words.limits}",
         f"## Data\n\n{task.words.data}\n\n{_source(manifest)}",
         f"## Training\n\n{task.words.training}\n\n{_settings(task)}\n\n![curves](curves.png)",
@@ -106,14 +109,15 @@ def _repeats(task: Task, runs: Sequence[tuple[Run, float, Live | None]]) -> str:
     return f"The same over {task.repeats_over}; the weights here are the first one's:\n\n{table(header, rows)}"
 
 
-def _heard(task: Task, heard: Mapping[int, float]) -> str:
+def describe_heard(task: Task, heard: Mapping[int, float]) -> str:
+    """How often a network is right after so many steps; nothing for one that does not stream."""
     if not heard:
         return ""
     some = [n for n in heard if n in task.heard_steps][:: max(1, len(heard) // 7)]
     rate = task.input.steps_per_second
     rows = [["steps", *map(str, some)], ["seconds", *(f"{n / rate:.3g}" for n in some)]]
     rows.append(["accuracy, %", *(f"{heard[n]:.1f}" for n in some)])
-    return "## As it listens\n\n" + table(rows[0], rows[1:]) + "\n\n![accuracy by frames heard](frames_heard.png)"
+    return f"## As it listens\n\n{HEARD}\n\n{table(rows[0], rows[1:])}\n\n![accuracy by frames heard](frames_heard.png)"
 
 
 def _source(manifest: Manifest) -> str:

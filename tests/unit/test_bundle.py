@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from models.bundle import BundleError, load_bundle, save_bundle
-from models.manifest import TextInput
+from models.manifest import TextInput, manifest_digest
 from models.recurrent import NetworkSpec, RecurrentNetwork
 from tests.support.bundles import LABELS, features, manifest, write_bundle
 
@@ -37,6 +38,13 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, edit: Callable[[Json], object]) -> None:
+    """Change what it says, with a digest that fits."""
+    change_manifest(folder, edit)
+    digest = manifest_digest((folder / "manifest.json").read_text())
+    change_manifest(folder, lambda content: content.update(manifest_sha256=digest))
+
+
+def change_manifest(folder: Path, edit: Callable[[Json], object]) -> None:
     file = folder / "manifest.json"
     content = json.loads(file.read_text())
     edit(content)
@@ -81,6 +89,15 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, content: byt
     assert_refused(folder, "manifest.json", "")
 
 
+def with_features(**fields: list[object]) -> Callable[[Json], object]:
+    return lambda content: content["input"].update(fields)
+
+
+def with_repeats(over: str, *values: float) -> Callable[[Json], object]:
+    repeats = {"metric": "accuracy, percent", "over": over, "values": values}
+    return lambda content: content.update(repeats=repeats)
+
+
 WRONG_MANIFESTS: dict[str, tuple[Callable[[Json], object], str, str]] = {
     "unknown key": (lambda it: it.update(colour="red"), "colour", "Extra inputs"),
     "unknown key inside": (lambda it: it["network"].update(colour="red"), "network.colour", "Extra inputs"),
@@ -90,17 +107,61 @@ WRONG_MANIFESTS: dict[str, tuple[Callable[[Json], object], str, str]] = {
     "name": (lambda it: it.update(name="Compass!"), "name", "pattern"),
     "version against folder": (lambda it: it.update(version=2), "version", "2, but the folder says '1'"),
     "version": (lambda it: it.update(version=0), "version", "greater than 0"),
+    "huge version": (lambda it: it.update(version=2**31), "version", "2147483647"),
     "label count": (lambda it: it["output"]["labels"].pop(), "manifest.json", "output.labels has 3 entries"),
     "labels without softmax": (lambda it: it["output"].update(activation="none"), "output", "softmax"),
     "feature count": (lambda it: it["network"].update(features=5), "manifest.json", "network.features is 5"),
     "mean length": (lambda it: it["input"]["mean"].pop(), "input.features", "mean needs one number"),
     "std length": (lambda it: it["input"]["std"].append(1.0), "input.features", "std needs one number"),
+    "labels twice": (
+        lambda it: it["output"].update(labels=["north", "east", "north", "west"]),
+        "output.labels",
+        "'north' is there more than once",
+    ),
+    "feature twice": (
+        with_features(feature_names=["x", "y", "y"]),
+        "input.features.feature_names",
+        "'y' is there more than once",
+    ),
+    "mean beyond float32": (
+        with_features(mean=[0.0, 1e39, 0.0]),
+        "input.features.mean.1",
+        "1e+39 is beyond what float32",
+    ),
+    "std below float32": (with_features(std=[1.0, 1.0, 1e-60]), "input.features.std.2", "1e-60 is beyond what float32"),
     "std zero": (lambda it: it["input"]["std"].__setitem__(1, 0.0), "input.features.std.1", "greater than 0"),
     "mean not finite": (lambda it: it["input"]["mean"].__setitem__(0, float("nan")), "input.features.mean.0", "finite"),
     "kind of input": (lambda it: it["input"].update(kind="sound"), "input", "sound"),
     "pattern": (lambda it: it.update(pattern="some-to-many"), "pattern", "one-to-one"),
     "cell": (lambda it: it["network"].update(cell="mlp"), "network.cell", "'tanh'"),
     "hidden size": (lambda it: it["network"].update(hidden_size=0), "network.hidden_size", "greater than 0"),
+    "huge hidden size": (
+        lambda it: it["network"].update(hidden_size=10**9),
+        "network",
+        "hidden_size is 1000000000, above the limit of 65536",
+    ),
+    "huge input layer": (
+        lambda it: it["network"].update(input_layers=[8, 10**9]),
+        "network",
+        "input_layers is (8, 1000000000), above the limit of 65536",
+    ),
+    "percentage": (
+        lambda it: it["quality"].update(metric="accuracy, percent", value=195.0),
+        "quality.value",
+        "195 percent is not between 0 and 100",
+    ),
+    "percentage below zero": (
+        lambda it: it["quality"].update(metric="accuracy, percent", value=-1.0),
+        "quality.value",
+        "-1 percent is not between 0 and 100",
+    ),
+    "percentage of a repeat": (with_repeats("2 seeds", 95.0, 195.0), "repeats.values.1", "195 percent is not between"),
+    "number of repeats": (with_repeats("5 folds by person", 95.0, 96.0), "repeats.values", "2, but repeats.over says"),
+    "label of a sample": (
+        lambda it: it["samples"][0].update(label="up"),
+        "manifest.json",
+        "samples.0.label is 'up', which is none of output.labels",
+    ),
     "look-ahead": (lambda it: it.update(look_ahead=5), "look_ahead", "0"),
     "digest": (lambda it: it.update(weights_sha256="0" * 64), "weights_sha256", "another digest"),
     "digest form": (lambda it: it.update(weights_sha256="xyz"), "weights_sha256", "pattern"),
@@ -113,6 +174,43 @@ def test_a_wrong_manifest_is_refused_by_its_field(folder: Path, name: str) -> No
     edit, field, problem = WRONG_MANIFESTS[name]
     edit_manifest(folder, edit)
     assert_refused(folder, field, problem)
+
+
+CHANGES: dict[str, Callable[[Json], object]] = {
+    "readout": lambda it: it["network"].update(readout="mean"),
+    "order of labels": lambda it: it["output"]["labels"].reverse(),
+    "normalisation": lambda it: it["input"]["mean"].reverse(),
+    "quality": lambda it: it["quality"].update(value=1.0),
+    "no digest": lambda it: it.pop("manifest_sha256"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_manifest_that_was_changed_is_refused_with_the_digest_that_would_fit(folder: Path, name: str) -> None:
+    change_manifest(folder, CHANGES[name])
+    digest = manifest_digest((folder / "manifest.json").read_text())
+    assert_refused(folder, "manifest_sha256", digest)
+    change_manifest(folder, lambda content: content.update(manifest_sha256=digest))
+    assert load_bundle(folder).manifest.manifest_sha256 == digest
+
+
+def test_a_manifest_may_be_laid_out_otherwise(folder: Path) -> None:
+    file = folder / "manifest.json"
+    fields = reversed(json.loads(file.read_text()).items())
+    file.write_text(json.dumps(dict(fields), indent=8))
+    assert load_bundle(folder).manifest.key == ("compass", 1)
+
+
+def test_repeats_that_are_as_many_as_they_say_are_accepted(folder: Path) -> None:
+    edit_manifest(folder, with_repeats("2 seeds", 95.0, 97.0))
+    repeats = load_bundle(folder).manifest.repeats
+    assert repeats is not None
+    assert repeats.mean == 96.0
+
+
+def test_a_network_that_is_larger_than_memory_is_refused_before_it_is_built(folder: Path) -> None:
+    edit_manifest(folder, lambda it: it["network"].update(cell="lstm", hidden_size=2**16, layers=16))
+    assert_refused(folder, "weights.safetensors", "but the manifest asks for (4, 65536)")
 
 
 def with_nan(tensors: Tensors) -> None:
@@ -133,6 +231,13 @@ def test_wrong_weights_are_refused_by_their_tensor(folder: Path, name: str) -> N
     edit, problem = WRONG_WEIGHTS[name]
     edit_weights(folder, edit)
     assert_refused(folder, "weights.safetensors", problem)
+
+
+def test_weights_of_a_type_that_torch_does_not_know_are_refused(folder: Path) -> None:
+    header = json.dumps({"output.bias": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
+    header += b" " * (-len(header) % 8)
+    write_weights(folder, struct.pack("<Q", len(header)) + header + bytes(4))
+    assert_refused(folder, "weights.safetensors", "F4, not float32")
 
 
 def test_weights_that_end_too_soon_are_refused(folder: Path) -> None:
@@ -173,8 +278,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     folder = save_bundle(tmp_path, described, network)
     assert folder == tmp_path / "text" / "7"
     loaded = load_bundle(folder)
-    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    assert loaded.manifest == described.model_copy(update={"weights_sha256": digest})
+    digests = {
+        "weights_sha256": hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest(),
+        "manifest_sha256": manifest_digest((folder / "manifest.json").read_text()),
+    }
+    assert loaded.manifest == described.model_copy(update=digests)
     found = loaded.predictor.network.state_dict()
     assert found.keys() == network.state_dict().keys()
     assert all(torch.equal(found[name], weight) for name, weight in network.state_dict().items())

@@ -8,9 +8,12 @@ import torch
 from typer.testing import CliRunner
 
 from models.__main__ import app
-from models.bundle import load_bundle
+from models.bundle import load_bundle, write_manifest
 from models.manifest import FeatureInput
 from models.tasks import TASKS
+from models.training import publish
+from models.training.card import describe_heard
+from models.training.measure import accuracy_by_steps
 from models.training.publish import REPOSITORY, measure_again
 
 FOLDERS = sorted(path.parent for path in REPOSITORY.glob("*/*/manifest.json"))
@@ -29,6 +32,12 @@ def test_a_bundle_loads_and_is_small_enough_to_commit(folder: Path) -> None:
     assert load_bundle(folder).manifest.summary
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 1_000_000
     assert all(path.stat().st_size < 100_000 for path in folder.glob("*.png"))
+
+
+@each_bundle
+def test_a_manifest_is_to_the_byte_what_training_writes(folder: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path, load_bundle(folder).manifest)
+    assert (tmp_path / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
 
 
 @each_bundle
@@ -73,13 +82,27 @@ def test_the_card_states_the_number_the_licence_and_how_to_do_it_again(folder: P
 
 
 @pytest.mark.data
+@each_task
+def test_the_card_says_what_is_measured_as_the_network_listens(name: str) -> None:
+    task, folder = TASKS[name], REPOSITORY / name / "1"
+    heard = accuracy_by_steps(load_bundle(folder).predictor, publish.test_recordings(task), task.heard_steps)
+    assert describe_heard(task, heard) in (folder / "README.md").read_text()
+
+
+def test_the_card_says_how_recordings_count_that_are_over() -> None:
+    text = describe_heard(TASKS["speaker"], {1: 80.0})
+    assert "a recording that is already over counts with its last answer" in text
+
+
+@pytest.mark.data
 def test_evaluate_fails_where_the_manifest_claims_another_number(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "speaker", tmp_path / "speaker")
-    path = tmp_path / "speaker" / "1" / "manifest.json"
-    value = load_bundle(path.parent).manifest.quality.value
+    folder = tmp_path / "speaker" / "1"
+    manifest = load_bundle(folder).manifest
     command = ["evaluate", "speaker", "--repository", str(tmp_path)]
     assert runner.invoke(app, command).exit_code == 0
-    path.write_text(path.read_text().replace(f'"value": {value!r}', '"value": 99.9'))
+    claim = manifest.quality.model_copy(update={"value": 99.9})
+    write_manifest(folder, manifest.model_copy(update={"quality": claim}))
     result = runner.invoke(app, command)
     assert result.exit_code == 1
     assert "99.9" in result.output

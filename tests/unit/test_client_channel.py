@@ -34,6 +34,12 @@ def test_a_token_goes_to_this_machine_and_over_tls_and_nowhere_else() -> None:
         Client("example.com:1", token="secret")
 
 
+@pytest.mark.parametrize("target", ["", " ", "dns:///", ":50051"])
+def test_a_target_without_a_host_is_refused_at_once(target: str) -> None:
+    with pytest.raises(ValueError, match=f"the target '{target}' names no host"):
+        Client(target)
+
+
 def test_pings_are_rare_enough_for_a_server_with_the_usual_limits() -> None:
     options = dict(channel_options("example.com:1"))
     assert options["grpc.keepalive_time_ms"] > 300_000  # grpc's servers hang up on more than one in five minutes

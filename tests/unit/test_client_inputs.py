@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from rnnserve import Answer, Model
-from rnnserve.cli.inputs import at_rate, opened, read_sequences, read_steps, write_sample
+from rnnserve.cli.inputs import at_rate, not_empty, opened, read_sequences, read_steps, write_sample
 from rnnserve.cli.live import StreamView, sparkline
 from rnnserve.cli.outcome import BadInput
 from rnnserve.models import model_from
@@ -19,7 +19,11 @@ TEXT = model_from(pb.Model(name="text", symbols=list("ab ")))
 
 
 def steps(text: str, model: Model = NUMERIC) -> list[object]:
-    return list(read_steps(io.StringIO(text), model))
+    return [step for _, step in read_steps(io.StringIO(text), model, "steps.csv")]
+
+
+def sequences(file: Path, model: Model) -> list[object]:
+    return [each.value if isinstance(each.value, str) else each.value.tolist() for each in read_sequences(file, model)]
 
 
 def test_csv_may_have_a_header_or_none() -> None:
@@ -38,8 +42,8 @@ def test_a_file_that_a_spreadsheet_wrote_is_read(tmp_path: Path) -> None:
     file = tmp_path / "steps.csv"
     file.write_bytes(b"\xef\xbb\xbfspeed,heat\r\n1,2\r\n")
     with opened(str(file)) as lines:
-        assert list(read_steps(lines, NUMERIC)) == [[1.0, 2.0]]
-    assert np.array_equal(read_sequences(file, NUMERIC)[0], [[1.0, 2.0]])
+        assert list(read_steps(lines, NUMERIC, "steps.csv")) == [(2, [1.0, 2.0])]
+    assert sequences(file, NUMERIC) == [[[1.0, 2.0]]]
 
 
 def test_json_lines_are_arrays_or_objects_by_feature() -> None:
@@ -59,6 +63,11 @@ def test_blank_lines_are_no_steps() -> None:
     ("text", "complaint"),
     [
         ("1,2\n1,2,3\n", "line 2: 3 values, but pump reads 2"),
+        ("time,heat,speed\n1,2\n", "line 2: 2 values, but the header has 3"),
+        ("heat,speed\n1,2\n1,2,3\n", "line 3: 3 values, but the header has 2"),
+        ("1,2\n1,1e300\n", "line 2: 1e300 does not fit float32"),
+        ("1,2\n[1, -1e400]\n", "line 2: -inf does not fit float32"),
+        (f"[1, {10**400}]\n", "line 1: 10{39} does not fit float32"),
         ("1,2\n1,x\n", "line 2: not all of these are numbers"),
         ("speed,cold\n", "line 1: the header has no column 'heat'"),
         ("1,2\n[1, 2\n", "line 2: no JSON"),
@@ -66,13 +75,69 @@ def test_blank_lines_are_no_steps() -> None:
     ],
 )
 def test_a_bad_line_is_named(text: str, complaint: str) -> None:
-    with pytest.raises(BadInput, match=complaint):
+    with pytest.raises(BadInput, match=f"^steps.csv, {complaint}"):
         steps(text)
 
 
+def test_the_largest_number_of_float32_fits() -> None:
+    assert steps(f"1,{np.finfo(np.float32).max!s}\n") == [[1.0, 3.4028235e38]]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "steps.csv"
+    file.write_bytes(b"\xff\xfe")
+    with opened(str(file)) as lines, pytest.raises(BadInput, match=r"steps\.csv is not UTF-8 text"):
+        list(read_steps(lines, NUMERIC, str(file)))
+    with pytest.raises(BadInput, match=r"steps\.csv is not UTF-8 text"):
+        read_sequences(file, NUMERIC)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "speed,heat\n"])
+def test_a_file_without_a_step_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "steps.csv"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=r"steps\.csv holds no step"):
+        not_empty(read_steps(io.StringIO(text), NUMERIC, "steps.csv"), "steps.csv")
+    with pytest.raises(BadInput, match=r"steps\.csv holds no step"):
+        read_sequences(file, NUMERIC)
+
+
+def test_lines_without_a_text_are_refused_by_file(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n")
+    with pytest.raises(BadInput, match=r"texts\.jsonl holds no step"):
+        read_sequences(file, TEXT)
+
+
+def test_looking_for_the_first_step_loses_none_and_reads_no_other() -> None:
+    found = not_empty(read_steps(iter(["1,2", "3,4", "broken"]), NUMERIC, "steps.csv"), "steps.csv")
+    assert [next(found), next(found)] == [(1, [1.0, 2.0]), (2, [3.0, 4.0])]
+
+
+def test_each_step_knows_its_line() -> None:
+    located = read_steps(io.StringIO("speed,heat\n1,2\n\n[3, 4]\n"), NUMERIC, "steps.csv")
+    assert [line for line, _ in located] == [2, 4]
+    assert list(read_steps(io.StringIO("ab\na"), TEXT, "a.txt")) == [(1, "a"), (1, "b"), (2, "a")]
+
+
+def test_the_place_of_a_step_is_its_file_and_its_line(tmp_path: Path) -> None:
+    table, lines, text = tmp_path / "a.csv", tmp_path / "b.jsonl", tmp_path / "c.txt"
+    table.write_text("speed,heat\n1,2\n3,4\n")
+    lines.write_text("[[1, 2], [3, 4]]\n[[5, 6]]\n")
+    text.write_text("a\nb\n")
+    (of_table,), (_, second_line), (of_text,) = (
+        read_sequences(table, NUMERIC),
+        read_sequences(lines, NUMERIC),
+        read_sequences(text, TEXT),
+    )
+    assert (of_table.place(1), of_table.place(None)) == (f"{table}, line 3", str(table))
+    assert (second_line.place(0), second_line.place(None)) == (f"{lines}, line 2", f"{lines}, line 2")
+    assert of_text.place(1) == f"{text}, line 2"
+
+
 def test_steps_are_read_only_as_far_as_they_are_asked_for() -> None:
-    first = next(iter(read_steps(iter(["1,2", "broken"]), NUMERIC)))
-    assert first == [1.0, 2.0]
+    first = next(iter(read_steps(iter(["1,2", "broken"]), NUMERIC, "steps.csv")))
+    assert first == (1, [1.0, 2.0])
 
 
 def test_text_is_a_character_a_step_without_line_ends_that_the_model_does_not_know() -> None:
@@ -83,29 +148,29 @@ def test_a_file_of_steps_is_one_sequence_and_lines_of_sequences_are_many(tmp_pat
     one, many = tmp_path / "one.csv", tmp_path / "many.jsonl"
     one.write_text("speed,heat\n1,2\n3,4\n")
     many.write_text("[[1, 2], [3, 4]]\n[[5, 6]]\n")
-    assert [np.asarray(sequence).tolist() for sequence in read_sequences(one, NUMERIC)] == [[[1, 2], [3, 4]]]
-    assert [np.shape(sequence) for sequence in read_sequences(many, NUMERIC)] == [(2, 2), (1, 2)]
+    assert sequences(one, NUMERIC) == [[[1, 2], [3, 4]]]
+    assert sequences(many, NUMERIC) == [[[1, 2], [3, 4]], [[5, 6]]]
 
 
 def test_a_file_of_json_steps_is_one_sequence(tmp_path: Path) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text("[1, 2]\n[3, 4]\n")
-    assert [np.shape(sequence) for sequence in read_sequences(file, NUMERIC)] == [(2, 2)]
+    assert sequences(file, NUMERIC) == [[[1, 2], [3, 4]]]
 
 
 def test_texts_are_a_file_each_or_json_lines_of_many(tmp_path: Path) -> None:
     one, many = tmp_path / "one.txt", tmp_path / "many.jsonl"
     one.write_text("ab\n")
     many.write_text('"ab"\n"a"\n')
-    assert read_sequences(one, TEXT) == ["ab"]
-    assert read_sequences(many, TEXT) == ["ab", "a"]
+    assert sequences(one, TEXT) == ["ab"]
+    assert sequences(many, TEXT) == ["ab", "a"]
 
 
 def test_a_sample_that_was_written_is_read_the_same(tmp_path: Path) -> None:
     recording = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
     file = write_sample(recording, NUMERIC, tmp_path, "first")
     (again,) = read_sequences(file, NUMERIC)
-    np.testing.assert_array_equal(np.asarray(again), recording)
+    np.testing.assert_array_equal(np.asarray(again.value), recording)
 
 
 def test_a_sample_is_written_into_its_folder_whatever_its_name(tmp_path: Path) -> None:

@@ -395,7 +395,8 @@ def test_a_full_replay_buffer_waits_for_a_checkpoint() -> None:
     ahead = StepsAhead(session)
     ahead.begin()
     assert not ahead.handle(NextInput([[2.0]])).requests
-    assert ahead.waiting
+    assert not ahead.waiting, "the wait for room has no limit"
+    assert not ahead.done
     (checkpoint,) = server.checkpoint()
     (request,) = ahead.handle(Response(checkpoint)).requests
     assert request.steps.first_step == 1
@@ -598,3 +599,93 @@ def test_a_resume_point_names_its_session() -> None:
 def test_a_replay_buffer_of_less_than_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="replay_buffer_bytes must be 0 or more, not -1"):
         Replay(-1)
+
+
+def resumed(server: Server, point: ResumePoint) -> tuple[Session, Transport]:
+    """What a new process does with the point of another one; it drops the answers that were missed."""
+    session, transport = new_session(resume=point), Transport(server, calmly)
+    list(transport.run(Exchange(session, session.open)))
+    session.settle()
+    return session, transport
+
+
+def test_only_the_first_open_of_a_resume_point_takes_the_session_from_another_caller() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    session, transport = resumed(server, session.resume_point)
+    session.cut(Unreachable("gone"))
+    first, second, third = server.opens[0], server.opens[1], session.open().open
+    assert [first.take_over, second.take_over, third.take_over] == [False, True, False]
+    assert first.caller_id != second.caller_id == third.caller_id
+
+
+def test_what_can_be_sent_again_from_its_beginning_is_rebuilt_until_a_checkpoint_has_replaced_it() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    (request,) = session.cut(Unreachable("gone")).requests
+    assert (request.open.resume, request.open.rebuild) == (False, True)
+    session, transport = opened(server := Server())
+    step(session, transport, 1.0)
+    server.checkpoint()
+    step(session, transport, 2.0)
+    (request,) = session.cut(Unreachable("gone")).requests
+    assert (request.open.resume, request.open.rebuild) == (True, False)
+
+
+def test_a_new_session_is_no_rebuilt_one() -> None:
+    assert not new_session().open().open.rebuild
+
+
+def test_a_resume_point_behind_a_reset_does_it_again() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 5.0)
+    server.checkpoint()
+    assert list(transport.run(Exchange(session, session.reset))) == []
+    point = session.resume_point
+    server.crash()
+    session, transport = resumed(server, point)
+    assert step(session, transport, 1.0) == [(1, 1.0)]
+    assert not session.resume_point.reset
+
+
+def test_a_reset_that_later_steps_have_followed_is_not_done_again() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 5.0)
+    assert list(transport.run(Exchange(session, session.reset))) == []
+    point = session.resume_point
+    step(session, transport, 1.0)
+    session, transport = resumed(server, point)
+    assert step(session, transport, 2.0) == [(2, 3.0)]
+
+
+def test_who_has_answers_to_steps_that_the_server_lost_learns_where_to_go_on() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    server.checkpoint()
+    step(session, transport, 2.0)
+    point = session.resume_point
+    server.crash()
+    with pytest.raises(ResumePointLost) as lost:
+        resumed(server, point)
+    assert lost.value.metadata == {"expected_step": "1"}
+    session, transport = resumed(server, point._replace(answered_step=1))
+    assert step(session, transport, 3.0) == [(1, 4.0)]
+
+
+def test_once_the_store_works_again_a_session_survives_a_crash() -> None:
+    server = Server("process")
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    server.durability = "stored"
+    (checkpoint,) = server.checkpoint()
+    session.receive(checkpoint)
+    assert session.durability == "stored"
+    step(session, transport, 2.0)
+    server.crash()
+    transport.lose()
+    assert step(session, transport, 3.0) == [(2, 6.0)]

@@ -1,24 +1,34 @@
 """The command `rnnserve` against the real server."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rnnserve import AsyncClient, Client, SessionNotFound
 from rnnserve.cli.app import app, stdout
-from tests.support.server import RunningServer
+from rnnserve.cli.show import models_table
+from rnnserve.models import model_from
+from rnnserve.v1 import model_service_pb2 as pb
+from tests.support.server import RunningServer, start_server
+from tests.support.wire import metric
 
 CSV = "feature 2,feature 0,feature 1\n3,1,2\n6,4,5\n"
+STREAM = {"grpc_type": "bidi_stream", "grpc_service": "rnnserve.v1.RealTimeService", "grpc_method": "StreamSteps"}
 LABELS = {"north", "east", "south", "west"}
 
 Run = Callable[..., Result]
+Shell = Callable[[str], subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -39,6 +49,15 @@ def steps_file(tmp_path: Path) -> str:
     return str(file)
 
 
+@contextmanager
+def no_session_left(server: RunningServer) -> Iterator[None]:
+    """At the end of the block there is no session that was not there at its beginning."""
+    with Client(server.target) as client:
+        before = {info.id for info in client.sessions()}
+        yield
+        assert {info.id for info in client.sessions()} <= before
+
+
 def lines_of_json(done: Result) -> list[dict[str, object]]:
     assert (done.exit_code, done.stderr) == (0, "")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,6 +69,14 @@ def test_models_are_a_table_for_people_and_lines_for_scripts(run: Run) -> None:
     assert "lstm, 1 layer, bidirectional" in table
     listed = [(model["name"], model["version"]) for model in lines_of_json(run("--json", "models"))]
     assert listed[-1] == ("vanilla", 2)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "s" * 64])
+def test_names_are_whole_however_narrow_the_terminal_is(name: str) -> None:
+    screen = Console(file=io.StringIO(), width=80)
+    said = "so much that can be said about it " * 3
+    screen.print(models_table([model_from(pb.Model(name=name, version=12, summary=said))]))
+    assert f"{name} v12" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_all_about_one_model_says_why_it_cannot_stream(run: Run) -> None:
@@ -170,12 +197,28 @@ def test_the_demo_skips_what_is_not_served(run: Run) -> None:
         (["stream", "bidirectional"], "", 1, "rnnserve predict"),
         (["stream", "text"], "axb", 1, "UNKNOWN_SYMBOL"),
         (["stream", "vanilla"], "1,2\n", 2, "line 1: 2 values"),
-        (["stream", "vanilla"], "", 2, "holds no step"),
+        (
+            ["stream", "vanilla"],
+            "feature 2,feature 0,feature 1,x\n1,2,3\n",
+            2,
+            "line 2: 3 values, but the header has 4",
+        ),
+        (
+            ["stream", "vanilla"],
+            "feature 2,feature 0,feature 1\n1,2,3,4\n",
+            2,
+            "line 2: 4 values, but the header has 3",
+        ),
+        (["stream", "vanilla"], "1,2,3\n\n1,nan,3\n", 1, "NOT_FINITE: standard input, line 3: nan as 'feature 1'"),
+        (["stream", "vanilla"], "1,2,3\n1,1e300,3\n", 2, "standard input, line 2: 1e300 does not fit float32"),
+        (["stream", "text"], "ab\nax", 1, "UNKNOWN_SYMBOL: standard input, line 2: 'x' is none of"),
+        (["stream", "vanilla"], "", 2, "standard input holds no step"),
         (["stream", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),
         (["stream", "vanilla", "--rate", "0"], "", 2, "rate"),
         (["predict", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),
         (["--target", "example.com:1", "--token", "x", "health"], "", 2, "only over TLS"),
         (["--target", "localhost:1", "health"], "", 3, "no server answers at localhost:1"),
+        (["--target", "", "health"], "", 2, "the target '' names no host"),
         (["unknown"], "", 2, "unknown"),
     ],
 )
@@ -190,13 +233,53 @@ def test_what_goes_wrong_is_told_in_one_line_and_by_exit_code(
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("bad", "code", "complaint"),
+    [
+        ("feature 0,feature 1,feature 2\n1,2,3\n1,nan,3\n", 1, "NOT_FINITE: {file}, line 3: nan as 'feature 1'"),
+        ("feature 0,feature 1,feature 2,x\n1,2,3,4\n1,2,3\n", 2, "{file}, line 3: 3 values, but the header has 4"),
+        ("feature 0,feature 1,feature 2\n1,2,3\n1,2,3,4\n", 2, "{file}, line 3: 4 values, but the header has 3"),
+        ("1,2,3\n1,1e300,3\n", 2, "{file}, line 2: 1e300 does not fit float32, which ends at 3.4e38"),
+        ("", 2, "{file} holds no step"),
+        ("feature 0,feature 1,feature 2\n", 2, "{file} holds no step"),
+    ],
+)
+def test_a_bad_file_is_refused_alike_by_stream_and_among_others_by_predict(
+    run: Run, steps_file: str, tmp_path: Path, bad: str, code: int, complaint: str
+) -> None:
+    file = tmp_path / "bad.csv"
+    file.write_text(bad)
+    said = f"rnnserve: {complaint.format(file=file)}\n"
+    for done in run("stream", "vanilla", str(file)), run("predict", "vanilla", steps_file, str(file), steps_file):
+        assert (done.exit_code, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2\n", "1,2,3\nx,2,3\n", "1,2,3\n" * 50 + "1,nan,3\n" + "1,2,3\n" * 50, "", "1,2,3\n"]
+)
+def test_a_stream_leaves_no_session_behind_however_it_ends(
+    run: Run, server: RunningServer, tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "steps.csv"
+    file.write_text(text)
+    with no_session_left(server):
+        run("stream", "vanilla", str(file))
+        run("stream", "vanilla", stdin=text)
+
+
+def test_without_a_step_no_session_is_opened(run: Run, server: RunningServer) -> None:
+    before = metric(server.metrics_url, "grpc_server_started_total", **STREAM)
+    assert run("stream", "vanilla", stdin="").exit_code == 2
+    assert metric(server.metrics_url, "grpc_server_started_total", **STREAM) == before
+
+
 def test_answers_before_a_refused_step_are_printed(run: Run) -> None:
     done = run("stream", "text", stdin="abx")
     assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.fixture
-def shell(server: RunningServer) -> Callable[[str], subprocess.Popen[str]]:
+def shell(server: RunningServer) -> Shell:
     """Starts a line of shell in which `rnnserve` is the command in a process of its own."""
 
     def shell(line: str) -> subprocess.Popen[str]:
@@ -208,18 +291,76 @@ def shell(server: RunningServer) -> Callable[[str], subprocess.Popen[str]]:
     return shell
 
 
-def test_ctrl_c_ends_quietly(shell: Callable[[str], subprocess.Popen[str]]) -> None:
-    running = shell("exec rnnserve stream vanilla")
-    assert running.stdin is not None
-    assert running.stdout is not None
-    running.stdin.write("1,2,3\n")
-    running.stdin.flush()
-    assert running.stdout.readline().startswith("0\t")
-    running.send_signal(signal.SIGINT)
-    _, complaints = running.communicate(timeout=20)
-    assert (running.returncode, complaints) == (130, "")
+@contextmanager
+def streaming(shell: Shell, options: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A command that has answered one step and waits for the next one."""
+    with shell(f"exec rnnserve {options} stream vanilla") as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write("1,2,3\n")
+        running.stdin.flush()
+        assert running.stdout.readline().startswith("0\t")
+        yield running
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(shell: Callable[[str], subprocess.Popen[str]]) -> None:
-    answers, complaints = shell("rnnserve stream vanilla | head -1").communicate("1,2,3\n" * 500, timeout=30)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_command_quietly_and_its_session(
+    shell: Shell, server: RunningServer, number: signal.Signals, code: int
+) -> None:
+    with no_session_left(server), streaming(shell) as running:
+        running.send_signal(number)
+        _, complaints = running.communicate(timeout=20)
+        assert (running.returncode, complaints) == (code, "")
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(shell: Shell, repository: Path) -> None:
+    with start_server(repository) as hanging, streaming(shell, f"--target {hanging.target}") as running:
+        hanging.process.send_signal(signal.SIGSTOP)
+        try:
+            began_s = time.monotonic()
+            running.send_signal(signal.SIGINT)
+            _, complaints = running.communicate(timeout=20)
+            assert (running.returncode, complaints) == (130, "")
+            assert time.monotonic() - began_s < 10
+        finally:
+            hanging.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("source", ["steps.csv", "- < steps.csv"])
+def test_a_reader_that_has_seen_enough_is_no_error_and_ends_the_session(
+    shell: Shell, server: RunningServer, tmp_path: Path, source: str
+) -> None:
+    (tmp_path / "steps.csv").write_text("1,2,3\n" * 5_000)
+    with no_session_left(server):
+        answers, complaints = shell(f"cd {tmp_path}; rnnserve stream vanilla {source} | head -1").communicate(
+            timeout=30
+        )
     assert (len(answers.splitlines()), complaints) == (1, "")
+
+
+def test_tls_to_a_server_without_it_is_told_in_one_sentence(shell: Shell, server: RunningServer) -> None:
+    _, complaints = shell("rnnserve --tls models").communicate(timeout=30)
+    assert complaints == (
+        f"rnnserve: TLS with {server.target} failed: what answers there does not speak it; connect without TLS\n"
+    )
+
+
+def test_the_log_of_grpc_is_there_for_whoever_asks_for_it(shell: Shell) -> None:
+    _, complaints = shell("GRPC_VERBOSITY=info rnnserve --tls models").communicate(timeout=30)
+    assert "Handshake failed" in complaints
+
+
+def test_a_drain_is_announced_with_what_the_stream_does_then(shell: Shell, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "steps.csv").write_text("1,2,3\n" * 5_000)
+    with start_server(repository, drain_timeout_s=5) as draining:
+        command = f"exec rnnserve --target {draining.target} stream vanilla {tmp_path}/steps.csv --rate 100"
+        with shell(command) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdout.readline()
+            draining.terminate()
+            told = running.stderr.readline()
+            running.send_signal(signal.SIGINT)
+            running.communicate(timeout=20)
+    assert told.startswith("the server is shutting down")
+    assert told.endswith("; the stream goes on by itself once a server answers again\n")

@@ -1,5 +1,5 @@
 """The command `rnnserve`."""
 
-from rnnserve.cli.app import main
+from rnnserve.cli.process import main
 
 __all__ = ["main"]

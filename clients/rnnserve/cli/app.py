@@ -1,8 +1,8 @@
 """The commands."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from rnnserve import Answer, Client, Model, Stream
-from rnnserve.channel import TLS
+from rnnserve import Answer, Model, Notice, RnnserveError, Stream
 from rnnserve.cli import demo as story
 from rnnserve.cli import show
-from rnnserve.cli.inputs import at_rate, opened, read_sequences, read_steps, write_sample
+from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
 from rnnserve.cli.live import StreamView
-from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, stderr
+from rnnserve.cli.options import Options
+from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
+from rnnserve.tensors import Input
 
 app = typer.Typer(
     help="Stream steps and sequences to an rnnserve server. Exit codes: 0 good, 1 refused, 2 usage, 3 unreachable.",
@@ -25,23 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 stdout = Console(highlight=False, markup=False)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for all commands."""
-
-    target: str
-    tls: TLS
-    token: str | None
-    timeout_s: float
-    json: bool
-
-    def client(self) -> Client:
-        try:
-            return Client(self.target, tls=self.tls, token=self.token, timeout_s=self.timeout_s)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
 
 
 @app.callback()
@@ -84,19 +68,30 @@ def stream(
     options = _options(context)
     with exit_codes(), options.client() as client, opened(file) as lines:
         described = client.model(model)
-        steps = read_steps(lines, described)
         rate_hz = _rate_hz(described, rate, real_time)
+        located = read_steps(lines, described, shown(file))
+        if described.streamable:  # otherwise opening the stream says why not
+            located = not_empty(located, shown(file))
+        unanswered: deque[int] = deque()  # the lines of the steps that were read and not yet answered
+        steps = noted(located, unanswered)
         paced = at_rate(steps, rate_hz) if rate_hz else steps
         with (
-            client.stream(model, probabilities=bool(described.labels)) as open_stream,
+            placed(lambda _: place(shown(file), unanswered[0]) if unanswered else None),
+            options.stream(client, described) as open_stream,
             _answer_printer(options, described) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
             answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
             for answer in told_of_notices(open_stream, answers):
+                unanswered.popleft()
                 print_answer(answer)
-            if not open_stream.next_step:
-                raise BadInput(f"{file} holds no step")
+
+
+def noted(steps: Iterable[tuple[int, Input]], lines: deque[int]) -> Iterator[Input]:
+    """The steps without their lines, which are put into `lines`."""
+    for line, step in steps:
+        lines.append(line)
+        yield step
 
 
 def told_of_notices(open_stream: Stream, answers: Iterable[Answer]) -> Iterator[Answer]:
@@ -104,9 +99,15 @@ def told_of_notices(open_stream: Stream, answers: Iterable[Answer]) -> Iterator[
     told = 0
     for answer in answers:
         for notice in open_stream.notices[told:]:
-            stderr.print(notice.message)
+            stderr.print(_announced(notice, open_stream), soft_wrap=True)
         told = len(open_stream.notices)
         yield answer
+
+
+def _announced(notice: Notice, open_stream: Stream) -> str:
+    if notice.reason == "draining" and open_stream.durability != "none":
+        return f"{notice.message}; the stream goes on by itself once a server answers again"
+    return notice.message
 
 
 def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | None:
@@ -140,20 +141,28 @@ def predict(
     options = _options(context)
     with exit_codes(), options.client() as client:
         described = client.model(model)
-        sequences = [sequence for file in files for sequence in read_sequences(file, described)]
+        recordings = [recording for file in files for recording in read_sequences(file, described)]
+        sequences = [recording.value for recording in recordings]
         predictions = client.predict_many(model, sequences, probabilities=bool(described.labels))
-        for prediction in track(
-            predictions,
-            "predicting",
-            total=len(sequences),
-            console=stderr,
-            transient=True,
-            disable=len(sequences) < 2 or not stderr.is_terminal,
-        ):
-            if options.json:
-                show.print_json(show.prediction_json(prediction, described))
-            else:
-                print(show.prediction_line(prediction), flush=True)
+        with placed(lambda error: None if error.index is None else recordings[error.index].place(_step_of(error))):
+            for prediction in track(
+                predictions,
+                "predicting",
+                total=len(sequences),
+                console=stderr,
+                transient=True,
+                disable=len(sequences) < 2 or not stderr.is_terminal,
+            ):
+                if options.json:
+                    show.print_json(show.prediction_json(prediction, described))
+                else:
+                    print(show.prediction_line(prediction), flush=True)
+
+
+def _step_of(refusal: RnnserveError) -> int | None:
+    """Which step of its sequence it is about: the server counts numbers in steps, and texts in places."""
+    step = refusal.metadata.get("step", refusal.metadata.get("place"))
+    return None if step is None else int(step)
 
 
 @app.command()
@@ -218,16 +227,12 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="Do not wait for the recorded rate.")] = False,
 ) -> None:
     """The whole story on held-out recordings, in about a minute."""
-    with exit_codes(), _options(context).client() as client:
-        if not story.tell(client, stdout, real_time=not fast):
+    options = _options(context)
+    with exit_codes(), options.client() as client:
+        if not story.tell(client, options.stream, stdout, real_time=not fast):
             raise typer.Exit(REFUSED)
 
 
 def _options(context: typer.Context) -> Options:
     found: Options = context.obj
     return found
-
-
-def main() -> None:
-    """The entry point."""
-    app(prog_name="rnnserve")

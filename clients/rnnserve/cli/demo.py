@@ -1,6 +1,7 @@
 """`rnnserve demo`: real time, whole sequences, and a refusal, on the server's own held-out recordings."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.rule import Rule
@@ -11,17 +12,20 @@ from rnnserve.cli.outcome import describe
 from rnnserve.client import Client
 from rnnserve.errors import ModelNotFound, ModelNotStreamable
 from rnnserve.models import Model, Sample
-from rnnserve.results import Answer
-from rnnserve.tensors import Input
+from rnnserve.stream import Stream
+
+OpenStream = Callable[[Client, Model], AbstractContextManager[Stream]]
 
 LONGEST_S = 25.0
 SLOWED_HZ = 5.0  # so that the eye can follow frames that have no rate of their own, or a very high one
 
 
-def tell(client: Client, console: Console, *, real_time: bool) -> bool:
+def tell(client: Client, open_stream: OpenStream, console: Console, *, real_time: bool) -> bool:
     """Shows each part whose model is served; False if there was none."""
     console.print(Rule("1. Real time: an answer after every step"))
-    shown = [_stream_sample(client, console, name, real_time=real_time) for name in ("activity", "speaker")]
+    shown = [
+        _stream_sample(client, open_stream, console, name, real_time=real_time) for name in ("activity", "speaker")
+    ]
     console.print(Rule("2. Whole sequences: a network that reads from both ends"))
     shown.append(_predict_samples(client, console, "speaker-bidirectional"))
     console.print(Rule("3. Asking that network to stream"))
@@ -29,7 +33,7 @@ def tell(client: Client, console: Console, *, real_time: bool) -> bool:
     return any(shown)
 
 
-def _stream_sample(client: Client, console: Console, name: str, *, real_time: bool) -> bool:
+def _stream_sample(client: Client, open_stream: OpenStream, console: Console, name: str, *, real_time: bool) -> bool:
     found = _with_samples(client, console, name)
     if found is None:
         return False
@@ -41,18 +45,13 @@ def _stream_sample(client: Client, console: Console, name: str, *, real_time: bo
     if rate_hz != model.steps_per_second:
         pace = f"{rate_hz:g} steps a second, slowed down to be seen"
     title = f"{name}: {sample.description} (truly: {sample.label}); the first {len(steps)} steps at {pace}"
-    answer = _play(client, console, model, title, at_rate(steps, rate_hz) if real_time else steps)
-    console.print(f"after {answer.step + 1} steps it says {answer.label}, and it truly is {sample.label}\n")
-    return True
-
-
-def _play(client: Client, console: Console, model: Model, title: str, steps: Iterable[Input]) -> Answer:
     view = StreamView(model, title)
-    with client.stream(model.name, probabilities=bool(model.labels)) as stream, view.on(console):
-        for step in steps:
+    with open_stream(client, model) as stream, view.on(console):
+        for step in at_rate(steps, rate_hz) if real_time else steps:
             answer = stream.step(step)
             view.show(answer)
-    return answer
+    console.print(f"after {answer.step + 1} steps it says {answer.label}, and it truly is {sample.label}\n")
+    return True
 
 
 def _predict_samples(client: Client, console: Console, name: str) -> bool:

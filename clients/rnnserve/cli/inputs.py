@@ -1,12 +1,15 @@
 """Reads what a model is to read: CSV, JSON lines or text, from files or standard input."""
 
 import csv
+import io
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +20,32 @@ from rnnserve.models import Model
 from rnnserve.tensors import Array, Input
 
 Row = list[float]
+
+_FLOAT32_END = 2.0**128 - 2.0**103  # from here on float32 rounds to infinity
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One whole sequence, and where its steps stand."""
+
+    value: Array | str
+    file: str
+    lines: Sequence[int]
+
+    def place(self, step: int | None) -> str:
+        """The file, and the line where it is known which one."""
+        lines = set(self.lines) if step is None else set(self.lines[step : step + 1])
+        return place(self.file, lines.pop()) if len(lines) == 1 else self.file
+
+
+def place(file: str, line: int) -> str:
+    """How a line of a file is named in messages."""
+    return f"{file}, line {line}"
+
+
+def shown(file: str) -> str:
+    """How a file is named in messages."""
+    return "standard input" if file == "-" else file
 
 
 @contextmanager
@@ -29,25 +58,62 @@ def opened(file: str) -> Iterator[TextIO]:
         yield stream
 
 
-def read_steps(lines: Iterable[str], model: Model) -> Iterator[Input]:
-    """One step at a time, as the lines come: a character for a text model, (features,) otherwise."""
-    if model.symbols:
-        for line in lines:
-            yield from _known_text(line, model)
-    else:
-        yield from _rows(lines, model)
+def read_steps(lines: Iterable[str], model: Model, file: str) -> Iterator[tuple[int, Input]]:
+    """The line and one step at a time, as the lines come: a character for a text model, (features,) otherwise."""
+    with _named(file):
+        yield from _characters(lines, model) if model.symbols else _rows(lines, model)
 
 
-def read_sequences(file: Path, model: Model) -> list[Input]:
+def not_empty(steps: Iterator[tuple[int, Input]], file: str) -> Iterator[tuple[int, Input]]:
+    """The same steps, once the first one is there. Raises BadInput if there is none."""
+    first = next(steps, None)
+    if first is None:
+        raise BadInput(f"{file} holds no step")
+    return itertools.chain([first], steps)
+
+
+def read_sequences(file: Path, model: Model) -> list[Recording]:
     """The whole sequences in a file: one for each of its JSON lines if each holds one, else the file is one."""
-    text = file.read_text(encoding="utf-8-sig")
+    with _named(str(file)):
+        text = file.read_text(encoding="utf-8-sig")
+        recordings = _json_sequences(text, model, file) or [_whole(text, model, file)]
+    if not any(len(recording.value) for recording in recordings):
+        raise BadInput(f"{file} holds no step")
+    return recordings
+
+
+def _json_sequences(text: str, model: Model, file: Path) -> list[Recording]:
+    """Empty if the lines hold no sequences."""
     is_json = file.suffix in (".jsonl", ".ndjson") if model.symbols else _is_json(text)
     values = [(number, _json_value(line, number)) for number, line in _numbered(text.splitlines())] if is_json else []
     if model.symbols:
-        return [_text(value, number) for number, value in values] if is_json else [_known_text(text, model)]
-    if values and all(_is_sequence(value) for _, value in values):
-        return [_array([_numbers(row, model, number) for row in value], model) for number, value in values]
-    return [_array(list(_rows(text.splitlines(), model)), model)]
+        return [Recording(_text(value, number), str(file), [number] * (len(value) or 1)) for number, value in values]
+    if not all(_is_sequence(value) for _, value in values):
+        return []
+    return [
+        Recording(_array([_numbers(row, model, number) for row in value], model), str(file), [number] * len(value))
+        for number, value in values
+    ]
+
+
+def _whole(text: str, model: Model, file: Path) -> Recording:
+    """The file as one sequence."""
+    if model.symbols:
+        characters = list(_characters(io.StringIO(text), model))
+        return Recording("".join(each for _, each in characters), str(file), [number for number, _ in characters])
+    rows = list(_rows(text.splitlines(), model))
+    return Recording(_array([row for _, row in rows], model), str(file), [number for number, _ in rows])
+
+
+@contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Says which file it is that cannot be read."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{file}, {error}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{file} is not UTF-8 text") from None
 
 
 def at_rate(steps: Iterable[Input], rate_hz: float) -> Iterator[Input]:
@@ -85,17 +151,24 @@ def _text(value: Any, line: int) -> str:
     return value
 
 
-def _rows(lines: Iterable[str], model: Model) -> Iterator[Row]:
-    order: list[int] | None = None
-    for place, (number, line) in enumerate(_numbered(lines)):
+def _characters(lines: Iterable[str], model: Model) -> Iterator[tuple[int, str]]:
+    """Each with its line."""
+    return ((number, each) for number, line in enumerate(lines, 1) for each in _known_text(line, model))
+
+
+def _rows(lines: Iterable[str], model: Model) -> Iterator[tuple[int, Row]]:
+    """Each with its line."""
+    header: list[str] | None = None
+    for nth, (number, line) in enumerate(_numbered(lines)):
         if _is_json(line):
-            yield _numbers(_json_value(line, number), model, number)
+            yield number, _numbers(_json_value(line, number), model, number)
             continue
         cells = next(csv.reader([line], skipinitialspace=True))
-        if place == 0 and not all(map(_is_number, cells)):
-            order = _columns(cells, model, number)
+        if nth == 0 and not all(map(_is_number, cells)):
+            header = cells
+            _check_header(header, model, number)
             continue
-        yield _numbers([cells[i] for i in order] if order and len(cells) > max(order) else cells, model, number)
+        yield number, _numbers(cells if header is None else _by_name(cells, header, model, number), model, number)
 
 
 def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -103,14 +176,19 @@ def _numbered(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     return ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _columns(header: Sequence[str], model: Model, line: int) -> list[int]:
-    """Where each feature stands."""
+def _check_header(header: Sequence[str], model: Model, line: int) -> None:
     missing = [name for name in model.features if name not in header]
     if missing:
         raise BadInput(
             f"line {line}: the header has no column {missing[0]!r}; {model.name} reads {', '.join(model.features)}"
         )
-    return [header.index(name) for name in model.features]
+
+
+def _by_name(cells: Sequence[str], header: Sequence[str], model: Model, line: int) -> list[str]:
+    """The cells of the features, in their order."""
+    if len(cells) != len(header):
+        raise BadInput(f"line {line}: {len(cells)} values, but the header has {len(header)}")
+    return [cells[header.index(name)] for name in model.features]
 
 
 def _numbers(cells: Any, model: Model, line: int) -> Row:
@@ -122,14 +200,21 @@ def _numbers(cells: Any, model: Model, line: int) -> Row:
         count = len(cells) if isinstance(cells, list) else 1
         raise BadInput(f"line {line}: {count} values, but {model.name} reads {len(model.features)} a step")
     try:
-        return [_number(cell) for cell in cells]
+        numbers = [_number(cell) for cell in cells]
     except (TypeError, ValueError):
         raise BadInput(f"line {line}: not all of these are numbers: {cells}") from None
+    for cell, number in zip(cells, numbers, strict=True):
+        if abs(number) >= _FLOAT32_END:
+            raise BadInput(f"line {line}: {cell!s:.40} does not fit float32, which ends at 3.4e38")
+    return numbers
 
 
 def _number(cell: Any) -> float:
     """A number; NaN for a missing value."""
-    return math.nan if cell in (None, "") else float(cell)
+    try:
+        return math.nan if cell in (None, "") else float(cell)
+    except OverflowError:  # an integer of JSON, of any length
+        return math.inf
 
 
 def _is_number(cell: str) -> bool:

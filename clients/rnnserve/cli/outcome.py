@@ -1,8 +1,9 @@
 """How a command ends: one line that a person can act on, and an exit code that a script can."""
 
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -19,6 +20,8 @@ _ADVICE: dict[type[errors.RnnserveError], str] = {
     errors.UnknownSymbol: "`rnnserve models NAME` lists the characters that it knows",
     errors.ShapeMismatch: "`rnnserve models NAME` lists the features of a step",
 }
+
+_IN_MESSAGE = re.compile(r"^step \d+ of the message has | at character \d+")  # of no use to whoever counts lines
 
 stderr = Console(stderr=True, highlight=False, markup=False)
 
@@ -37,9 +40,6 @@ def exit_codes() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
-    except UnicodeDecodeError:
-        _complain("the input is not UTF-8 text")
-        raise typer.Exit(USAGE) from None
     except BadInput as error:
         _complain(str(error))
         raise typer.Exit(USAGE) from None
@@ -54,11 +54,24 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(REFUSED) from None
 
 
+@contextmanager
+def placed(place: Callable[[errors.RnnserveError], str | None]) -> Iterator[None]:
+    """Adds to a refusal of a step where that step stands, if that is known."""
+    try:
+        yield
+    except (errors.InvalidArgument, errors.ExecutionFailed) as error:
+        where = place(error)
+        if where is not None:
+            error.add_note(where)
+        raise
+
+
 def describe(error: errors.RnnserveError) -> str:
     """The reason and what to do, in one line."""
-    place = "" if error.index is None else f"sequence {error.index}: "
+    places = getattr(error, "__notes__", [])
+    message = ": ".join([*places, _IN_MESSAGE.sub("", error.message) if places else error.message])
     again = "" if error.retry_after_s is None else f"try again in {error.retry_after_s:g} s"
-    parts = [f"{error.reason or error.code}: {place}{error.message}", _ADVICE.get(type(error), ""), again]
+    parts = [f"{error.reason or error.code}: {message}", _ADVICE.get(type(error), ""), again]
     return "; ".join(filter(None, parts)).replace("\n", " ")
 
 

@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 
 def models_table(models: Iterable[Model]) -> Table:
     """One line for each model."""
-    table = Table("model", "serves", "network", "held-out quality", "what it does", box=None, header_style="bold")
+    table = _table("model", "serves", "network", "held-out quality", "what it does")
     for model in models:
         serves = "streams" if model.streamable else "sequences"
         table.add_row(f"{model.name} v{model.version}", serves, _network(model), _quality(model), model.summary)
@@ -29,11 +29,8 @@ def models_table(models: Iterable[Model]) -> Table:
 
 
 def sessions_table(sessions: Iterable[SessionInfo]) -> Table:
-    """One line for each session, with its whole id, for that is what other commands take."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("session", no_wrap=True)
-    for heading in ("model", "state", "steps", "last used", "bytes"):
-        table.add_column(heading)
+    """One line for each session."""
+    table = _table("session", "model", "state", "steps", "last used", "bytes")
     for info in sessions:
         used = info.used_at.astimezone().strftime("%b %d %H:%M:%S")
         state = "live" if info.live else "parked"
@@ -75,7 +72,7 @@ def model_details(model: Model) -> Table:
 
 def samples_table(samples: Iterable[Sample]) -> Table:
     """One line for each sample."""
-    table = Table("sample", "label", "steps", "what it is", box=None, header_style="bold")
+    table = _table("sample", "label", "steps", "what it is")
     for sample in samples:
         table.add_row(sample.name, sample.label or "", str(len(sample.input)), sample.description)
     return table
@@ -120,6 +117,15 @@ def prediction_line(prediction: Prediction) -> str:
         return " ".join(prediction.labels)
     probabilities = None if prediction.probabilities is None else prediction.probabilities[-1]
     return _said(prediction.label, prediction.output, probabilities)
+
+
+def _table(names: str, *headings: str) -> Table:
+    """The names in the first column are kept whole, for they are what other commands take."""
+    table = Table(box=None, header_style="bold")
+    table.add_column(names, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading)
+    return table
 
 
 def _said(label: str | None, output: Array, probabilities: Array | None) -> str:

@@ -1,0 +1,50 @@
+"""What holds for all commands."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+from rnnserve.channel import TLS
+from rnnserve.cli.outcome import BadInput
+from rnnserve.client import Client
+from rnnserve.errors import RnnserveError
+from rnnserve.models import Model
+from rnnserve.stream import Stream
+
+_ERASING_S = 2.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the server is, and how to print."""
+
+    target: str
+    tls: TLS
+    token: str | None
+    timeout_s: float
+    json: bool
+
+    def client(self) -> Client:
+        try:
+            return Client(self.target, tls=self.tls, token=self.token, timeout_s=self.timeout_s)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+    @contextmanager
+    def stream(self, client: Client, model: Model) -> Iterator[Stream]:
+        """A stream that leaves no session behind, however the block ends: nobody but the command could resume it."""
+        stream = client.stream(model.name, probabilities=bool(model.labels))
+        stream.open()
+        try:
+            yield stream
+            stream.close()
+        except BaseException:
+            stream.abort()
+            self._erase(stream.session)
+            raise
+
+    def _erase(self, session: str) -> None:
+        """If the server answers quickly, for the user waits; else the session is left to the server's own limits."""
+        hasty = replace(self, timeout_s=min(self.timeout_s, _ERASING_S))
+        with suppress(RnnserveError), hasty.client() as client:
+            client.delete_session(session)
