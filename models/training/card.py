@@ -131,5 +131,5 @@ def _settings(task: Task) -> str:
     return (
         "Settings, number of epochs among them, were chosen on parts of the training data held out. The curves are of "
         "a rehearsal on the training part, which the validation part may stop early; then the network is trained "
-        f"afresh on both, and looks at the test part once. Settings: {settings}."
+        f"afresh on both and scored on the test part. Settings: {settings}."
     )
