@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 
 from service.settings import SettingsError, read_settings
@@ -38,4 +39,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if exit_code := main():
+        sys.exit(exit_code)
+    logging.shutdown()
+    os._exit(0)  # all is closed, and to unload torch takes a second that a drain does not have

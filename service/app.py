@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -35,7 +39,8 @@ from service.engine.executor import TorchExecutor
 from service.engine.sequence_lane import SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
-from service.sessions.registry import SessionLimits, SessionRegistry
+from service.sessions.limits import SessionLimits
+from service.sessions.registry import SessionRegistry
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import SessionStore, StoreError
@@ -166,14 +171,16 @@ class Service:
                     loop.cancel()
                 self.engine.close()
                 self.lane.close()
-                await self.sessions.stop()
+                await self.sessions.stop(SHUTDOWN_S)
 
     def _bind(self) -> int:
-        address = f"{self.settings.host}:{self.settings.port}"
+        host, port = self.settings.host, self.settings.port
+        _check_address(host, port)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             return self.server.add_insecure_port(address)
         except RuntimeError:
-            raise StartError(f"host, port: {address} cannot be bound; is another server running there?") from None
+            raise StartError(f"host, port: {address} cannot be bound") from None
 
     @contextmanager
     def _metrics_page(self) -> Iterator[int]:
@@ -181,7 +188,7 @@ class Service:
         try:
             page, thread = start_http_server(port, host, self.metrics.registry)
         except OSError as error:
-            raise StartError(f"metrics_port: {host}:{port} cannot be bound: {error.strerror}") from None
+            raise StartError(f"metrics_port: {port} on {host} {_why_not_bound(error)}") from None
         try:
             yield page.server_port
         finally:
@@ -224,10 +231,12 @@ class Service:
     async def _drain(self) -> None:
         """Within the time for it: end the calls, then write what the sessions have become."""
         total_s = self.settings.drain_timeout_s
+        deadline_s = time.monotonic() + total_s
         log.info("draining for up to %g s", total_s)
         await self.health.enter_graceful_shutdown()
-        await self.drain.run(total_s - min(ENDING_S, total_s / 2), self.real_time.notify_draining)
-        await self.sessions.park_all()
+        ending_s = min(ENDING_S, total_s / 2)
+        await self.drain.run(total_s - ending_s, self.real_time.notify_draining, last_words_s=ending_s / 4)
+        await self.sessions.park_all(max(deadline_s - ending_s / 2 - time.monotonic(), SHUTDOWN_S))
         log.info("drained")
 
     async def _start_sessions(self) -> None:
@@ -266,6 +275,36 @@ def _store(settings: Settings) -> SessionStore:
     if settings.session_store == "memory":
         return MemoryStore()
     return SqliteStore(settings.state_dir / "sessions.sqlite", power_loss_safe=settings.power_loss_safe)
+
+
+def _check_address(host: str, port: int) -> None:
+    """A plain socket says why an address cannot be bound; gRPC writes lines of its own and says only that."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise StartError(f"host: {host!r} cannot be resolved") from None
+    errors = [error for family, *_, address in addresses if (error := _try_to_bind(family, address))]
+    if len(errors) == len(addresses):  # gRPC, too, is content with one that works
+        field, what = ("host", host) if errors[0].errno == errno.EADDRNOTAVAIL else ("port", f"{port} on {host}")
+        raise StartError(f"{field}: {what} {_why_not_bound(errors[0])}")
+
+
+def _try_to_bind(family: socket.AddressFamily, address: tuple[Any, ...]) -> OSError | None:
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(address)
+    except OSError as error:
+        return error
+    return None
+
+
+def _why_not_bound(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "is in use by another program"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "is no address of this machine"
+    return f"cannot be bound: {error.strerror}"
 
 
 def _stop_or_end(stop: asyncio.Event, number: int) -> None:

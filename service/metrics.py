@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from models.manifest import ModelKey
 from service.errors import reasons
+from service.sessions.limits import EVICTING
 
 DURATION_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600,
@@ -61,6 +62,8 @@ class Metrics:
         self._parked = Gauge("rnnserve_parked_sessions", "Sessions kept without a stream.", registry=r)
         self._parked_bytes = Gauge("rnnserve_parked_bytes", "Their states and answers.", registry=r)
         self._evictions = Counter("rnnserve_evictions_total", "Sessions that met a limit.", ("limit",), registry=r)
+        for limit in EVICTING:
+            self._evictions.labels(limit)
         self._store_up = Gauge("rnnserve_store_up", "1 while the session store answers.", registry=r)
         self._store_up.set(1)
         self._checkpoint_sessions = Histogram(

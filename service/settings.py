@@ -5,11 +5,13 @@ A flag wins over a variable, a variable over the file, the file over the default
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import (
@@ -19,7 +21,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+PREFIX = "RNNSERVE_"
 FILE_VARIABLE = "RNNSERVE_SETTINGS_FILE"
+OTHER_VARIABLES = ("RNNSERVE_TARGET", "RNNSERVE_TOKEN", "RNNSERVE_CACHE")  # of the client, and of training
 
 
 class SettingsError(ValueError):
@@ -30,7 +34,7 @@ class Settings(BaseSettings):
     """Limits are per service."""
 
     model_config = SettingsConfigDict(
-        env_prefix="RNNSERVE_", extra="forbid", frozen=True, cli_kebab_case=True, cli_prog_name="python -m service"
+        env_prefix=PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_prog_name="python -m service"
     )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = all")
@@ -138,10 +142,34 @@ def _existing(file: str) -> Path:
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """Raises SettingsError with one sentence for each wrong setting. `--help` prints all and exits."""
     flags = sys.argv[1:] if arguments is None else arguments
+    problems = _unknown_variables()
     try:
-        return Settings(_cli_parse_args=flags)
+        settings = Settings(_cli_parse_args=flags)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        raise SettingsError("; ".join(problems)) from None
+        raise SettingsError("; ".join([*problems, *map(_sentence, error.errors())])) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{FILE_VARIABLE}: {os.environ.get(FILE_VARIABLE)} cannot be read: {error}") from None
+    if problems:
+        raise SettingsError("; ".join(problems))
+    return settings
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, problem["loc"])) or "settings"
+    if problem["type"] == "extra_forbidden":  # only the file can hold one: flags are refused before
+        return f"{os.environ.get(FILE_VARIABLE)}: unknown setting {name!r}{_hint(name, Settings.model_fields)}"
+    return f"{name}: {problem['msg']}"
+
+
+def _unknown_variables() -> list[str]:
+    settings = [FILE_VARIABLE, *(f"{PREFIX}{name.upper()}" for name in Settings.model_fields)]
+    given = (name.upper() for name in os.environ)
+    unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in {*settings, *OTHER_VARIABLES})
+    return [f"unknown variable {name}{_hint(name, settings)}" for name in unknown]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What was probably meant; a prefix that all share says nothing."""
+    stems = {candidate.removeprefix(PREFIX): candidate for candidate in known}
+    similar = difflib.get_close_matches(name.removeprefix(PREFIX), stems, n=1)
+    return f"; did you mean {stems[similar[0]]!r}?" if similar else ""

@@ -78,7 +78,7 @@ class AsyncStream:
 
     @property
     def notices(self) -> list[Notice]:
-        """What the server has said by itself so far: that it is about to shut down."""
+        """All notices so far: what `on_notice` was called with."""
         return self._session.notices
 
     async def step(self, x: Input) -> Answer:

@@ -1,6 +1,6 @@
 """The blocking client."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from time import sleep
 from types import TracebackType
@@ -16,7 +16,7 @@ from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
 from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
 from rnnserve.requests import StepSelection, output_options
-from rnnserve.results import Prediction, ResumePoint
+from rnnserve.results import Notice, Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
 from rnnserve.session import RESUME_TIMEOUT_S, Session
 from rnnserve.sessions import SessionInfo
@@ -41,7 +41,7 @@ class Client:
         resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
 
     Raises:
-        ValueError: a token was to be sent in plaintext to another machine.
+        ValueError: the target names no host, or a token was to be sent in plaintext to another machine.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Client:
         durable: bool = False,
         replay_buffer_bytes: int = REPLAY_BUFFER_BYTES,
         when_replay_full: WhenReplayFull = "wait",
+        on_notice: Callable[[Notice], object] | None = None,
     ) -> Stream:
         """A real-time stream, to be used in a `with` block, which begins and ends its session.
 
@@ -121,6 +122,10 @@ class Client:
             replay_buffer_bytes: how many bytes of steps are kept to send them again after a crash of the server.
             when_replay_full: "wait" = for the server to make them durable; "drop" = the oldest answered ones, after
                 which a crash may end the stream with ResumePointLost.
+            on_notice: called with each notice as soon as the stream learns of it: what the server announces, and
+                "interrupted" and "resumed" where the stream loses its server and has it again. It is called in the
+                thread that uses the stream, within `step`, `steps` and the like, which wait for it; it must not use
+                the stream itself. What it raises is logged and ignored.
         """
         opened = Session(
             model,
@@ -132,6 +137,7 @@ class Client:
             replay=Replay(replay_buffer_bytes, when_replay_full),
             resume_timeout_s=self._resume_timeout_s,
             open_attempts=self._retry.attempts,
+            on_notice=on_notice,
         )
         start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
         return Stream(opened, start, self._target, self._timeout_s)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rnnserve.errors import RnnserveError
 from rnnserve.tensors import Array, array_from
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2
 
@@ -70,13 +71,19 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the server said without being asked."""
+    """Something about a stream that nobody asked for."""
 
     reason: str
-    """Such as "draining": the server is shutting down and takes no more steps."""
+    """What the server says: "draining" = it is shutting down; "evicted" = the session met one of its limits. What the
+    stream itself says: "interrupted" = it has lost its server and tries to resume; "resumed" = it goes on."""
     message: str
-    time_left_s: float
-    """How long the server still waits before it ends the stream."""
+    """The same as a sentence."""
+    time_left_s: float = 0.0
+    """How long a draining server still waits before it ends the stream."""
+    error: RnnserveError | None = None
+    """What interrupted the stream."""
+    step: int | None = None
+    """The step with which a resumed stream goes on: the first one that the server has not applied."""
 
 
 def prediction_from(message: prediction_pb2.Prediction) -> Prediction:

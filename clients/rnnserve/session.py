@@ -1,9 +1,11 @@
 """The bookkeeping of one session, without I/O: what was sent, what was answered, and how to go on after a cut."""
 
+import logging
 import re
 import secrets
 import uuid
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +36,8 @@ RESUME_TIMEOUT_S = 60.0
 Durability = Literal["none", "process", "stored"]
 """What a session survives: nothing, the end of its stream, or also a crash of the server."""
 
+_log = logging.getLogger(__name__)
+
 _DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
 
 
@@ -54,6 +58,9 @@ class Session:
 
     After `cut` it goes on where it was, if the server keeps the session: it opens it again and sends again what the
     server does not have. What the caller has already got is dropped.
+
+    `on_notice` is called with each notice when it comes. What it raises is logged and ignored, as for the callbacks of
+    futures: here it would leave a response half read.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class Session:
         replay: Replay | None = None,
         resume_timeout_s: float = RESUME_TIMEOUT_S,
         open_attempts: int = 1,
+        on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
         if resume is not None and session_id not in (None, resume.session):
             raise ValueError("a resume point names its session: leave `session` out")
@@ -95,9 +103,11 @@ class Session:
         self._taken_over = resume is not None
         self._replay = replay or Replay()
         self._resumption = Resumption(resume_timeout_s)
+        self._on_notice = on_notice
         self._open_attempts = open_attempts  # left for the first open
         self._state: Literal["new", "opening", "open", "cut"] = "new"
         self._was_open = False
+        self._interrupted = False  # and not resumed yet
         self._leaving = False
         self._closing = False
         self._sent_step = self.next_step  # no step from here on was ever sent
@@ -192,7 +202,7 @@ class Session:
         kind = response.WhichOneof("response")
         answers: list[Answer] = []
         if kind == "notice":
-            self.notices.append(notice_from(response.notice))
+            self._announce(notice_from(response.notice))
         elif kind not in ("checkpoint", None):
             answers = self._responded(response)
         self._replay.prune(self.durable_step if self.durability == "stored" else None)
@@ -220,6 +230,7 @@ class Session:
         if pause_s is None:
             self.failure = self.failure or error
             return Turn()
+        self._interrupt(error)
         return Turn(requests=[self.open()], reconnect_after_s=pause_s)
 
     def lose(self) -> None:
@@ -258,6 +269,26 @@ class Session:
         if isinstance(error, StreamClosed):
             return error.code == "OK"  # ended by the server, not here
         return isinstance(error, TryAgain | TimedOut)
+
+    def _interrupt(self, error: RnnserveError) -> None:
+        """Announced once, however many attempts follow. What never was open is not interrupted."""
+        if self._was_open and not self._interrupted:
+            self._interrupted = True
+            message = f"the stream is interrupted and tries to resume: {_without_advice(error.message)}"
+            self._announce(Notice("interrupted", message, error=error))
+
+    def _resume(self, index: int) -> None:
+        if self._interrupted:
+            self._interrupted = False
+            self._announce(Notice("resumed", f"the stream goes on with step {index}", step=index))
+
+    def _announce(self, notice: Notice) -> None:
+        self.notices.append(notice)
+        if self._on_notice is not None:
+            try:
+                self._on_notice(notice)
+            except Exception:
+                _log.exception("on_notice failed for %r", notice.message)
 
     def _made(self, message: Message) -> pb.StreamStepsRequest:
         self._replay.add(message)
@@ -308,6 +339,7 @@ class Session:
             self._break = _lost(lost, expected_step=index)
         else:
             self._send_again(again, index)
+            self._resume(index)
 
     def _begin_at(self, index: int) -> None:
         """The first time: a new session, or one taken over from another stream."""
@@ -376,6 +408,11 @@ def _token(digits: str) -> bytes:
         return bytes.fromhex(digits)
     except ValueError:
         raise ValueError("the token of a resume point is hex digits") from None
+
+
+def _without_advice(message: str) -> str:
+    """What happened, without what to do about it: that is for whoever has to do something."""
+    return message.partition("; ")[0]
 
 
 def _lost(message: str, **metadata: int) -> ResumePointLost:

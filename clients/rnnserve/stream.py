@@ -74,7 +74,7 @@ class Stream:
 
     @property
     def notices(self) -> list[Notice]:
-        """What the server has said by itself so far: that it is about to shut down."""
+        """All notices so far: what `on_notice` was called with."""
         return self._session.notices
 
     def step(self, x: Input) -> Answer:

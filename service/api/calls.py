@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
@@ -20,8 +20,8 @@ from service.errors import Internal, MessageMalformed, ServingError
 
 log = logging.getLogger(__name__)
 
-WORK = ("rnnserve.v1.RealTimeService", "rnnserve.v1.SequenceService")
-"""The services whose calls a drain waits for and refuses; health and models are told until the end."""
+WORK = ("rnnserve.v1.RealTimeService/", "rnnserve.v1.SequenceService/", "rnnserve.v1.SessionService/DeleteSession")
+"""How calls begin that a drain waits for and refuses; what there is, and its health, are told until the end."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Method = tuple[str, str, str]
@@ -107,7 +107,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _run(
         self, behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any], method: Method
     ) -> Any:
-        with self._drain.track() if method[1] in WORK else nullcontext():
+        _, service, name = method
+        with self._drain.track() if f"{service}/{name}".startswith(WORK) else nullcontext():
             result = behaviour(request, _CountingContext(context, self._metrics, method))
             if not isinstance(result, AsyncIterator):
                 response = await result
@@ -143,7 +144,7 @@ def _decoded(request: bytes, decode: Callable[[bytes], Any]) -> Any:
 
 
 class _CountingContext:
-    """A context whose writes are counted; writing to a client that has gone cancels."""
+    """A context whose messages are counted; writing to a client that has gone cancels."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], metrics: CallMetrics, method: Method) -> None:
         self._context = context
@@ -151,14 +152,24 @@ class _CountingContext:
         self._method = method
 
     async def write(self, message: Any) -> None:
-        try:
+        with _gone_is_cancelled():
             await self._context.write(message)
-        except grpc.aio.InternalError:
-            raise asyncio.CancelledError("the client has gone") from None
         self._metrics.message_sent(self._method)
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        with _gone_is_cancelled():
+            await self._context.send_initial_metadata(metadata)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
+
+
+@contextmanager
+def _gone_is_cancelled() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError("the client has gone") from None
 
 
 def _number(code: Any) -> int:

@@ -11,7 +11,6 @@ from typing import cast
 from service.errors import Draining
 
 RETRY_AFTER_S = 2.0
-LAST_WORDS_S = 0.5  # how long the calls that were ended have to tell their clients
 
 
 class Drain:
@@ -34,10 +33,10 @@ class Drain:
         finally:
             self._calls.discard(task)
 
-    async def run(self, timeout_s: float, notify: Callable[[float], Awaitable[None]]) -> None:
+    async def run(self, timeout_s: float, notify: Callable[[float], Awaitable[None]], *, last_words_s: float) -> None:
         """Refuse new calls, tell the live ones by `notify(time_left_s)`, wait, then cancel those that are left.
 
-        A cancelled call sees `ended` and tells its client why.
+        A cancelled call sees `ended` and tells its client why, for which there is a time, too.
         """
         self._deadline_s = time.monotonic() + timeout_s
         notices = asyncio.ensure_future(notify(timeout_s))
@@ -46,7 +45,7 @@ class Drain:
         notices.cancel()
         for call in self._calls:
             call.cancel()
-        await self._wait(LAST_WORDS_S)
+        await self._wait(last_words_s)
 
     async def _wait(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     Context = ServicerContext[StreamStepsRequest, StreamStepsResponse]
 
 TOKEN_BYTES = 16
+MAX_CALLER_ID_BYTES = 16
 QUIET_S = 0.2  # without a message: a stream that a drain may end, since its session can be resumed
 LAST_WORDS_S = 0.5
 CANCELLATION_S = 0.05  # within this after the end of a call whose client has gone, gRPC cancels it
@@ -91,6 +92,8 @@ class RealTimeService(RealTimeServiceServicer):
         if self._draining:  # the call began before the drain, but no session did
             raise draining()
         self._limits.check_size(request)
+        # A stream that is lost in the midst of its first write could not end with a status, were these not out.
+        await context.send_initial_metadata(())
         stream = _Stream(context, cast("asyncio.Task[object]", asyncio.current_task()))
         try:
             with within("open"):
@@ -136,12 +139,18 @@ class RealTimeService(RealTimeServiceServicer):
             )
         if len(wanted.resume_token) not in (0, TOKEN_BYTES):
             raise FieldInvalid(f"a resume token has {TOKEN_BYTES} bytes", field="resume_token")
+        if len(wanted.caller_id) > MAX_CALLER_ID_BYTES:
+            raise FieldInvalid(f"a caller id has at most {MAX_CALLER_ID_BYTES} bytes", field="caller_id")
         opening = Opening(
             SessionKey(ANONYMOUS, wanted.session_id),
             wanted.resume_token,
             resume=wanted.resume,
             require_durable=wanted.require_durable,
             answered_step=request.answered_step,
+            version=wanted.version,
+            rebuild=wanted.rebuild,
+            caller_id=wanted.caller_id,
+            take_over=wanted.take_over,
         )
         session, missed = await self._sessions.open(opening, manifest, stream)
         manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now

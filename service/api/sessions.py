@@ -9,7 +9,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rnnserve.v1 import session_service_pb2 as pb
 from rnnserve.v1.session_service_pb2_grpc import SessionServiceServicer
 from service.sessions.record import ANONYMOUS, SessionKey
-from service.sessions.registry import SessionInfo, SessionRegistry
+from service.sessions.registry import SessionRegistry
+from service.sessions.table import SessionInfo
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext

@@ -28,12 +28,15 @@ class CheckpointMetrics(Protocol):
         ...
 
     def store_available(self, available: bool) -> None:
-        """Whether the store answered the last time."""
+        """Whether the store can be written."""
         ...
 
 
 class Checkpointer:
-    """Keeps a store as up to date as its pace allows. A store that is slow or down never holds a session up."""
+    """Keeps a store as up to date as its pace allows. A store that is slow or down never holds a session up.
+
+    `available` means that writes work: anything that fails or is slow ends it, only a write begins it again.
+    """
 
     def __init__(
         self,
@@ -84,15 +87,16 @@ class Checkpointer:
             await self.write_changed()
 
     async def write_changed(self) -> None:
-        """One round: all that have changed until now, in batches."""
+        """One round: all that have changed until now, in batches. Tries a store that is down in any case."""
         async with self._round:
             self._due.clear()
             self._steps = 0
-            waiting = list(self._changed)
-            for start in range(0, len(waiting), BATCH_SESSIONS):
-                batch = [s for s in waiting[start : start + BATCH_SESSIONS] if s in self._changed]
-                if not await self._write(batch):
-                    break
+            try:
+                wrote = await self._write_batches(list(self._changed))
+                if not wrote and not self.available:
+                    await self._write_to_store(self._store.probe())
+            except StoreUnavailable:
+                pass  # it is logged, and what was to be written waits for the next round
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
         """What is stored under the key. Raises StoreUnavailable, RecordUnreadable."""
@@ -104,12 +108,7 @@ class Checkpointer:
 
     async def scrub(self, keys: Sequence[SessionKey]) -> None:
         """Leave no byte of these in the store, however long it takes. Raises StoreUnavailable."""
-        try:
-            await self._patiently(self._store.erase(keys, scrub=True))
-        except StoreError as error:
-            self._set_available(False, str(error))
-            raise _unavailable() from None
-        self._set_available(True)
+        await self._write_to_store(self._store.erase(keys, scrub=True))
 
     def require_available(self) -> None:
         """Raises StoreUnavailable where nothing can be made durable."""
@@ -118,48 +117,59 @@ class Checkpointer:
         if not self.available:
             raise _unavailable()
 
-    async def _write(self, batch: list[Session]) -> bool:
-        for session in batch:
-            del self._changed[session]
-        # A store without durability is only asked to keep what has no stream.
-        kept = [session for session in batch if self._store.durable or session.owner is None]
-        records = [session.record() for session in kept]
+    async def _write_batches(self, waiting: list[Session]) -> bool:
+        """Whether there was anything to write. Raises StoreUnavailable."""
+        wrote = False
+        for start in range(0, len(waiting), BATCH_SESSIONS):
+            batch = [s for s in waiting[start : start + BATCH_SESSIONS] if s in self._changed]
+            for session in batch:
+                del self._changed[session]
+            # A store without durability is only asked to keep what has no stream.
+            kept = [session for session in batch if self._store.durable or session.owner is None]
+            if kept:
+                wrote = True
+                await self._write(kept)
+        return wrote
+
+    async def _write(self, sessions: list[Session]) -> None:
+        records = [session.record() for session in sessions]
         start_s = time.perf_counter()
         try:
-            await self._patiently(self._store.write(records))
-        except StoreError as error:
-            self._set_available(False, str(error))
-            self._changed |= {session: None for session in kept if not session.ended}
-            return False
-        self._set_available(True)
+            await self._write_to_store(self._store.write(records))
+        except BaseException:
+            self._changed |= {session: None for session in sessions if not session.ended}
+            raise
         self._metrics.checkpoint(len(records), time.perf_counter() - start_s)
-        for session, record in zip(kept, records, strict=True):
+        for session, record in zip(sessions, records, strict=True):
             if not session.ended:
                 self._on_written(session, record)
-        return True
 
     async def _ask(self, operation: Awaitable[Result]) -> Result:
+        """Wait for so long at most."""
         task = asyncio.ensure_future(operation)
+        task.add_done_callback(retrieve)
         try:
             async with asyncio.timeout(self._timeout_s):
-                result = await asyncio.shield(task)
+                return await asyncio.shield(task)
         except RecordUnreadable:
-            self._set_available(True)
             raise
         except (TimeoutError, StoreError) as error:
-            task.add_done_callback(_retrieve)
             self._set_available(False, str(error) or f"no answer within {self._timeout_s:g} s")
             raise _unavailable() from None
-        self._set_available(True)
-        return result
 
-    async def _patiently(self, operation: Awaitable[None]) -> None:
+    async def _write_to_store(self, operation: Awaitable[None]) -> None:
         """Wait for the end however long it takes, but tell when that is too long."""
         task = asyncio.ensure_future(operation)
+        task.add_done_callback(retrieve)
         done, _ = await asyncio.wait([task], timeout=self._timeout_s)
         if not done:
             self._set_available(False, f"a write takes more than {self._timeout_s:g} s")
-        await task
+        try:
+            await asyncio.shield(task)
+        except StoreError as error:
+            self._set_available(False, str(error))
+            raise _unavailable() from None
+        self._set_available(True)
 
     def _set_available(self, available: bool, why: str = "") -> None:
         if available == self.available:
@@ -177,7 +187,7 @@ def _unavailable() -> StoreUnavailable:
     return StoreUnavailable("the session store does not answer", retry_after_s=RETRY_AFTER_S)
 
 
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    """Nobody waits any more; its error was told already."""
+def retrieve(task: asyncio.Future[Any]) -> None:
+    """Nobody may wait for it any more; its error was told already."""
     if not task.cancelled():
         task.exception()

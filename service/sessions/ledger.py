@@ -33,7 +33,6 @@ class Ledger:
         self._max_held_bytes = max_held_bytes
         self._held: deque[HeldAnswer] = deque(held)
         self._held_bytes = sum(map(_size_bytes, self._held))
-        self._dropped_step = self._held[0].first_step if self._held else next_step
         self._resets: deque[int] = deque(resets)
 
     @property
@@ -47,24 +46,32 @@ class Ledger:
     @property
     def held_from(self) -> int:
         """Every answer from this index on is held."""
-        return max(self.answered_step, self._dropped_step)
+        return self._held[0].first_step if self._held else self.next_step
 
     def acknowledge(self, answered_step: int) -> None:
         """The client has every answer before the index. After a crash it may be ahead of us."""
         self.answered_step = max(self.answered_step, answered_step)
+        self._drop_acknowledged()
+
+    def _drop_acknowledged(self) -> None:
         while self._held and self._held[0].next_step <= self.answered_step:
             self._drop_oldest()
         while self._resets and self._resets[0] < self.answered_step:
             self._resets.popleft()
 
-    def missed(self, answered_step: int) -> list[HeldAnswer]:
-        """The answers from the index on, which a client that resumes there has missed. Raises ResumePointLost."""
+    def resume(self, answered_step: int) -> list[HeldAnswer]:
+        """The client goes on behind the answer of that index; those that it has missed. Raises ResumePointLost.
+
+        A client that is ahead of us after a crash may have nothing left to send again, and go on from our index.
+        """
         if answered_step < self.held_from:
             raise ResumePointLost(
                 f"the answers before step {self.held_from} are no longer held",
                 field="answered_step",
                 expected_step=self.held_from,
             )
+        self.answered_step = min(answered_step, self.next_step)
+        self._drop_acknowledged()
         return [_from_step(answer, answered_step) for answer in self._held if answer.next_step > answered_step]
 
     def new_steps(self, first_step: int, steps: int) -> int:
@@ -81,9 +88,9 @@ class Ledger:
             self._held.append(answer)
             self._held_bytes += _size_bytes(answer)
             while self._held_bytes > self._max_held_bytes:
-                self._dropped_step = self._drop_oldest()
-                while self._resets and self._resets[0] < self._dropped_step:
-                    self._resets.popleft()
+                self._drop_oldest()
+            while self._resets and self._resets[0] < self.held_from:
+                self._resets.popleft()
 
     def reset(self, first_step: int) -> bool:
         """Whether a reset before that step is new, or a repetition. Raises StepOutOfOrder."""
@@ -113,10 +120,8 @@ class Ledger:
             next_step -= len(part)
         return rows
 
-    def _drop_oldest(self) -> int:
-        answer = self._held.popleft()
-        self._held_bytes -= _size_bytes(answer)
-        return answer.next_step
+    def _drop_oldest(self) -> None:
+        self._held_bytes -= _size_bytes(self._held.popleft())
 
     def _out_of_order(self, first_step: int) -> StepOutOfOrder:
         return StepOutOfOrder(

@@ -53,6 +53,7 @@ class SessionRecord:
     resets: tuple[int, ...] = ()  # indices of unacknowledged resets
     opened_s: float = 0.0  # seconds since 1970
     used_s: float = 0.0  # the last message or the end of the stream, likewise
+    caller_id: bytes = b""  # of the caller who opened it last
 
     @property
     def size_bytes(self) -> int:

@@ -73,6 +73,7 @@ class Session:
         self.ended = False
         self._weights_sha256 = record.weights_sha256
         self.token_hash = record.token_hash
+        self.caller_id = record.caller_id
         self._row = record.row
         self._ledger = Ledger(
             record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
@@ -110,15 +111,16 @@ class Session:
             resets=self._ledger.resets,
             opened_s=self.opened_s,
             used_s=self.used_s,
+            caller_id=self.caller_id,
         )
 
-    def take(self, owner: Owner, answered_step: int) -> list[HeldAnswer]:
+    def take(self, owner: Owner, answered_step: int, caller_id: bytes = b"") -> list[HeldAnswer]:
         """Give the session to a stream; the answers that it has missed. Raises ResumePointLost, and nothing changes.
 
         The stream that had it loses it: what it has under way is dropped.
         """
-        missed = self._ledger.missed(answered_step)
-        self._ledger.acknowledge(answered_step)
+        missed = self._ledger.resume(answered_step)
+        self.caller_id = caller_id
         before, self.owner = self.owner, owner
         if before is not None:
             before.lose(SessionMoved("a newer stream has taken this session over"))
@@ -126,8 +128,9 @@ class Session:
         return missed
 
     def acknowledge(self, answered_step: int) -> None:
-        """The client has every answer before the step of that index."""
+        """A message says that the client has every answer before the step of that index."""
         self._ledger.acknowledge(answered_step)
+        self.used_s = self._clock()
 
     async def apply(
         self, owner: Owner, first_step: int, inputs: NDArray[np.generic], *, last_only: bool = False

@@ -81,6 +81,8 @@ def _report(outcomes: list[Outcome], break_name: str, console: Console) -> int:
     console.print(table)
     failed = [outcome for outcome in outcomes if outcome.violations]
     missed = [outcome.plan.seed for outcome in outcomes if not outcome.hit and not outcome.violations]
+    places = Counter(outcome.plan.target for outcome in hits)
+    console.print(f"struck at: {dict(places)}", highlight=False)
     console.print(f"steps checked: {sum(outcome.steps for outcome in hits)}")
     console.print(f"plans repeated with another step: {sum(outcome.attempts > 1 for outcome in outcomes)}")
     if missed:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "CHAOS_BREAK"
 SERVER_BREAKS = ("no-index-check", "no-token-check", "no-held-answers", "forgetful-checkpoint")
-BREAKS = (*SERVER_BREAKS, "no-replay")
+BREAKS = (*SERVER_BREAKS, "no-replay", "forgotten-reset")
 
 
 def put(owner: object, name: str, replacement: object) -> None:
@@ -54,3 +54,8 @@ def break_client(name: str) -> None:
             return []
 
         put(Replay, "since", nothing)
+    elif name == "forgotten-reset":
+        from rnnserve.session import Session as ClientSession
+
+        point: Any = ClientSession.resume_point
+        put(ClientSession, "resume_point", property(lambda self: point.fget(self)._replace(reset=False)))

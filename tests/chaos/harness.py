@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import Empty
 
 from rnnserve import Client, ResumePoint, RnnserveError, SessionExists, SessionNotFound
 from tests.chaos.client import Row
@@ -67,11 +67,12 @@ class Harness:
 
     def _run(self, plan: Plan) -> Outcome:
         outcome = Outcome(plan)
+        self._server.wait_for_store()
         self._proxy = Proxy(self._server.port)  # a port of its own, for gRPC shares connections between channels
         at_client = plan.point in CLIENT_POINTS
         target = f"127.0.0.1:{self._proxy.port}"
         subject: Subject
-        if plan.fault == "client_dies":
+        if plan.fault in ("client_dies", "both_die"):
             subject = ProcessSubject(plan, target, self._folder, self._break_name, watches=at_client)
         else:
             subject = ThreadSubject(plan, target, watches=at_client)
@@ -98,19 +99,18 @@ class Harness:
         return outcome
 
     def _run_with_server_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
-        actions: dict[str, Action] = {"kill": "kill", "stop": "stop"}
+        actions: dict[str, Action] = {"kill": "kill", "both_die": "kill", "stop": "stop"}
         while not self._server.reached.empty():
             self._server.reached.get()
-        self._server.arm(Armed(plan.session, plan.point, plan.step, actions.get(plan.fault, "wait")))
+        self._server.arm(Armed(plan.session, plan.point, plan.target, plan.step, actions.get(plan.fault, "wait")))
         subject.start()
         report = self._report(subject)
         if report is None:
             subject.fault_over.set()
             self._server.arm(None)
             return
-        answered = subject.answered
-        outcome.hit = answered < report["next_step"]
-        with self._recovery(subject, outcome, answered):
+        outcome.hit = subject.waits
+        with self._recovery(subject, outcome):
             self._inject(plan, subject, outcome, self._server.go, itself=plan.fault in actions)
 
     def _report(self, subject: Subject) -> dict[str, int] | None:
@@ -118,43 +118,47 @@ class Harness:
         while time.monotonic() < until_s:
             with contextlib.suppress(Empty):
                 return self._server.reached.get(timeout=0.05)
-            if (subject.over.is_set() or subject.answered >= STEPS) and self._server.reached.empty():
+            if not subject.waits and self._server.reached.empty():
                 return None
         return None
 
     def _run_with_client_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
-        """The fault comes when the step was given and the proxy has let no byte of it pass."""
-        first_of_message = max(edge for edge in (0, *plan.script.message_ends) if edge <= plan.step)
-        given: SimpleQueue[bool] = SimpleQueue()
+        """The fault comes when the message is made and no byte of it was sent, or none of it has passed the proxy."""
+        made, go = threading.Event(), threading.Event()
         forwarded_bytes: list[int] = []
 
         def hold() -> None:
             until_s = time.monotonic() + QUIET_TIMEOUT_S
-            while subject.answered < first_of_message and time.monotonic() < until_s:
+            while subject.answered < plan.first_of_message and time.monotonic() < until_s:
                 time.sleep(POLL_S)
-            self._proxy.hold(["up"])
+            if plan.point == "after_send":
+                self._proxy.hold(["up"])
             forwarded_bytes.append(self._proxy.forwarded_bytes["up"])
 
-        subject.giving = hold
-        subject.given = lambda: given.put(True)
+        def wait_if_unsent() -> None:
+            made.set()
+            if plan.point == "before_send":
+                go.wait(PLAN_TIMEOUT_S)
+
+        subject.giving, subject.made = hold, wait_if_unsent
         subject.start()
         until_s = time.monotonic() + PLAN_TIMEOUT_S
-        while given.empty() and not subject.over.is_set() and time.monotonic() < until_s:
+        while not made.is_set() and not subject.over.is_set() and time.monotonic() < until_s:
             time.sleep(POLL_S)
-        arrived = plan.point == "before_send" or self._proxy.wait_for_message(MESSAGE_TIMEOUT_S)
-        answered = subject.answered
-        nothing_passed = forwarded_bytes == [self._proxy.forwarded_bytes["up"]]
-        outcome.hit = not given.empty() and arrived and nothing_passed and answered == first_of_message
-        with self._recovery(subject, outcome, answered):
-            self._inject(plan, subject, outcome, self._proxy.release)
+        outcome.hit = made.is_set() and subject.waits and subject.answered == plan.first_of_message
+        if plan.point == "after_send":
+            outcome.hit &= self._proxy.wait_for_message(MESSAGE_TIMEOUT_S)
+            outcome.hit &= forwarded_bytes == [self._proxy.forwarded_bytes["up"]]
+        with self._recovery(subject, outcome):
+            self._inject(plan, subject, outcome, self._proxy.release if plan.point == "after_send" else go.set)
 
     @contextmanager
-    def _recovery(self, subject: Subject, outcome: Outcome, answered: int) -> Iterator[None]:
+    def _recovery(self, subject: Subject, outcome: Outcome) -> Iterator[None]:
         """From the fault to the next answer, however long the fault lasts."""
-        began_s = time.monotonic()
+        began_s, before = time.monotonic(), (subject.answered, subject.resets)
 
         def watch() -> None:
-            while subject.answered <= answered and not subject.over.is_set():
+            while (subject.answered, subject.resets) <= before and not subject.over.is_set():
                 if time.monotonic() - began_s > PLAN_TIMEOUT_S:
                     return
                 time.sleep(POLL_S)
@@ -172,11 +176,11 @@ class Harness:
         match plan.fault:
             case "kill":
                 self._crash(itself)
-                self._proxy.release()
+                go()
             case "stop":
                 if not itself:
                     self._server.stop()
-                self._proxy.release()
+                go()
                 time.sleep(STOPPED_S)
                 self._server.resume()
             case "cut":
@@ -185,7 +189,7 @@ class Harness:
                     go()
                 else:  # the step arrives, its answer does not, and the next connection is slow
                     self._proxy.hold(["down"])
-                    if plan.point not in CLIENT_POINTS:
+                    if plan.point != "after_send":
                         go()
                     time.sleep(DELAY_S)
                     self._proxy.cut()
@@ -202,14 +206,15 @@ class Harness:
             case "locked_database":
                 with self._server.locked_database():
                     self._suffer(plan, go, LOCKED_S)
-            case "client_dies":
+            case "client_dies" | "both_die":
                 assert isinstance(subject, ProcessSubject)
-                process_ended = threading.Thread(target=subject.die_and_be_reborn, name="rebirth", daemon=True)
-                process_ended.start()
-                process_ended.join(MESSAGE_TIMEOUT_S)
+                subject.die()
+                if plan.fault == "both_die":
+                    self._crash(itself)
                 go()
+                subject.be_reborn()
         if self._is_crash_to_follow(plan):
-            with self._recovery(subject, outcome, subject.answered):
+            with self._recovery(subject, outcome):
                 self._server.start()
                 subject.fault_over.set()
         subject.fault_over.set()
@@ -225,7 +230,7 @@ class Harness:
         """One direction or both; in the end all arrives late, or the connection is cut."""
         kinds: tuple[tuple[Direction, ...], ...] = (("up",), ("down",), BOTH)
         self._proxy.hold(kinds[int(plan.choice * 3)])
-        if plan.point not in CLIENT_POINTS:
+        if plan.point != "after_send":
             go()
         time.sleep(BLACK_HOLE_S)
         if plan.choice * 6 % 1 < 0.5:
@@ -245,7 +250,8 @@ class Harness:
 
     def _before_last(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
         """The last step proves the state as it is after the fault."""
-        subject.fault_over.wait(PLAN_TIMEOUT_S)
+        if plan.target != "close":
+            subject.fault_over.wait(PLAN_TIMEOUT_S)
         self._intrude(plan, outcome)
 
     def _intrude(self, plan: Plan, outcome: Outcome) -> None:

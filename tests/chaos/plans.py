@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Point = Literal["before_send", "after_send", "after_apply", "after_checkpoint", "before_answer"]
-Fault = Literal["kill", "stop", "cut", "half_close", "black_hole", "full_disk", "locked_database", "client_dies"]
+Fault = Literal[
+    "kill", "stop", "cut", "half_close", "black_hole", "full_disk", "locked_database", "client_dies", "both_die"
+]
+Target = Literal["steps", "reset", "close"]
 POINTS: tuple[Point, ...] = get_args(Point)
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 PAIRS = tuple(
     (FAULTS[n % len(FAULTS)], POINTS[(n % len(FAULTS) + n // len(FAULTS)) % len(POINTS)])
     for n in range(len(FAULTS) * len(POINTS))
 )
-"""Each fault at each point; any eight in a row have all faults, any five of a fault all points."""
+"""Each fault at each point; as many in a row as there are faults have each of them."""
 
 STEPS = 40  # besides the last one, which proves the state
 
@@ -46,15 +49,23 @@ class Script:
 
 @dataclass(frozen=True)
 class Plan:
-    """One fault at one point, when the stream has come to this step."""
+    """One fault at one point, when the stream has come to this step, or to the reset before it, or to its end."""
 
     seed: int
     point: Point
     fault: Fault
+    target: Target
     step: int
     script: Script
     choice: float
     """0 to 1, for what differs between two faults of one kind."""
+
+    @property
+    def first_of_message(self) -> int:
+        """How many steps are answered when all before the message are."""
+        if self.target != "steps":
+            return min(self.step, STEPS + 1)
+        return max(edge for edge in (0, *self.script.message_ends) if edge <= self.step)
 
     @property
     def session(self) -> str:
@@ -62,7 +73,7 @@ class Plan:
 
 
 def make_plan(seed: int, attempt: int = 0) -> Plan:
-    """Seeds in a row go round all pairs of fault and point. Another attempt differs in the step alone."""
+    """Seeds in a row go round all pairs of fault and point. Another attempt differs in where it strikes alone."""
     drawn = random.Random(seed)
     fault, point = PAIRS[seed % len(PAIRS)]
     sizes = itertools.accumulate(drawn.choice((1, 1, 2, 3, 5)) for _ in range(STEPS))
@@ -70,11 +81,27 @@ def make_plan(seed: int, attempt: int = 0) -> Plan:
     script = Script(
         values=tuple(float(drawn.randint(1, 9)) for _ in range(STEPS + 1)),
         message_ends=ends,
-        resets=tuple(sorted(drawn.sample(ends, drawn.choice((0, 0, 1, 2))))),
+        resets=tuple(sorted(drawn.sample(ends, drawn.choice((1, 2) if fault == "both_die" else (0, 0, 1, 2))))),
         ahead=drawn.choice((2, 4, 16)),
         pause_s=drawn.choice((0.0, 0.005, 0.02)),
         sends_again_twice=drawn.random() < 0.5,
     )
     choice = drawn.random()
-    step = random.Random(f"{seed}/{attempt}").randrange(STEPS)
-    return Plan(seed, point, fault, step, script, choice)
+    target, step = _place(script, fault, point, random.Random(f"{seed}/{attempt}"))
+    return Plan(seed, point, fault, target, step, script, choice)
+
+
+def _place(script: Script, fault: Fault, point: Point, drawn: random.Random) -> tuple[Target, int]:
+    """Every third plan strikes at a reset or at the end, where there is such a message and such a point.
+
+    Where both sides die it is right behind a reset, for only then could that be forgotten.
+    """
+    if fault == "both_die":
+        return "steps", drawn.choice(script.resets)
+    kinds: list[Target] = ["steps"] * 4
+    if point != "after_checkpoint":  # which is of steps
+        kinds += ["reset"] if script.resets else []
+        kinds += ["close"]
+    target = drawn.choice(kinds)
+    places = {"steps": range(STEPS), "reset": script.resets, "close": [STEPS + 1]}[target]
+    return target, drawn.choice(list(places))

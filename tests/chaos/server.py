@@ -18,6 +18,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
 from tests.chaos.broken import VARIABLE as BREAK_VARIABLE
 from tests.chaos.server_with_points import CONTROL_VARIABLE, Armed
 from tests.support.server import ROOT, free_port
@@ -77,6 +81,17 @@ class ChaosServer:
         self._control, _ = self._listener.accept()
         threading.Thread(target=self._listen, args=(self._control,), name="control", daemon=True).start()
         _wait_until(announced.exists, START_TIMEOUT_S, f"the server did not start, see {self.state_dir}/server.log")
+
+    def wait_for_store(self) -> None:
+        """After a fault of it; what is opened before is not promised to survive a crash."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            stub: Any = HealthStub(channel)
+            store = HealthCheckRequest(service="session-store")
+            _wait_until(
+                lambda: stub.Check(store, wait_for_ready=True).status == HealthCheckResponse.SERVING,
+                ANSWER_TIMEOUT_S,
+                "the store does not come back",
+            )
 
     def arm(self, armed: Armed | None) -> None:
         """From now on it halts there, once."""

@@ -21,25 +21,29 @@ from typing import Any, Literal
 from service.api import real_time
 from service.app import serve
 from service.engine.sequence_lane import SequenceLane
-from service.sessions.session import Session
+from service.sessions.registry import SessionRegistry
+from service.sessions.session import Owner, Session
 from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import StoreError
 from service.settings import read_settings
 from tests.chaos import broken
-from tests.chaos.plans import Point
+from tests.chaos.plans import Point, Target
 
 CONTROL_VARIABLE = "CHAOS_CONTROL"
 GO_TIMEOUT_S = 10.0
+
+TARGETS: dict[str, Target] = {"answer": "steps", "reset": "reset", "closed": "close"}
 
 Action = Literal["kill", "stop", "wait"]
 
 
 @dataclass(frozen=True)
 class Armed:
-    """What is to happen where the step of this session has come to the point."""
+    """What is to happen where the message of this session has come to the point."""
 
     session: str
     point: Point
+    target: Target
     step: int
     action: Action
 
@@ -56,10 +60,10 @@ class Points:
         self.tell(pid=os.getpid())
         threading.Thread(target=self._listen, name="points", daemon=True).start()
 
-    def reach(self, point: Point, session: str, next_step: int) -> None:
+    def reach(self, point: Point, session: str, next_step: int, target: Target = "steps") -> None:
         """Everything stands still here, as it does in a process that has no more time."""
         armed = self._armed
-        if not _concerns(armed, point, session, next_step):
+        if not _concerns(armed, point, session, target, next_step):
             return
         assert armed is not None
         self._armed = None
@@ -74,7 +78,7 @@ class Points:
 
     async def hold_answer(self, session: str, next_step: int) -> None:
         """So that a checkpoint has a step whose answer is not out yet: the answer waits for that checkpoint."""
-        if _concerns(self._armed, "after_checkpoint", session, next_step):
+        if _concerns(self._armed, "after_checkpoint", session, "steps", next_step):
             self._written = asyncio.Event()
             with suppress(TimeoutError):
                 async with asyncio.timeout(GO_TIMEOUT_S):
@@ -97,13 +101,15 @@ class Points:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _concerns(armed: Armed | None, point: Point, session: str, next_step: int) -> bool:
-    return armed is not None and (armed.point, armed.session) == (point, session) and next_step > armed.step
+def _concerns(armed: Armed | None, point: Point, session: str, target: Target, next_step: int) -> bool:
+    if armed is None or (armed.point, armed.session, armed.target) != (point, session, target):
+        return False
+    return next_step > armed.step if target == "steps" else next_step >= armed.step
 
 
 def wrap(points: Points) -> None:
     """Put the points around the methods of the service."""
-    apply, write = Session.apply, SqliteStore.write
+    apply, reset, close, write = Session.apply, Session.reset, SessionRegistry.close, SqliteStore.write
     init: Any = real_time._Stream.__init__
 
     async def apply_and_reach(self: Session, *given: Any, **named: Any) -> Any:
@@ -112,6 +118,14 @@ def wrap(points: Points) -> None:
         if self.next_step > before:
             points.reach("after_apply", self.key.session_id, self.next_step)
         return applied
+
+    def reset_and_reach(self: Session, first_step: int) -> None:
+        reset(self, first_step)
+        points.reach("after_apply", self.key.session_id, first_step, "reset")
+
+    async def close_and_reach(self: SessionRegistry, session: Session, owner: Owner) -> None:
+        await close(self, session, owner)
+        points.reach("after_apply", session.key.session_id, session.next_step, "close")
 
     async def write_and_reach(self: SqliteStore, records: Any) -> None:
         try:
@@ -130,6 +144,8 @@ def wrap(points: Points) -> None:
         """No whole sequences here."""
 
     broken.put(Session, "apply", apply_and_reach)
+    broken.put(Session, "reset", reset_and_reach)
+    broken.put(SessionRegistry, "close", close_and_reach)
     broken.put(SqliteStore, "write", write_and_reach)
     broken.put(real_time._Stream, "__init__", init_with_points)
     broken.put(SequenceLane, "warm_up", no_warm_up)
@@ -145,10 +161,12 @@ class _Context:
         return getattr(self._context, name)
 
     async def write(self, response: Any) -> None:
-        if response.HasField("answer"):
-            session, next_step = self._stream.session.key.session_id, response.answer.next_step
+        kind = response.WhichOneof("response")
+        target: Target | None = TARGETS.get(kind)
+        if target is not None:
+            session, next_step = self._stream.session.key.session_id, getattr(response, kind).next_step
             await self._points.hold_answer(session, next_step)
-            self._points.reach("before_answer", session, next_step)
+            self._points.reach("before_answer", session, next_step, target)
         await self._context.write(response)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rnnserve import ResumePoint
-from tests.chaos.client import Row, Watched, first_line, read_record, run_script
+from tests.chaos.client import Event, Row, Watched, first_line, read_record, run_script
 from tests.chaos.plans import Plan
 from tests.support.server import ROOT
 
@@ -24,9 +24,9 @@ class Subject(ABC):
     def __init__(self, plan: Plan, target: str, *, watches: bool) -> None:
         self.plan = plan
         self.target = target
-        self.watched_step = plan.step if watches else None
+        self.watches = watches
         self.giving: Callable[[], None] = lambda: None
-        self.given: Callable[[], None] = lambda: None
+        self.made: Callable[[], None] = lambda: None
         self.before_last: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
         self.over = threading.Event()
@@ -45,8 +45,25 @@ class Subject(ABC):
         """End whatever is left of it."""
 
     @property
+    @abstractmethod
+    def resets(self) -> int:
+        """How many were answered."""
+
+    @property
     def answered(self) -> int:
+        """How many steps were."""
         return len(self.rows())
+
+    @property
+    def waits(self) -> bool:
+        """Whether the message at which the plan strikes has no answer yet."""
+        match self.plan.target:
+            case "steps":
+                return self.answered <= self.plan.step
+            case "reset":
+                return self.resets <= self.plan.script.resets.index(self.plan.step)
+            case "close":
+                return not self.over.is_set()
 
 
 class ThreadSubject(Subject):
@@ -54,29 +71,33 @@ class ThreadSubject(Subject):
 
     def start(self) -> None:
         self._rows: list[Row] = []
+        self._resets = 0
         threading.Thread(target=self._run, name="subject", daemon=True).start()
 
     def rows(self) -> list[Row]:
         return list(self._rows)
 
+    @property
+    def resets(self) -> int:
+        return self._resets
+
     def close(self) -> None:
         """The thread ends with its script."""
 
-    def _record(self, row: Row | None, _point: ResumePoint) -> None:
-        if row:
-            self._rows.append(row)
+    def _record(self, event: Event, _point: ResumePoint) -> None:
+        if isinstance(event, tuple):
+            self._rows.append(event)
+        self._resets += isinstance(event, int)
 
     def _run(self) -> None:
         try:
-            watched = None
-            if self.watched_step is not None:
-                watched = Watched(self.watched_step, lambda: self.giving(), lambda: self.given())
+            watched = Watched(self.plan.target, self.plan.step, lambda: self.giving(), lambda: self.made())
             run_script(
                 self.target,
                 self.plan.session,
                 self.plan.script,
                 self._record,
-                watched=watched,
+                watched=watched if self.watches else None,
                 before_last=lambda: self.before_last(),
             )
         except BaseException as error:
@@ -94,22 +115,28 @@ class ProcessSubject(Subject):
         self._break_name = break_name
 
     def start(self) -> None:
-        self._begin(self.watched_step)
+        self._begin(watches=self.watches)
 
     def rows(self) -> list[Row]:
-        return read_record(self._file)[0]
+        return read_record(self._file).rows
 
-    def die_and_be_reborn(self) -> None:
+    @property
+    def resets(self) -> int:
+        return len(read_record(self._file).resets)
+
+    def die(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def be_reborn(self) -> None:
         self._listener.join(MESSAGE_TIMEOUT_S)
-        self._begin(None)
+        self._begin(watches=False)
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _begin(self, watched_step: int | None) -> None:
+    def _begin(self, *, watches: bool) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.client", self.target, str(self._file)],
             cwd=ROOT,
@@ -118,7 +145,7 @@ class ProcessSubject(Subject):
             text=True,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(first_line(self.plan.session, self.plan.script, watched_step, self._break_name))
+        self._process.stdin.write(first_line(self.plan, self._break_name, watches=watches))
         self._process.stdin.flush()
         self._listener = threading.Thread(target=self._listen, args=(self._process,), name="subject", daemon=True)
         self._listener.start()
@@ -126,13 +153,13 @@ class ProcessSubject(Subject):
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        with process.stdin, process.stdout:
+        with contextlib.suppress(OSError), process.stdin, process.stdout:  # it may die at any time
             for line in process.stdout:
                 match line.strip():
                     case "giving":
                         self.giving()
-                    case "given":
-                        self.given()
+                    case "made":
+                        self.made()
                     case "done":
                         self.over.set()
                 with contextlib.suppress(OSError):

@@ -13,7 +13,7 @@ from models.manifest import ModelKey
 from service.engine.executor import Floats
 from service.errors import ServingError
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
-from service.sessions.stores.store import RecordUnreadable, StoreError
+from service.sessions.stores.store import CLOSE_TIMEOUT_S, RecordUnreadable, StoreError
 
 RAISES = 666.0
 TURNS_NAN = 13.0
@@ -107,17 +107,22 @@ def column(*values: float) -> Floats:
 
 
 class FakeStore:
-    """A durable store in memory. While `down` it refuses everything; `gate` holds operations up.
+    """A durable store in memory. While `down` it refuses everything, while `full` all but reads; `gate` holds all up.
 
-    The records of `damaged` keys cannot be read.
+    The records of `damaged` keys cannot be read. `scrubs` has what was erased together, each time. Every operation sets
+    `asked`.
     """
 
     durable = True
 
     def __init__(self) -> None:
         self.records: dict[SessionKey, SessionRecord] = {}
+        self.scrubs: list[list[SessionKey]] = []
+        self.scrubs_ended = False
         self.down = False
+        self.full = False
         self.damaged: set[SessionKey] = set()
+        self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -126,7 +131,7 @@ class FakeStore:
         return sorted(map(summary_of, self.records.values()), key=lambda summary: summary.used_s)
 
     async def write(self, records: Sequence[SessionRecord]) -> None:
-        await self._answer()
+        await self._take()
         self.records |= {record.key: record for record in records}
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
@@ -136,13 +141,27 @@ class FakeStore:
         return self.records.get(key)
 
     async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
-        await self._answer()
+        await self._take()
         for key in keys:
             self.records.pop(key, None)
+        if scrub:
+            self.scrubs.append(list(keys))
 
-    async def close(self) -> None: ...
+    async def probe(self) -> None:
+        await self._take()
+
+    def end_scrubs(self) -> None:
+        self.scrubs_ended = True
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None: ...
 
     async def _answer(self) -> None:
+        self.asked.set()
         await self.gate.wait()
         if self.down:
             raise StoreError("the store is down")
+
+    async def _take(self) -> None:
+        await self._answer()
+        if self.full:
+            raise StoreError("the store is full")

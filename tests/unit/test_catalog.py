@@ -1,9 +1,9 @@
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from models.bundle import load_manifest, write_manifest
 from service.catalog.catalog import Catalog, CatalogError, load_catalog
 from service.errors import ModelNotFound
 
@@ -32,8 +32,8 @@ def test_version_0_is_the_newest(catalog: Catalog) -> None:
 def test_version_10_is_newer_than_version_9(repository: Path, tmp_path: Path) -> None:
     for version in (9, 10):
         folder = shutil.copytree(repository / "vanilla" / "1", tmp_path / "vanilla" / str(version))
-        content = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(content | {"version": version}))
+        manifest = load_manifest(repository / "vanilla" / "1")
+        write_manifest(folder, manifest.model_copy(update={"version": version}))
     assert load_catalog(tmp_path).find("vanilla", 0).manifest.version == 10
 
 

@@ -20,6 +20,7 @@ from rnnserve import (
     Draining,
     Evicted,
     NotFinite,
+    Notice,
     ResumePoint,
     ResumePointLost,
     RnnserveError,
@@ -689,3 +690,93 @@ def test_once_the_store_works_again_a_session_survives_a_crash() -> None:
     server.crash()
     transport.lose()
     assert step(session, transport, 3.0) == [(2, 6.0)]
+
+
+def reasons(session: Session) -> list[str]:
+    return [notice.reason for notice in session.notices]
+
+
+def test_a_stream_says_what_interrupted_it_and_with_which_step_it_goes_on() -> None:
+    server, told = Server(), list[Notice]()
+    session, transport = opened(server, on_notice=told.append)
+    step(session, transport, 1.0)
+    server.checkpoint()
+    step(session, transport, 2.0)
+    server.crash()
+    error = Unreachable("no server answers at pump:1 (refused); start one")
+    transport.lose(error)
+    step(session, transport, 3.0)
+    assert told == session.notices
+    assert told == [
+        Notice(
+            "interrupted",
+            "the stream is interrupted and tries to resume: no server answers at pump:1 (refused)",
+            error=error,
+        ),
+        Notice("resumed", "the stream goes on with step 1", step=1),
+    ]
+
+
+def test_an_interruption_is_told_before_the_wait_and_once_however_often_it_is_tried_to_resume() -> None:
+    session, _ = opened(server := Server())
+    session.cut(Unreachable("gone"))
+    assert reasons(session) == ["interrupted"]
+    session.cut(Unreachable("refused"))
+    (request,) = session.cut(Draining("going")).requests
+    assert reasons(session) == ["interrupted"]
+    (response,) = server.answer(request)
+    session.handle(response)
+    assert reasons(session) == ["interrupted", "resumed"]
+
+
+def test_each_interruption_is_told() -> None:
+    session, transport = opened(Server())
+    for value in (1.0, 2.0):
+        transport.lose()
+        step(session, transport, value)
+    assert reasons(session) == ["interrupted", "resumed"] * 2
+
+
+def test_an_interrupted_stream_is_closed_with_notices_too() -> None:
+    session, transport = opened(Server())
+    transport.lose()
+    close(session, transport)
+    assert reasons(session) == ["interrupted", "resumed"]
+
+
+def test_a_stream_that_cannot_resume_raises_and_is_never_called_resumed() -> None:
+    server = Server()
+    session, transport = opened(server, replay=Replay(limit_bytes=10, when_full="drop"))
+    server.checkpoint()
+    for _ in range(3):
+        step(session, transport, 1.0)
+    server.crash()
+    transport.lose()
+    with pytest.raises(ResumePointLost):
+        step(session, transport, 1.0)
+    assert reasons(session) == ["interrupted"]
+
+
+def test_a_stream_that_does_not_try_to_resume_gives_no_notice() -> None:
+    session, _ = opened(Server("none"))
+    session.cut(Unreachable("gone"))
+    assert (type(session.failure), session.notices) == (Unreachable, [])
+
+
+def test_a_first_open_interrupts_nothing() -> None:
+    session = new_session(open_attempts=3)
+    session.open()
+    session.cut(Unreachable("gone"))
+    assert session.notices == []
+
+
+def test_a_callback_that_fails_keeps_no_stream_from_resuming(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(notice: Notice) -> None:
+        raise OSError(notice.reason)
+
+    session, transport = opened(Server(), on_notice=fail)
+    step(session, transport, 1.0)
+    transport.lose()
+    assert step(session, transport, 2.0) == [(1, 3.0)]
+    assert reasons(session) == ["interrupted", "resumed"]
+    assert len(caplog.records) == 2

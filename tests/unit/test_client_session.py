@@ -1,12 +1,14 @@
 """The bookkeeping of a stream, without a server."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from rnnserve import Answer, FieldInvalid, NotFinite, RnnserveError, ShapeMismatch, StepOutOfOrder
+from rnnserve import Answer, FieldInvalid, NotFinite, Notice, RnnserveError, ShapeMismatch, StepOutOfOrder
 from rnnserve.bookkeepers import StepsAhead
 from rnnserve.exchange import InputsEnded, NextInput, Response
 from rnnserve.session import Session
@@ -17,8 +19,8 @@ from rnnserve.v1 import real_time_service_pb2 as pb
 STEP = [1.0, 2.0]
 
 
-def opened() -> Session:
-    session = Session("vanilla", 0, None, prediction_pb2.OutputOptions())
+def opened(on_notice: Callable[[Notice], object] | None = None) -> Session:
+    session = Session("vanilla", 0, None, prediction_pb2.OutputOptions(), on_notice=on_notice)
     session.open()
     session.receive(pb.StreamStepsResponse(opened=pb.SessionOpened(model="vanilla", version=1)))
     return session
@@ -112,14 +114,32 @@ def test_a_step_that_cannot_be_converted_is_not_counted() -> None:
     assert (session.next_step, session.outstanding) == (0, 0)
 
 
-def test_a_notice_is_kept_and_answers_nothing() -> None:
-    session = opened()
-    session.steps(STEP)
+def draining() -> pb.StreamStepsResponse:
     notice = pb.Notice(reason=pb.NOTICE_REASON_DRAINING, message="going")
     notice.time_left.FromMilliseconds(2500)
-    assert session.receive(pb.StreamStepsResponse(notice=notice)) == []
+    return pb.StreamStepsResponse(notice=notice)
+
+
+def test_a_notice_is_told_at_once_and_kept_and_answers_nothing() -> None:
+    told: list[Notice] = []
+    session = opened(told.append)
+    session.steps(STEP)
+    assert session.receive(draining()) == []
     assert session.outstanding == 1
-    assert [(notice.reason, notice.time_left_s) for notice in session.notices] == [("draining", 2.5)]
+    assert told == session.notices == [Notice("draining", "going", 2.5)]
+
+
+def test_a_callback_that_fails_is_logged_and_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(notice: Notice) -> None:
+        raise KeyError(notice.reason)
+
+    session = opened(fail)
+    session.steps(STEP)
+    session.receive(draining())
+    assert numbers(session.receive(answered(0))) == [0]
+    assert len(session.notices) == 1
+    (record,) = caplog.records
+    assert (record.name, record.exc_info and record.exc_info[0]) == ("rnnserve.session", KeyError)
 
 
 def test_a_random_session_id_differs_each_time_and_travels_as_metadata() -> None:

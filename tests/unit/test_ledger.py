@@ -24,10 +24,10 @@ def test_answers_are_held_until_they_are_acknowledged() -> None:
     book = ledger()
     book.applied(0, 2, column(10, 11))
     book.applied(2, 3, column(12))
-    assert rows(book.missed(0)) == [(0, [10, 11]), (2, [12])]
-    assert rows(book.missed(1)) == [(1, [11]), (2, [12])]
+    assert rows(book.resume(0)) == [(0, [10, 11]), (2, [12])]
+    assert rows(book.resume(1)) == [(1, [11]), (2, [12])]
     book.acknowledge(2)
-    assert rows(book.missed(2)) == [(2, [12])]
+    assert rows(book.resume(2)) == [(2, [12])]
 
 
 def test_what_was_acknowledged_cannot_be_asked_for_again() -> None:
@@ -35,7 +35,7 @@ def test_what_was_acknowledged_cannot_be_asked_for_again() -> None:
     book.applied(0, 2, column(10, 11))
     book.acknowledge(2)
     with pytest.raises(ResumePointLost) as refusal:
-        book.missed(1)
+        book.resume(1)
     assert refusal.value.metadata == {"expected_step": "2"}
 
 
@@ -52,8 +52,8 @@ def test_past_the_limit_the_oldest_answers_are_dropped_and_resuming_before_them_
     for step in range(3):
         book.applied(step, step + 1, column(step))
     with pytest.raises(ResumePointLost):
-        book.missed(0)
-    assert rows(book.missed(1)) == [(1, [1]), (2, [2])]
+        book.resume(0)
+    assert rows(book.resume(1)) == [(1, [1]), (2, [2])]
 
 
 def test_a_gap_is_refused_with_the_expected_index() -> None:
@@ -84,7 +84,7 @@ def test_rows_about_known_steps_are_those_that_were_given_before() -> None:
 def test_of_a_message_answered_about_its_last_step_only_that_row_is_held() -> None:
     book = ledger()
     book.applied(0, 3, column(12))
-    assert rows(book.missed(0)) == rows(book.missed(2)) == [(2, [12])]
+    assert rows(book.resume(0)) == rows(book.resume(2)) == [(2, [12])]
     assert joined(book.rows_about(0, 3))[:, 0].tolist() == [12]
 
 
@@ -102,13 +102,21 @@ def test_a_reset_that_is_sent_again_is_known_even_behind_later_steps() -> None:
         book.reset(1)
 
 
+def test_a_client_that_is_ahead_after_a_crash_may_begin_again_where_the_session_stands() -> None:
+    book = Ledger(next_step=2, max_held_bytes=10_000)
+    assert book.resume(5) == []
+    assert book.resume(2) == []
+    book.applied(2, 3, column(12))
+    assert rows(book.resume(2)) == [(2, [12])]
+
+
 def test_a_client_that_is_ahead_after_a_crash_is_not_owed_what_it_has() -> None:
     book = Ledger(next_step=2, answered_step=0, held=[HeldAnswer(0, 2, column(10, 11))], max_held_bytes=10_000)
-    assert book.missed(5) == []
+    assert book.resume(5) == []
     book.acknowledge(5)
     book.applied(2, 4, column(12, 13))
     book.applied(4, 6, column(14, 15))
-    assert rows(book.missed(5)) == [(5, [15])]
+    assert rows(book.resume(5)) == [(5, [15])]
 
 
 class ClientAndServer(RuleBasedStateMachine):
@@ -170,12 +178,22 @@ class ClientAndServer(RuleBasedStateMachine):
 
     @rule()
     def resume(self) -> None:
-        for answer in self.server.missed(len(self.received)):
+        for answer in self.server.resume(len(self.received)):
             self.received += answer.outputs[:, 0].tolist()
         self.server.acknowledge(len(self.received))
         behind = len(self.received) - self.server.next_step
         if behind > 0:
             self.apply(self.server.next_step, behind)
+
+    @rule()
+    def both_crash(self) -> None:
+        """A new client has the answers of the old one, but not its steps: it goes on where the server is."""
+        next_step, answered_step, held, resets, self.total = self.checkpoint  # type: ignore[assignment]
+        self.server = Ledger(next_step, answered_step, held, resets, max_held_bytes=10_000)  # type: ignore[arg-type]
+        self.server.resume(len(self.received))
+        if len(self.received) > self.server.next_step:
+            del self.received[self.server.next_step :]
+        self.resume()
 
     @invariant()
     def answers_are_the_running_sums_each_once(self) -> None:

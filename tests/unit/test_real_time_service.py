@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -44,7 +45,7 @@ async def test_a_session_that_is_found_after_the_drain_has_begun_is_parked_again
         "refusals": None,
         "metrics": None,
     }
-    service, context = RealTimeService(**given), SimpleNamespace()
+    service, context = RealTimeService(**given), SimpleNamespace(send_initial_metadata=AsyncMock())
     call = asyncio.ensure_future(service.StreamSteps(opening(), context))  # type: ignore[arg-type]
     await sessions.asked.wait()
     await service.notify_draining(1.0)

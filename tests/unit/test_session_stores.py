@@ -2,9 +2,11 @@ import asyncio
 import random
 import resource
 import sqlite3
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ from hypothesis.extra import numpy as arrays
 
 from models.manifest import ModelKey
 from service.sessions.record import Floats, HeldAnswer, SessionKey, SessionRecord, summary_of
-from service.sessions.stores import record_codec
+from service.sessions.stores import record_codec, sqlite
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.record_codec import decode_record, encode_record
 from service.sessions.stores.sqlite import MIGRATIONS, SqliteStore
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 
 BUSY_TIMEOUT_S = 0.05
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"  # in place of VACUUM
 ROW = np.array([0.1, -0.0, 3.4e38, 1e-45], np.float32)
 
 
@@ -126,13 +129,33 @@ async def test_the_same_id_of_two_tenants_is_two_sessions(store: SessionStore) -
     assert content(await store.read(theirs.key)) == content(theirs)
 
 
-async def test_operations_take_effect_in_the_order_of_their_calls(store: SessionStore) -> None:
-    key = record("a").key
-    _, first, _, second = await asyncio.gather(
-        store.write([record("a")]), store.read(key), store.erase([key]), store.read(key)
-    )
-    assert content(first) == content(record("a"))
-    assert second is None
+async def test_writes_and_erasures_take_effect_in_the_order_of_their_calls(store: SessionStore) -> None:
+    a, b = record("a"), record("b")
+    await asyncio.gather(store.write([a]), store.erase([a.key]), store.erase([b.key]), store.write([b]))
+    assert await store.read(a.key) is None
+    assert content(await store.read(b.key)) == content(b)
+
+
+async def test_a_read_sees_what_had_been_written_when_it_was_called(store: SessionStore) -> None:
+    for step in range(20):
+        await store.write([replace(record("a"), next_step=step)])
+        found = await store.read(record("a").key)
+        assert found is not None
+        assert found.next_step == step
+
+
+async def test_a_probe_changes_nothing(store: SessionStore) -> None:
+    await store.write([record("a")])
+    await store.probe()
+    assert await store.open() == [summary_of(record("a"))]
+
+
+async def test_when_scrubs_have_ended_the_rest_still_works(store: SessionStore) -> None:
+    await store.write([record("a")])
+    store.end_scrubs()
+    await store.erase([record("a").key])
+    await store.write([record("b")])
+    assert [summary.key.session_id for summary in await store.open()] == ["b"]
 
 
 async def test_nothing_to_write_or_to_erase_is_no_error(store: SessionStore) -> None:
@@ -300,6 +323,127 @@ async def test_scrubbing_fails_while_another_reader_keeps_the_log_and_works_late
     other.close()
     await sqlite_store.erase([record("ID-MARK").key], scrub=True)
     assert _occurrences(file, b"ID-MARK") == 0
+
+
+async def test_a_read_waits_for_no_write(sqlite_store: SqliteStore, file: Path) -> None:
+    await sqlite_store.write([record("a")])
+    patient = SqliteStore(file, busy_timeout_s=60)
+    await patient.open()
+    with _locked(file):
+        writing = asyncio.create_task(patient.write([record("b")]))
+        async with asyncio.timeout(10):
+            assert content(await patient.read(record("a").key)) == content(record("a"))
+        assert not writing.done()
+    await writing
+    await patient.close()
+
+
+async def test_a_read_waits_for_no_scrub(sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    await sqlite_store.write([record("a")])
+    scrubbing = asyncio.create_task(sqlite_store.erase([], scrub=True))
+    async with asyncio.timeout(10):
+        assert content(await sqlite_store.read(record("a").key)) == content(record("a"))
+    assert not scrubbing.done()
+    sqlite_store.end_scrubs()
+    with pytest.raises(StoreError):
+        await scrubbing
+
+
+async def test_a_read_leaves_no_snapshot_that_would_keep_the_log(sqlite_store: SqliteStore, file: Path) -> None:
+    await sqlite_store.write([record("ID-MARK"), record("b")])
+    for _ in range(3):
+        await sqlite_store.read(record("ID-MARK").key)
+        await sqlite_store.read(record("b").key)
+    await sqlite_store.erase([record("ID-MARK").key], scrub=True)
+    assert _occurrences(file, b"ID-MARK") == 0
+    assert await sqlite_store.read(record("ID-MARK").key) is None
+
+
+async def test_a_probe_fails_where_a_write_would(sqlite_store: SqliteStore, file: Path) -> None:
+    with _locked(file), pytest.raises(StoreError, match="locked"):
+        await sqlite_store.probe()
+    with largest_file(0), pytest.raises(StoreError):
+        await sqlite_store.probe()
+    await sqlite_store.probe()
+    await sqlite_store.write([record("a")])
+
+
+async def test_when_scrubs_end_one_that_runs_fails_and_what_waits_goes_on(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    await sqlite_store.write([record("a")])
+    scrubbing = asyncio.create_task(sqlite_store.erase([record("a").key], scrub=True))
+    await _until(lambda: sqlite_store._scrubbing)
+    writing = asyncio.create_task(sqlite_store.write([record("b")]))
+    sqlite_store.end_scrubs()
+    async with asyncio.timeout(10):
+        with pytest.raises(StoreError):
+            await scrubbing
+        await writing
+        with pytest.raises(StoreError, match="ends soon"):
+            await sqlite_store.erase([], scrub=True)
+    assert [summary.key.session_id for summary in await sqlite_store.open()] == ["b"]
+
+
+async def test_closing_ends_what_runs_and_refuses_what_waits(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    scrubbing = asyncio.create_task(sqlite_store.erase([], scrub=True))
+    await _until(lambda: sqlite_store._scrubbing)
+    writing = asyncio.create_task(sqlite_store.write([record("b")]))
+    await asyncio.sleep(0)  # it is asked
+    await sqlite_store.close(10)
+    for refused in (scrubbing, writing):
+        with pytest.raises(StoreError):
+            await refused
+
+
+async def test_closing_waits_no_longer_than_it_may(sqlite_store: SqliteStore, file: Path) -> None:
+    patient = SqliteStore(file, busy_timeout_s=60)
+    await patient.open()
+    with _locked(file):
+        writing = asyncio.create_task(patient.write([record("a")]))
+        await asyncio.sleep(0)  # it is asked
+        async with asyncio.timeout(10):
+            await patient.close(0.05)
+    with suppress(StoreError):
+        await writing
+
+
+def test_a_thread_that_hangs_holds_up_no_exit() -> None:
+    program = """
+import asyncio, threading
+from service.sessions.stores.daemon_thread import DaemonThread
+
+async def main():
+    hangs = threading.Event()
+    hanging = asyncio.create_task(DaemonThread("hanging").do(lambda: (hangs.set(), threading.Event().wait())))
+    await asyncio.to_thread(hangs.wait)
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=20)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Of a thread, which tells no event."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Another process writes, and does not end."""
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.close()
 
 
 def _all_of(file: Path) -> bytes:

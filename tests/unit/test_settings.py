@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from service.settings import SettingsError, read_settings
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """None from outside."""
-    for name in ("PORT", "HOST", "SETTINGS_FILE", "MAX_SESSIONS", "MODEL_REPOSITORY", "STATE_DIR", "METRICS_PORT"):
-        monkeypatch.delenv(f"RNNSERVE_{name}", raising=False)
+    for name in os.environ:
+        if name.upper().startswith("RNNSERVE_"):
+            monkeypatch.delenv(name)
 
 
 def use_file(monkeypatch: pytest.MonkeyPatch, file: Path, content: str | bytes) -> None:
@@ -84,10 +86,53 @@ def test_each_wrong_setting_gets_a_sentence() -> None:
         read_settings(["--port", "-1", "--max-sessions", "0"])
 
 
-def test_an_unknown_setting_of_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    use_file(monkeypatch, tmp_path / "rnnserve.toml", "prot = 1234\n")
-    with pytest.raises(SettingsError, match="prot: "):
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("prot = 1234\n", "unknown setting 'prot'; did you mean 'port'?"),
+        ("max-streams = 5\n", "unknown setting 'max-streams'; did you mean 'max_streams'?"),
+        ("colour = 'red'\n", "unknown setting 'colour'"),
+        ("[server]\nport = 1\n", "unknown setting 'server'"),
+    ],
+)
+def test_an_unknown_setting_of_the_file_is_refused_with_the_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, sentence: str
+) -> None:
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", content)
+    with pytest.raises(SettingsError) as problem:
         read_settings([])
+    assert str(problem.value) == f"{tmp_path / 'rnnserve.toml'}: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("RNNSERVE_PRT", "unknown variable RNNSERVE_PRT; did you mean 'RNNSERVE_PORT'?"),
+        ("RNNSERVE_SETTING_FILE", "unknown variable RNNSERVE_SETTING_FILE; did you mean 'RNNSERVE_SETTINGS_FILE'?"),
+        ("RNNSERVE_COLOUR", "unknown variable RNNSERVE_COLOUR"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch, name: str, sentence: str
+) -> None:
+    monkeypatch.setenv(name, "50061")
+    with pytest.raises(SettingsError) as problem:
+        read_settings([])
+    assert str(problem.value) == sentence
+
+
+def test_an_unknown_variable_is_named_beside_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNSERVE_PRT", "50061")
+    with pytest.raises(SettingsError, match=r"RNNSERVE_PRT; .*; max_sessions: "):
+        read_settings(["--max-sessions", "0"])
+
+
+@pytest.mark.parametrize("name", ["RNNSERVE_TARGET", "RNNSERVE_TOKEN", "RNNSERVE_CACHE"])
+def test_the_variables_of_the_client_and_of_training_are_none_of_its_business(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "something")
+    assert read_settings([]).port == 50051
 
 
 @pytest.mark.parametrize("content", ["port = = 1", b"\xff\xfe\x00"])

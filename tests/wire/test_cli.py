@@ -3,24 +3,28 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from rnnserve import AsyncClient, Client, SessionNotFound
+from rnnserve import AsyncClient, Client, Notice, SessionInfo, SessionNotFound
 from rnnserve.cli.app import app, stdout
-from rnnserve.cli.show import models_table
+from rnnserve.cli.live import StreamView
+from rnnserve.cli.outcome import tell
+from rnnserve.cli.show import models_table, notice_line, print_whole, sessions_table
 from rnnserve.models import model_from
 from rnnserve.v1 import model_service_pb2 as pb
-from tests.support.server import RunningServer, start_server
+from tests.support.server import RunningServer, free_port, start_server
 from tests.support.wire import metric
 
 CSV = "feature 2,feature 0,feature 1\n3,1,2\n6,4,5\n"
@@ -77,6 +81,16 @@ def test_names_are_whole_however_narrow_the_terminal_is(name: str) -> None:
     said = "so much that can be said about it " * 3
     screen.print(models_table([model_from(pb.Model(name=name, version=12, summary=said))]))
     assert f"{name} v12" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_session_is_one_line_and_whole_however_narrow_the_terminal_is() -> None:
+    used_at = datetime(2026, 11, 24, tzinfo=UTC)
+    session = SessionInfo("s" * 128, "accumulator", 12, True, 12_345, used_at, used_at, 678)
+    screen = Console(file=io.StringIO(), width=80)
+    print_whole(screen, sessions_table([session]))
+    _, line = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line.split()[:5] == ["s" * 128, "accumulator", "v12", "live", "12,345"]
+    assert line.split()[-1] == "678"
 
 
 def test_all_about_one_model_says_why_it_cannot_stream(run: Run) -> None:
@@ -364,3 +378,44 @@ def test_a_drain_is_announced_with_what_the_stream_does_then(shell: Shell, repos
             running.communicate(timeout=20)
     assert told.startswith("the server is shutting down")
     assert told.endswith("; the stream goes on by itself once a server answers again\n")
+
+
+def test_a_stream_whose_session_is_kept_nowhere_is_not_said_to_go_on() -> None:
+    assert notice_line(Notice("draining", "going", 2.5), "none") == "going"
+
+
+@pytest.mark.parametrize(("is_terminal", "place"), [(True, "above the picture"), (False, "standard error")])
+def test_what_is_told_beside_a_picture_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, place: str
+) -> None:
+    errors, picture = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(errors, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", errors)
+    with StreamView(model_from(pb.Model(name="vanilla")), "title").on(Console(file=picture, force_terminal=True)):
+        tell("interrupted")
+    found = {"above the picture": picture.getvalue(), "standard error": errors.getvalue()}
+    assert [name for name, text in found.items() if "interrupted\n" in text] == [place]
+
+
+def test_a_crash_is_told_while_it_lasts_and_every_step_is_answered(
+    shell: Shell, repository: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "steps.csv").write_text("1,2,3\n" * 300)
+    port = free_port()
+    command = f"exec rnnserve --target 127.0.0.1:{port} stream vanilla {tmp_path}/steps.csv --rate 100"
+    with start_server(repository, tmp_path, port=port) as crashing:
+        running = shell(command)
+        assert running.stdout is not None
+        assert running.stderr is not None
+        first = running.stdout.readline()
+        crashing.kill()
+        interrupted = running.stderr.readline()
+    with start_server(repository, tmp_path, port=port):
+        answers, complaints = running.communicate(timeout=30)
+    assert interrupted.startswith(
+        f"the stream is interrupted and tries to resume: no server answers at 127.0.0.1:{port} ("
+    )
+    assert "python -m service" not in interrupted
+    assert re.fullmatch(r"the stream goes on with step \d+\n", complaints)
+    assert running.returncode == 0
+    assert [line.split("\t")[0] for line in (first + answers).splitlines()] == [str(step) for step in range(300)]

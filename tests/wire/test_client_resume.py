@@ -1,14 +1,16 @@
 """Our client goes on over whatever happens to its server; the caller sees only time pass."""
 
+import asyncio
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
-from rnnserve import AsyncClient, Client, Evicted, SessionExists, SessionNotFound, Stream
+from rnnserve import AsyncClient, Client, Evicted, Notice, SessionExists, SessionNotFound, Stream, Unreachable
 from tests.support.bundles import accumulated
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import eventually, metric
@@ -77,6 +79,60 @@ async def test_an_awaited_stream_goes_on_over_a_crash_too(repository: Path, tmp_
                 answer = await stream.step([VALUES[index]])
                 assert (answer.step, tuple(answer.output.tolist())) == (index, SUMS[index])
             await stream.close()
+
+
+def test_a_waiting_caller_is_told_of_a_crash_while_it_lasts_and_of_its_end(
+    repository: Path, tmp_path: Path, port: int
+) -> None:
+    told: SimpleQueue[tuple[Notice, threading.Thread]] = SimpleQueue()
+    reached, go_on = threading.Event(), threading.Event()
+    answers: list[tuple[int, tuple[float, ...]]] = []
+
+    def tell(notice: Notice) -> None:
+        told.put((notice, threading.current_thread()))
+
+    def stream_all() -> None:
+        with Client(f"127.0.0.1:{port}") as client, client.stream("accumulator", on_notice=tell) as stream:
+            answers.extend((a.step, tuple(a.output.tolist())) for a in stream.steps(slowly(reached, go_on, 150)))
+
+    running = threading.Thread(target=stream_all)
+    with start_server(repository, tmp_path, port=port, checkpoint_interval_s=0.05) as server:
+        running.start()
+        assert reached.wait(60)
+        server.kill()
+        interrupted, its_thread = told.get(timeout=20)  # though nothing is sent, and no server is there
+        assert (interrupted.reason, type(interrupted.error), its_thread) == ("interrupted", Unreachable, running)
+    with start_server(repository, tmp_path, port=port):
+        resumed, its_thread = told.get(timeout=20)  # though nothing is sent
+        assert (resumed.reason, its_thread) == ("resumed", running)
+        assert resumed.step is not None
+        assert resumed.step <= 150
+        go_on.set()
+        running.join(60)
+    assert told.empty()
+    assert answers == list(enumerate(SUMS))
+
+
+async def test_an_awaiting_caller_is_told_of_a_crash_on_its_event_loop(
+    repository: Path, tmp_path: Path, port: int
+) -> None:
+    told: list[tuple[str, asyncio.Task[object] | None]] = []
+
+    def tell(notice: Notice) -> None:
+        told.append((notice.reason, asyncio.current_task()))
+
+    async with AsyncClient(f"127.0.0.1:{port}") as client:
+        stream = client.stream("accumulator", on_notice=tell)
+        with start_server(repository, tmp_path, port=port) as server:
+            await stream.open()
+            await stream.step([VALUES[0]])
+            server.kill()
+        with start_server(repository, tmp_path, port=port):
+            answer = await stream.step([VALUES[1]])
+            await stream.close()
+    assert (answer.step, tuple(answer.output.tolist())) == (1, SUMS[1])
+    assert told == [("interrupted", asyncio.current_task()), ("resumed", asyncio.current_task())]
+    assert [notice.reason for notice in stream.notices] == ["interrupted", "resumed"]
 
 
 def test_a_parked_session_goes_on_in_another_client(server: RunningServer) -> None:

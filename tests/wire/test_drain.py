@@ -1,4 +1,6 @@
+import sqlite3
 import time
+from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -6,7 +8,9 @@ import pytest
 
 from rnnserve.v1.real_time_service_pb2 import NOTICE_REASON_DRAINING
 from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
-from tests.support.server import start_server
+from rnnserve.v1.session_service_pb2 import DeleteSessionRequest, GetSessionRequest, ListSessionsRequest
+from rnnserve.v1.session_service_pb2_grpc import SessionServiceStub
+from tests.support.server import RunningServer, start_server
 from tests.support.wire import (
     TIMEOUT_S,
     close,
@@ -90,3 +94,48 @@ def test_what_never_ends_is_ended_with_a_reason_at_the_deadline(repository: Path
             assert server.process.wait(30) == 0
             assert time.monotonic() - start_s < 10  # the work alone would take longer
         assert "Traceback" not in server.log()
+
+
+TOKEN = b"0123456789abcdef"
+
+
+def logged_s(server: RunningServer, words: str) -> float:
+    """When it was; the end of the process itself is not ours, and slow on a busy machine."""
+    (line,) = [line for line in server.log().splitlines() if words in line]
+    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+
+
+def test_a_store_that_is_locked_holds_up_no_end(repository: Path, tmp_path: Path) -> None:
+    with (
+        start_server(repository, tmp_path, drain_timeout_s=1) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        with live_stream(channel, open_("accumulator", "a", token=TOKEN)) as stream:
+            stream.step([[1.0]])
+            stream.wait_until_durable(1)
+            other = sqlite3.connect(tmp_path / "sessions.sqlite", isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            stream.step([[1.0]])
+            server.terminate()
+            assert server.process.wait(30) == 0
+            other.close()
+        assert logged_s(server, "left to itself") - logged_s(server, "draining for") < 1.5
+        assert "1 sessions could not be written" in server.log()
+        assert "Traceback" not in server.log()
+
+
+def test_a_drain_refuses_to_delete_sessions_and_still_tells_which_there_are(repository: Path) -> None:
+    with start_server(repository, drain_timeout_s=60) as server, grpc.insecure_channel(server.target) as channel:
+        sessions = SessionServiceStub(channel)
+        with live_stream(channel, open_("accumulator", "a", token=TOKEN)) as stream:
+            server.terminate()
+            assert stream.read().notice.reason == NOTICE_REASON_DRAINING
+            with pytest.raises(grpc.RpcError) as ended:
+                sessions.DeleteSession(DeleteSessionRequest(session_id="a"), timeout=TIMEOUT_S)
+            assert_draining(ended.value)
+            sessions.GetSession(GetSessionRequest(session_id="a"), timeout=TIMEOUT_S)
+            listed = sessions.ListSessions(ListSessionsRequest(), timeout=TIMEOUT_S)
+            assert [session.session_id for session in listed.sessions] == ["a"]
+            stream.send(close())
+            stream.rest()
+        assert server.process.wait(30) == 0

@@ -1,7 +1,9 @@
 """Sessions that outlive their streams and their servers, without our client."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -16,6 +18,7 @@ from rnnserve.v1.real_time_service_pb2 import (
 from tests.support.bundles import accumulated
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import (
+    TIMEOUT_S,
     LiveStream,
     Response,
     array,
@@ -109,6 +112,58 @@ def test_the_newest_open_owns_the_session_and_the_older_stream_is_told(channel: 
             assert ended.value.code() == grpc.StatusCode.ABORTED
             assert refusal_of(ended.value).reason == "SESSION_MOVED"
             accumulate(newer, 3)
+
+
+def test_of_several_that_resume_at_once_one_goes_on_and_the_others_are_told(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.target) as channel, live_stream(channel, open_("accumulator", "m", token=TOKEN)):
+        pass
+    opening, begin = open_("accumulator", "m", token=TOKEN), threading.Barrier(4)
+    moved: SimpleQueue[str] = SimpleQueue()
+    going_on: SimpleQueue[LiveStream] = SimpleQueue()
+
+    def come_back() -> None:
+        alone = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(server.target, options=alone) as channel, live_stream(channel) as stream:
+            grpc.channel_ready_future(channel).result()
+            begin.wait()
+            try:
+                stream.ask(resume(opening))
+                going_on.put(stream)
+                stream.read()
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.CANCELLED:
+                    moved.put(refusal_of(error).reason)
+
+    threads = [threading.Thread(target=come_back) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert [moved.get(timeout=TIMEOUT_S) for _ in range(3)] == ["SESSION_MOVED"] * 3
+    while any(thread.is_alive() for thread in threads):
+        going_on.get(timeout=TIMEOUT_S).call.cancel()
+        for thread in threads:
+            thread.join(0.1)
+
+
+def test_a_caller_that_comes_back_after_another_one_is_told_and_gets_nothing(channel: grpc.Channel) -> None:
+    opening = open_("accumulator", "zombie", token=TOKEN)
+    first, second = resume(opening), resume(opening)
+    opening.open.caller_id = first.open.caller_id = b"first"
+    second.open.caller_id = b"second"
+    with live_stream(channel, opening) as stream:
+        accumulate(stream, 0)
+        cut(stream)
+    with live_stream(channel) as refused, pytest.raises(grpc.RpcError) as ended:
+        refused.ask(second)
+    assert refusal_of(ended.value).reason == "SESSION_MOVED"
+    second.open.take_over = True
+    with live_stream(channel) as other:
+        assert other.ask(second).opened.next_step == 1
+        with live_stream(channel) as zombie, pytest.raises(grpc.RpcError) as ended:
+            zombie.ask(first)
+        assert refusal_of(ended.value).reason == "SESSION_MOVED"
+        assert rows(other.read()) == (0, [SUMS[0]])
+        other.next_step = 1
+        accumulate(other, 1)
 
 
 def test_another_token_never_gets_a_session(channel: grpc.Channel) -> None:

@@ -3,29 +3,29 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.server import ROOT
+from tests.support.server import ROOT, start_server
 
 START_TIMEOUT_S = 60.0
 
 
 def start(*flags: str, **variables: object) -> subprocess.CompletedProcess[str]:
-    """A server that is to end by itself."""
-    given = {"RNNSERVE_PORT": "0", "RNNSERVE_METRICS_PORT": "0"} | {
-        f"RNNSERVE_{name.upper()}": str(value) for name, value in variables.items()
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "service", *flags],
-        cwd=ROOT,
-        env=os.environ | given,
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-    )
+    """A server that is to end by itself, with a state folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"port": 0, "metrics_port": 0, "state_dir": folder} | variables
+        return subprocess.run(
+            [sys.executable, "-m", "service", *flags],
+            cwd=ROOT,
+            env=os.environ | {f"RNNSERVE_{name.upper()}": str(value) for name, value in given.items()},
+            capture_output=True,
+            text=True,
+            timeout=START_TIMEOUT_S,
+        )
 
 
 @pytest.fixture
@@ -36,22 +36,48 @@ def port_in_use() -> Iterator[int]:
 
 
 def assert_refused(ended: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2 and a sentence, without a traceback."""
+    """Exit code 2 and a sentence, without a traceback or a line of gRPC's own."""
     assert ended.returncode == 2, ended.stderr
-    sentence = ended.stderr.splitlines()[-1]
+    (sentence,) = ended.stderr.splitlines()
     assert sentence.startswith("rnnserve: ")
-    assert "Traceback" not in ended.stderr
     for part in parts:
         assert part in sentence
 
 
 def test_a_port_in_use_is_refused_by_its_number(repository: Path, port_in_use: int) -> None:
-    assert_refused(start(model_repository=repository, port=port_in_use), "port:", str(port_in_use))
+    ended = start(model_repository=repository, port=port_in_use)
+    assert_refused(ended, f"port: {port_in_use} on 127.0.0.1 is in use by another program")
 
 
 def test_a_metrics_port_in_use_is_refused_by_its_number(repository: Path, port_in_use: int) -> None:
     ended = start(model_repository=repository, metrics_port=port_in_use)
-    assert_refused(ended, "metrics_port:", str(port_in_use))
+    assert_refused(ended, f"metrics_port: {port_in_use} on 127.0.0.1 is in use by another program")
+
+
+@pytest.mark.parametrize(
+    ("host", "cause"),
+    [
+        ("192.0.2.1", "host: 192.0.2.1 is no address of this machine"),  # one of those kept for documentation
+        ("nonsense.invalid", "host: 'nonsense.invalid' cannot be resolved"),
+        ("n" * 64, "cannot be resolved"),
+    ],
+)
+def test_a_host_that_cannot_be_bound_is_refused_with_the_cause(repository: Path, host: str, cause: str) -> None:
+    assert_refused(start(model_repository=repository, host=host), cause)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_server_listens_on_an_ipv6_address(repository: Path) -> None:
+    with start_server(repository, host="::1") as server, socket.create_connection(("::1", server.port), timeout=5):
+        pass
 
 
 def test_a_missing_repository_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -64,6 +90,13 @@ def test_a_damaged_bundle_is_refused_by_its_field(repository: Path, tmp_path: Pa
     weights = tmp_path / "text" / "1" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert_refused(start(model_repository=tmp_path), str(tmp_path / "text" / "1"), "weights_sha256")
+
+
+def test_a_network_larger_than_memory_is_refused_by_its_field(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "text", tmp_path / "text")
+    file = tmp_path / "text" / "1" / "manifest.json"
+    file.write_text(file.read_text().replace('"hidden_size": 8', '"hidden_size": 1000000000'))
+    assert_refused(start(model_repository=tmp_path), str(file.parent), "network: hidden_size is 1000000000")
 
 
 def test_a_missing_settings_file_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -79,6 +112,10 @@ def test_an_unreadable_settings_file_is_refused_by_its_name(tmp_path: Path) -> N
 
 def test_a_wrong_setting_is_refused_with_its_bound() -> None:
     assert_refused(start(max_sessions=0), "max_sessions:", "1")
+
+
+def test_an_unknown_variable_is_refused() -> None:
+    assert_refused(start(prt=1), "RNNSERVE_PRT", "RNNSERVE_PORT")
 
 
 def test_an_unknown_flag_is_refused() -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from rnnserve import Answer, Model, Notice, RnnserveError, Stream
+from rnnserve import Answer, Model, RnnserveError
 from rnnserve.cli import demo as story
 from rnnserve.cli import show
 from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
@@ -82,7 +82,7 @@ def stream(
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
             answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
-            for answer in told_of_notices(open_stream, answers):
+            for answer in answers:
                 unanswered.popleft()
                 print_answer(answer)
 
@@ -92,22 +92,6 @@ def noted(steps: Iterable[tuple[int, Input]], lines: deque[int]) -> Iterator[Inp
     for line, step in steps:
         lines.append(line)
         yield step
-
-
-def told_of_notices(open_stream: Stream, answers: Iterable[Answer]) -> Iterator[Answer]:
-    """The same answers; what the server announces goes to standard error."""
-    told = 0
-    for answer in answers:
-        for notice in open_stream.notices[told:]:
-            stderr.print(_announced(notice, open_stream), soft_wrap=True)
-        told = len(open_stream.notices)
-        yield answer
-
-
-def _announced(notice: Notice, open_stream: Stream) -> str:
-    if notice.reason == "draining" and open_stream.durability != "none":
-        return f"{notice.message}; the stream goes on by itself once a server answers again"
-    return notice.message
 
 
 def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | None:
@@ -196,8 +180,10 @@ def sessions(
         if _options(context).json:
             for info in found:
                 show.print_json(show.session_json(info))
+        elif found:
+            show.print_whole(stdout, show.sessions_table(found))
         else:
-            stdout.print(show.sessions_table(found) if found else "there are no sessions")
+            stdout.print("there are no sessions")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """A live picture of a stream in the terminal: a bar for each label, and its recent course."""
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ class StreamView:
     def on(self, console: Console) -> Iterator[None]:
         """Draws while the block runs; where there is no terminal, once at its end."""
         if console.is_terminal:
-            with Live(self, console=console, refresh_per_second=12):
+            with Live(self, console=console, refresh_per_second=12, redirect_stderr=sys.stderr.isatty()):
                 yield
         else:
             yield

@@ -5,7 +5,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from rnnserve.channel import TLS
-from rnnserve.cli.outcome import BadInput
+from rnnserve.cli.outcome import BadInput, tell
+from rnnserve.cli.show import notice_line
 from rnnserve.client import Client
 from rnnserve.errors import RnnserveError
 from rnnserve.models import Model
@@ -32,8 +33,15 @@ class Options:
 
     @contextmanager
     def stream(self, client: Client, model: Model) -> Iterator[Stream]:
-        """A stream that leaves no session behind, however the block ends: nobody but the command could resume it."""
-        stream = client.stream(model.name, probabilities=bool(model.labels))
+        """A stream that leaves no session behind, however the block ends: nobody but the command could resume it.
+
+        Its notices are lines on standard error.
+        """
+        stream: Stream = client.stream(
+            model.name,
+            probabilities=bool(model.labels),
+            on_notice=lambda notice: tell(notice_line(notice, stream.durability)),
+        )
         stream.open()
         try:
             yield stream

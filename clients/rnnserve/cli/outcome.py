@@ -75,5 +75,10 @@ def describe(error: errors.RnnserveError) -> str:
     return "; ".join(filter(None, parts)).replace("\n", " ")
 
 
+def tell(line: str) -> None:
+    """On standard error; where a picture is drawn on the terminal, above it, which rich sees to."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _complain(message: str) -> None:
     stderr.print(Text.assemble(("rnnserve: ", "bold red"), message), soft_wrap=True)

@@ -5,13 +5,17 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rnnserve.models import Model, Sample
-from rnnserve.results import Answer, Prediction
+from rnnserve.results import Answer, Notice, Prediction
+from rnnserve.session import Durability
 from rnnserve.sessions import SessionInfo
 from rnnserve.tensors import Array
+
+_UNLIMITED = 10_000
 
 
 def print_json(value: Any) -> None:
@@ -26,6 +30,12 @@ def models_table(models: Iterable[Model]) -> Table:
         serves = "streams" if model.streamable else "sequences"
         table.add_row(f"{model.name} v{model.version}", serves, _network(model), _quality(model), model.summary)
     return table
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """A line for each row, which the terminal wraps where it is too narrow: nothing is cut, and `grep` finds it all."""
+    table.width = console.measure(table, options=console.options.update(width=_UNLIMITED)).maximum
+    console.print(table, crop=False)
 
 
 def sessions_table(sessions: Iterable[SessionInfo]) -> Table:
@@ -98,6 +108,13 @@ def answer_json(answer: Answer, model: Model) -> dict[str, Any]:
 def answer_line(answer: Answer) -> str:
     """For people, where there is no terminal to draw on."""
     return f"{answer.step}\t{_said(answer.label, answer.output, answer.probabilities)}"
+
+
+def notice_line(notice: Notice, durability: Durability) -> str:
+    """What happened, and what a stream of that durability does then."""
+    if notice.reason == "draining" and durability != "none":
+        return f"{notice.message}; the stream goes on by itself once a server answers again"
+    return notice.message
 
 
 def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
+from service.sessions.stores.store import CLOSE_TIMEOUT_S
 
 
 class MemoryStore:
@@ -28,5 +29,11 @@ class MemoryStore:
         for key in keys:
             self._records.pop(key, None)
 
-    async def close(self) -> None:
+    async def probe(self) -> None:
+        pass
+
+    def end_scrubs(self) -> None:
+        pass
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         pass

@@ -34,6 +34,7 @@ def encode_record(record: SessionRecord) -> bytes:
         record.resets,
         record.opened_s,
         record.used_s,
+        record.caller_id,
     )
     try:
         body: bytes = msgpack.packb(fields)
@@ -72,6 +73,7 @@ def _record_of(
     resets: tuple[int, ...],
     opened_s: float,
     used_s: float,
+    caller_id: bytes,
 ) -> SessionRecord:
     return SessionRecord(
         key=SessionKey(tenant, session_id),
@@ -87,6 +89,7 @@ def _record_of(
         resets=resets,
         opened_s=opened_s,
         used_s=used_s,
+        caller_id=caller_id,
     )
 
 

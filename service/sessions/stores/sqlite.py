@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from models.manifest import ModelKey
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
+from service.sessions.stores.daemon_thread import DaemonThread
 from service.sessions.stores.record_codec import decode_record, encode_record
-from service.sessions.stores.store import StoreError
+from service.sessions.stores.store import CLOSE_TIMEOUT_S, StoreError
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -47,6 +50,9 @@ ON CONFLICT (tenant, session_id) DO UPDATE SET
 """
 READ = "SELECT record FROM sessions WHERE tenant = ? AND session_id = ?"
 ERASE = "DELETE FROM sessions WHERE tenant = ? AND session_id = ?"
+PROBE = f"PRAGMA user_version = {len(MIGRATIONS)}"  # writes a page, although it is that already
+REWRITE = "VACUUM"  # where SQLite moves rows between pages it leaves copies behind, which secure_delete does not see
+EMPTY_LOG = "PRAGMA wal_checkpoint(TRUNCATE)"
 SUMMARIES = """
 SELECT tenant, session_id, model_name, model_version, next_step, opened_s, used_s, size_bytes
 FROM sessions ORDER BY used_s
@@ -54,11 +60,11 @@ FROM sessions ORDER BY used_s
 
 
 class SqliteStore:
-    """One connection in a thread of its own, which does one operation after the other.
+    """Two connections, each in a thread of its own: one writes, one operation after the other, and one only reads.
 
-    What is written survives the death of the process; with `power_loss_safe` also that of the machine, at the cost
-    of a flush to the disk in every write. Scrubbing rewrites the file: seconds where it has hundreds of megabytes, and
-    meanwhile up to twice its size on the disk besides.
+    So no read waits for a write, however long it takes. What is written survives the death of the process; with
+    `power_loss_safe` also that of the machine, at the cost of a flush to the disk in every write. Scrubbing rewrites
+    the file: seconds where it has hundreds of megabytes, and meanwhile up to twice its size on the disk besides.
     """
 
     durable = True
@@ -67,39 +73,87 @@ class SqliteStore:
         self._file = file
         self._synchronous = "FULL" if power_loss_safe else "NORMAL"
         self._busy_timeout_s = busy_timeout_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="session-store")
-        self._connection: sqlite3.Connection | None = None  # of the thread
+        self._writing = DaemonThread("session-store")
+        self._reading = DaemonThread("session-store-reads")
+        self._writer: sqlite3.Connection | None = None  # each of its thread
+        self._reader: sqlite3.Connection | None = None
+        self._scrubbing = False
+        self._scrubs_ended = False
+        self._log_is_left = False
         self._closed = False
 
     async def open(self) -> list[SessionSummary]:
-        return await self._in_thread(self._summaries)
+        return await self._do(self._writing, self._summaries)
 
     async def write(self, records: Sequence[SessionRecord]) -> None:
-        await self._in_thread(lambda: self._write(records))
+        await self._do(self._writing, lambda: self._write(records))
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
-        return await self._in_thread(lambda: self._read(key))
+        return await self._do(self._reading, lambda: self._read(key))
 
     async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
-        await self._in_thread(lambda: self._erase(keys, scrub))
+        await self._do(self._writing, lambda: self._erase(keys, scrub))
 
-    async def close(self) -> None:
-        if not self._closed:
-            try:
-                await self._in_thread(self._close)
-            finally:
-                self._closed = True
-                self._thread.shutdown(wait=False)
+    async def probe(self) -> None:
+        await self._do(self._writing, self._probe)
 
-    async def _in_thread(self, operation: Callable[[], Result]) -> Result:
+    def end_scrubs(self) -> None:
+        self._scrubs_ended = True
+        if self._scrubbing:
+            _interrupt(self._writer)
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _interrupt(self._writer)
+        _interrupt(self._reader)
+        try:
+            async with asyncio.timeout(timeout_s):
+                with self._explained():
+                    await self._reading.do(self._close_reader)  # first, for the last one to close tidies up
+                    await self._writing.do(self._close_writer)
+        except TimeoutError:
+            log.error("the session store %s does not end within %g s, and is left to itself", self._file, timeout_s)
+        finally:
+            self._reading.end()
+            self._writing.end()
+
+    async def _do(self, thread: DaemonThread, operation: Callable[[], Result]) -> Result:
+        def unless_closed() -> Result:
+            self._require_open()
+            return operation()
+
+        self._require_open()  # for the thread ends, too
+        with self._explained():
+            return await thread.do(unless_closed)
+
+    def _require_open(self) -> None:
         if self._closed:
             raise StoreError(f"the session store {self._file} is closed")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, operation)
+            yield
         except (sqlite3.Error, OSError, OverflowError) as error:
             raise StoreError(f"the session store {self._file} failed: {error}") from error
 
-    # What follows runs in the thread.
+    # What follows runs in the thread that reads.
+
+    def _read(self, key: SessionKey) -> SessionRecord | None:
+        if self._reader is None:
+            uri = f"{self._file.absolute().as_uri()}?mode=ro"
+            self._reader = sqlite3.connect(uri, uri=True, timeout=self._busy_timeout_s, isolation_level=None)
+        found = self._reader.execute(READ, key).fetchall()  # to the end, for what is half read keeps the log
+        return decode_record(found[0][0]) if found else None
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    # What follows runs in the thread that writes.
 
     def _summaries(self) -> list[SessionSummary]:
         return [
@@ -112,27 +166,48 @@ class SqliteStore:
         with self._transaction() as connection:
             connection.executemany(WRITE, rows)
 
-    def _read(self, key: SessionKey) -> SessionRecord | None:
-        found = self._connected().execute(READ, key).fetchone()
-        return None if found is None else decode_record(found[0])
-
     def _erase(self, keys: Sequence[SessionKey], scrub: bool) -> None:
         with self._transaction() as connection:
             connection.executemany(ERASE, keys)
         if scrub:
-            # Where SQLite moves rows between pages it leaves copies behind, which secure_delete does not see.
-            connection.execute("VACUUM")
-            busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if busy:
-                raise StoreError(f"the session store {self._file} is read by another process: its log keeps old bytes")
+            self._scrub(connection)
 
-    def _close(self) -> None:
-        if self._connection is not None:
+    def _scrub(self, connection: sqlite3.Connection) -> None:
+        self._scrubbing = True
+        try:
+            self._require_scrubs()
+            connection.execute(REWRITE)
+            self._require_scrubs()
+            busy, *_ = connection.execute(EMPTY_LOG).fetchone()
+        except (sqlite3.Error, StoreError):
+            if self._scrubs_ended:
+                self._leave_log(connection)
+            raise
+        finally:
+            self._scrubbing = False
+        if busy:
+            raise StoreError(f"the session store {self._file} is read by another process: its log keeps old bytes")
+
+    def _require_scrubs(self) -> None:
+        if self._scrubs_ended:
+            raise StoreError(f"the session store {self._file} ends soon: its file keeps old bytes")
+
+    def _leave_log(self, connection: sqlite3.Connection) -> None:
+        """It may be as large as the file, and to empty it takes seconds that there are not: the next start does."""
+        self._log_is_left = True
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+
+    def _probe(self) -> None:
+        with self._transaction() as connection:
+            connection.execute(PROBE)
+
+    def _close_writer(self) -> None:
+        if self._writer is not None and not self._log_is_left:
             try:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._writer.execute(EMPTY_LOG)
             finally:
-                self._connection.close()
-                self._connection = None
+                self._writer.close()
+                self._writer = None
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -148,7 +223,7 @@ class SqliteStore:
 
     def _connected(self) -> sqlite3.Connection:
         """Not only `open` connects, so that a store that could not be opened works once its fault is gone."""
-        if self._connection is None:
+        if self._writer is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self._file, timeout=self._busy_timeout_s, isolation_level=None)
             try:
@@ -156,8 +231,8 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
-        return self._connection
+            self._writer = connection
+        return self._writer
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -170,3 +245,10 @@ class SqliteStore:
         connection.execute("PRAGMA secure_delete = ON")  # freed bytes become zeros
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def _interrupt(connection: sqlite3.Connection | None) -> None:
+    """From any thread: what it runs fails, soon."""
+    if connection is not None:
+        with suppress(sqlite3.ProgrammingError):  # closed meanwhile
+            connection.interrupt()

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 
+CLOSE_TIMEOUT_S = 10.0
+
 
 class StoreError(Exception):
     """The store is down, full, locked or damaged. What it was asked for is either done wholly or not at all.
@@ -20,9 +22,10 @@ class RecordUnreadable(StoreError):
 
 
 class SessionStore(Protocol):
-    """Keeps records by key. Every method raises StoreError; none blocks the event loop.
+    """Keeps records by key. Every method that is awaited raises StoreError; none blocks the event loop.
 
-    Operations take effect in the order in which they were called.
+    Writes and erasures take effect in the order in which they were called. A read sees all that had ended when it was
+    called, and waits for none that has not.
     """
 
     @property
@@ -43,9 +46,17 @@ class SessionStore(Protocol):
         ...
 
     async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
-        """Forget these; with `scrub`, no byte of them is left in any file when this returns."""
+        """Forget these; with `scrub`, no byte of them, nor of any erased before, is left in any file then."""
         ...
 
-    async def close(self) -> None:
-        """End. What was written stays."""
+    async def probe(self) -> None:
+        """Write something small for good, which changes no record: it fails where a write would."""
+        ...
+
+    def end_scrubs(self) -> None:
+        """Scrub no more, for time is short: one that runs fails soon, and so does each that comes."""
+        ...
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """End. What was written stays; what is under way fails, or is left to itself when the time is over."""
         ...

@@ -1,0 +1,86 @@
+"""What the store has yet to forget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from service.errors import StoreUnavailable
+from service.sessions.checkpoints import Checkpointer, retrieve
+from service.sessions.record import SessionKey
+
+SCRUB_AGAIN_S = 30.0  # one that fails late has held writes up for seconds
+
+
+class Erasure:
+    """Keys of sessions that are over. None is dropped before the store has done with it, whatever is raised."""
+
+    def __init__(self, checkpoints: Checkpointer, clock: Callable[[], float]) -> None:
+        self._checkpoints = checkpoints
+        self._clock = clock
+        # Each key has a mark of its own, for a session of that id may begin and end while an older one is erased.
+        self._ended: dict[SessionKey, object] = {}
+        self._deleted: dict[SessionKey, object] = {}  # bytes of these may be left in a file, erased or not
+        self._scrubbing = asyncio.Lock()
+        self._next_scrub: asyncio.Task[None] | None = None
+        self._scrubbed_s = 0.0
+
+    def add(self, key: SessionKey) -> None:
+        """The session is over."""
+        self._ended[key] = object()
+
+    def replaced(self, key: SessionKey) -> None:
+        """Another session has the id, and what is written of it takes the place of what was there."""
+        self._ended.pop(key, None)
+
+    def owes_scrub(self, key: SessionKey) -> bool:
+        """Whether the session was deleted, but its bytes may still be in a file."""
+        return key in self._deleted
+
+    async def erase(self) -> None:
+        """Forget what is over; where the store does not answer, later."""
+        ended = dict(self._ended)
+        if ended:
+            with suppress(StoreUnavailable):
+                await self._checkpoints.erase(list(ended))
+                _drop(self._ended, ended)
+
+    async def scrub(self, key: SessionKey) -> None:
+        """Leave no byte of the session in any file. Raises StoreUnavailable; then it is tried again, later.
+
+        All that wait while one scrub runs share the next one, which goes on if its callers are cancelled.
+        """
+        self._deleted[key] = object()
+        await self._scrub_together()
+
+    async def scrub_again(self) -> None:
+        """Scrub what could not be scrubbed, if the store can be written and the last time is a while ago."""
+        waits = self._next_scrub is not None or self._scrubbing.locked()
+        due = self._clock() - self._scrubbed_s >= SCRUB_AGAIN_S
+        if self._deleted and self._checkpoints.available and due and not waits:
+            with suppress(StoreUnavailable):
+                await self._scrub_together()
+
+    async def _scrub_together(self) -> None:
+        if self._next_scrub is None:
+            self._next_scrub = asyncio.create_task(self._scrub())
+            self._next_scrub.add_done_callback(retrieve)
+        await asyncio.shield(self._next_scrub)
+
+    async def _scrub(self) -> None:
+        async with self._scrubbing:
+            self._next_scrub = None
+            ended, deleted = dict(self._ended), dict(self._deleted)
+            try:
+                await self._checkpoints.scrub(list(ended))
+            finally:
+                self._scrubbed_s = self._clock()
+            _drop(self._ended, ended)
+            _drop(self._deleted, deleted)
+
+
+def _drop(waiting: dict[SessionKey, object], done: dict[SessionKey, object]) -> None:
+    for key, mark in done.items():
+        if waiting.get(key) is mark:
+            del waiting[key]

@@ -1,0 +1,121 @@
+"""Which sessions there are: those in memory, and those that only the store has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from models.manifest import ModelKey
+from service.sessions.checkpoints import Checkpointer
+from service.sessions.erasure import Erasure
+from service.sessions.index import Departed, Parked, SessionKeys
+from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
+from service.sessions.session import Session
+
+
+class TableMetrics(Protocol):
+    """Where the sessions that are there are counted."""
+
+    def live_sessions(self, model: ModelKey, sessions: int) -> None:
+        """So many sessions of the model have a stream."""
+        ...
+
+    def parked(self, sessions: int, size_bytes: int) -> None:
+        """So many sessions have no stream, and their states and answers so many bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A session as it is now, and whether it has a stream."""
+
+    summary: SessionSummary
+    live: bool
+
+
+class SessionTable:
+    """Finds, counts and ends sessions."""
+
+    def __init__(self, checkpoints: Checkpointer, erasure: Erasure, metrics: TableMetrics) -> None:
+        self.in_memory: dict[SessionKey, Session] = {}  # live, or parked and not yet written
+        self.parked = Parked()
+        self.keys = SessionKeys()
+        self.departed = Departed()
+        self._live: Counter[ModelKey] = Counter()
+        self._checkpoints = checkpoints
+        self._erasure = erasure
+        self._metrics = metrics
+
+    @property
+    def live(self) -> int:
+        """How many have a stream."""
+        return self._live.total()
+
+    def add_parked(self, summaries: Sequence[SessionSummary]) -> None:
+        """What the store has from before, the longest unused first."""
+        for summary in summaries:
+            self.parked.add(summary)
+        self.keys.update(summary.key for summary in summaries)
+
+    def add(self, session: Session) -> None:
+        """A new one."""
+        self.in_memory[session.key] = session
+        self.keys.update([session.key])
+        self.departed.forget(session.key)
+
+    def load(self, session: Session) -> None:
+        """It was read from the store."""
+        self.parked.remove(session.key)
+        self.in_memory[session.key] = session
+
+    def unload(self, session: Session, record: SessionRecord) -> None:
+        """It is in the store as it is now, and has no stream."""
+        del self.in_memory[session.key]
+        self.parked.add(summary_of(record))
+
+    def add_live(self, model: ModelKey, sessions: int) -> None:
+        """So many more sessions of the model have a stream."""
+        self._live[model] += sessions
+        self._metrics.live_sessions(model, self._live[model])
+
+    def end(self, session: Session) -> None:
+        """It is over, at once in memory and soon in the store."""
+        session.ended = True
+        if session.owner is not None:
+            session.owner = None
+            self.add_live(session.model, -1)
+        del self.in_memory[session.key]
+        self.keys.remove(session.key)
+        self._checkpoints.forget(session)
+        if session.resumable:
+            self._erasure.add(session.key)
+
+    def end_parked(self, key: SessionKey) -> None:
+        """The same of one that only the store has."""
+        self.parked.remove(key)
+        self.keys.remove(key)
+        self._erasure.add(key)
+
+    def find(self, key: SessionKey) -> SessionInfo:
+        """What is known of a session. Raises SessionNotFound, Evicted."""
+        if session := self.in_memory.get(key):
+            return SessionInfo(summary_of(session.record()), live=session.owner is not None)
+        if summary := self.parked.get(key):
+            return SessionInfo(summary, live=False)
+        raise self.departed.error(key)
+
+    def unwritten(self) -> list[Session]:
+        """Parked, but not in the store yet, the longest unused first: more than a few where it is slow or down."""
+        parked = [session for session in self.in_memory.values() if session.owner is None]
+        return sorted(parked, key=lambda session: session.used_s)
+
+    def unwritten_bytes(self) -> int:
+        """Of their states and answers."""
+        return sum(session.record().size_bytes for session in self.unwritten())
+
+    def count(self) -> None:
+        """Tell the metrics what is parked."""
+        sessions, size_bytes = len(self.unwritten()), self.unwritten_bytes()
+        self._metrics.parked(len(self.parked) + sessions, self.parked.size_bytes + size_bytes)
