@@ -155,6 +155,8 @@ class RealTimeService(RealTimeServiceServicer):
         session, missed = await self._sessions.open(opening, manifest, stream)
         manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now
         stream.opened(session, manifest, wanted.options)
+        if wanted.take_over:  # or a crash would give the session back to whoever had it before
+            await self._sessions.settle(session)
         return missed
 
     async def _serve(

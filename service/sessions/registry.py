@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,7 @@ class SessionRegistry:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
+        self._store_timeout_s = store_timeout_s
         self.checkpoints = Checkpointer(
             store,
             interval_s=checkpoint_interval_s,
@@ -138,6 +140,13 @@ class SessionRegistry:
         """Steps or a reset were applied: write it behind."""
         if session.resumable and not session.ended:
             self.checkpoints.changed(session, steps)
+
+    async def settle(self, session: Session) -> None:
+        """Write the session now. Where the store is slow or down, go on without."""
+        if self.durable and session.resumable:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._store_timeout_s):
+                    await asyncio.shield(asyncio.ensure_future(self.checkpoints.write_changed()))
 
     def leave(self, session: Session, owner: Owner) -> None:
         """The stream is gone: park the session, or end it if it cannot be resumed."""

@@ -166,6 +166,26 @@ def test_a_caller_that_comes_back_after_another_one_is_told_and_gets_nothing(cha
         accumulate(other, 1)
 
 
+def test_a_takeover_that_was_answered_survives_a_crash(repository: Path, tmp_path: Path) -> None:
+    opening = open_("accumulator", "taken", token=TOKEN)
+    former, newer = resume(opening), resume(opening)
+    opening.open.caller_id = former.open.caller_id = b"former"
+    newer.open.caller_id, newer.open.take_over = b"newer", True
+    with (
+        start_server(repository, tmp_path, checkpoint_interval_s=60) as server,
+        grpc.insecure_channel(server.target) as channel,
+        live_stream(channel, opening) as stream,
+    ):
+        cut(stream)
+        with live_stream(channel) as other:
+            assert other.ask(newer).HasField("opened")
+            server.kill()
+    with start_server(repository, tmp_path) as server, grpc.insecure_channel(server.target) as channel:
+        with live_stream(channel) as zombie, pytest.raises(grpc.RpcError) as ended:
+            zombie.ask(former)
+        assert refusal_of(ended.value).reason == "SESSION_MOVED"
+
+
 def test_another_token_never_gets_a_session(channel: grpc.Channel) -> None:
     with live_stream(channel, open_("accumulator", "mine", token=TOKEN)) as stream:
         accumulate(stream, 0)
