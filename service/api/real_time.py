@@ -156,7 +156,7 @@ class RealTimeService(RealTimeServiceServicer):
         manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now
         stream.opened(session, manifest, wanted.options)
         if wanted.take_over:  # or a crash would give the session back to whoever had it before
-            await self._sessions.settle(session)
+            await self._sessions.write_now(session)
         return missed
 
     async def _serve(

@@ -141,8 +141,8 @@ class SessionRegistry:
         if session.resumable and not session.ended:
             self.checkpoints.changed(session, steps)
 
-    async def settle(self, session: Session) -> None:
-        """Write the session now. Where the store is slow or down, go on without."""
+    async def write_now(self, session: Session) -> None:
+        """Write the session before the next round is due. Where the store is slow or down, go on without."""
         if self.durable and session.resumable:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._store_timeout_s):

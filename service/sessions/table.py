@@ -113,9 +113,13 @@ class SessionTable:
 
     def unwritten_bytes(self) -> int:
         """Of their states and answers."""
-        return sum(session.record().size_bytes for session in self.unwritten())
+        return _size_bytes(self.unwritten())
 
     def count(self) -> None:
         """Tell the metrics what is parked."""
-        sessions, size_bytes = len(self.unwritten()), self.unwritten_bytes()
-        self._metrics.parked(len(self.parked) + sessions, self.parked.size_bytes + size_bytes)
+        unwritten = self.unwritten()
+        self._metrics.parked(len(self.parked) + len(unwritten), self.parked.size_bytes + _size_bytes(unwritten))
+
+
+def _size_bytes(sessions: Sequence[Session]) -> int:
+    return sum(session.record().size_bytes for session in sessions)
