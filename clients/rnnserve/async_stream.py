@@ -116,7 +116,10 @@ class AsyncStream:
             raise
 
     async def close(self) -> None:
-        """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server."""
+        """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server.
+
+        The notice "not_erased" tells where a crash of the server may bring the session back, parked: its store is down.
+        """
         if self._duplex is None:
             return
         until_s = asyncio.get_running_loop().time() + self._timeout_s
@@ -125,6 +128,7 @@ class AsyncStream:
             await self._exchange(self._session.close, until_s)
         await self._duplex.finish(until_s)
         self.abort()
+        self._session.closed()
 
     async def park(self) -> None:
         """Ends the stream but not the session, which `resume_point` can resume for as long as the server keeps it."""

@@ -75,7 +75,8 @@ class Notice:
 
     reason: str
     """What the server says: "draining" = it is shutting down; "evicted" = the session met one of its limits. What the
-    stream itself says: "interrupted" = it has lost its server and tries to resume; "resumed" = it goes on."""
+    stream itself says: "interrupted" = it has lost its server and tries to resume; "resumed" = it goes on;
+    "not_erased" = it is closed, but the server's store may still have its session."""
     message: str
     """The same as a sentence."""
     time_left_s: float = 0.0

@@ -110,6 +110,7 @@ class Session:
         self._interrupted = False  # and not resumed yet
         self._leaving = False
         self._closing = False
+        self._erased = False
         self._sent_step = self.next_step  # no step from here on was ever sent
         self._acknowledged = 0  # what the last open said
         self._owed: deque[_Owed] = deque()
@@ -193,6 +194,12 @@ class Session:
         closing = pb.CloseSession(first_step=self.next_step)
         return pb.StreamStepsRequest(close=closing, answered_step=self.handed_step)
 
+    def closed(self) -> None:
+        """The last use of the session; the caller is told where the server did not say that nothing is left of it."""
+        if self.durability != "none" and not self._erased:
+            message = "the server has not said that the session is erased; it may stay parked for its resume window"
+            self._announce(Notice("not_erased", message))
+
     def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
         """The new answers in a response."""
         if response.durable_step > self.durable_step:
@@ -225,6 +232,7 @@ class Session:
         """The call has ended: opens the session again, unless that is hopeless. Then `failure` says why."""
         self.lose()
         if self._closing and isinstance(error, SessionNotFound):
+            self._erased = True
             return Turn()
         pause_s = self._resumption.pause_s(error.retry_after_s) if self._resumes_after(error) else None
         if pause_s is None:
@@ -321,6 +329,8 @@ class Session:
             self._opened(response.opened)
         elif response.HasField("error"):
             self._refuse(error_from_status(response.error), owed, owed.first)
+        elif response.HasField("closed"):
+            self._erased = response.closed.erased
         elif owed.message is not None:
             owed.message.answered = True
             self._reset_step = max(self._reset_step, owed.message.first)

@@ -111,7 +111,10 @@ class Stream:
             raise
 
     def close(self) -> None:
-        """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server."""
+        """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server.
+
+        The notice "not_erased" tells where a crash of the server may bring the session back, parked: its store is down.
+        """
         if self._duplex is None:
             return
         until_s = time.monotonic() + self._timeout_s
@@ -120,6 +123,7 @@ class Stream:
             self._exchange(self._session.close, until_s)
         self._duplex.finish(until_s)
         self.abort()
+        self._session.closed()
 
     def park(self) -> None:
         """Ends the stream but not the session, which `resume_point` can resume for as long as the server keeps it."""

@@ -196,9 +196,9 @@ class RealTimeService(RealTimeServiceServicer):
     async def _close(self, stream: _Stream, close: CloseSession) -> StreamStepsResponse:
         if close.HasField("first_step"):
             stream.session.expect(close.first_step)
-        closed = SessionClosed(next_step=stream.session.next_step)
-        await self._sessions.close(stream.session, stream)
-        return StreamStepsResponse(closed=closed)
+        next_step = stream.session.next_step
+        erased = await self._sessions.close(stream.session, stream)
+        return StreamStepsResponse(closed=SessionClosed(next_step=next_step, erased=erased))
 
     async def _reply(self, stream: _Stream, request: StreamStepsRequest) -> StreamStepsResponse:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from service.errors import StoreUnavailable
@@ -22,8 +22,8 @@ class Erasure:
         # Each key has a mark of its own, for a session of that id may begin and end while an older one is erased.
         self._ended: dict[SessionKey, object] = {}
         self._deleted: dict[SessionKey, object] = {}  # bytes of these may be left in a file, erased or not
-        self._scrubbing = asyncio.Lock()
-        self._next_scrub: asyncio.Task[None] | None = None
+        self._erase = _SharedRounds(self._erase_ended)
+        self._scrub = _SharedRounds(self._scrub_deleted)
         self._scrubbed_s = 0.0
 
     def add(self, key: SessionKey) -> None:
@@ -34,50 +34,75 @@ class Erasure:
         """Another session has the id, and what is written of it takes the place of what was there."""
         self._ended.pop(key, None)
 
+    def owes(self, key: SessionKey) -> bool:
+        """Whether the session is over, but the store may still have it."""
+        return key in self._ended
+
     def owes_scrub(self, key: SessionKey) -> bool:
         """Whether the session was deleted, but its bytes may still be in a file."""
         return key in self._deleted
 
     async def erase(self) -> None:
         """Forget what is over; where the store does not answer, later."""
-        ended = dict(self._ended)
-        if ended:
+        if self._ended:
             with suppress(StoreUnavailable):
-                await self._checkpoints.erase(list(ended))
-                _drop(self._ended, ended)
+                await self._erase.run()
+
+    async def confirm(self, key: SessionKey) -> None:
+        """Return once the store has forgotten the session, if it is over. Raises StoreUnavailable."""
+        if key in self._ended:
+            await self._erase.run()
 
     async def scrub(self, key: SessionKey) -> None:
-        """Leave no byte of the session in any file. Raises StoreUnavailable; then it is tried again, later.
-
-        All that wait while one scrub runs share the next one, which goes on if its callers are cancelled.
-        """
+        """Leave no byte of the session in any file. Raises StoreUnavailable; then it is tried again, later."""
         self._deleted[key] = object()
-        await self._scrub_together()
+        await self._scrub.run()
 
     async def scrub_again(self) -> None:
         """Scrub what could not be scrubbed, if the store can be written and the last time is a while ago."""
-        waits = self._next_scrub is not None or self._scrubbing.locked()
         due = self._clock() - self._scrubbed_s >= SCRUB_AGAIN_S
-        if self._deleted and self._checkpoints.available and due and not waits:
+        if self._deleted and self._checkpoints.available and due and not self._scrub.under_way:
             with suppress(StoreUnavailable):
-                await self._scrub_together()
+                await self._scrub.run()
 
-    async def _scrub_together(self) -> None:
-        if self._next_scrub is None:
-            self._next_scrub = asyncio.create_task(self._scrub())
-            self._next_scrub.add_done_callback(retrieve)
-        await asyncio.shield(self._next_scrub)
+    async def _erase_ended(self) -> None:
+        ended = dict(self._ended)
+        await self._checkpoints.erase(list(ended))
+        _drop(self._ended, ended)
 
-    async def _scrub(self) -> None:
-        async with self._scrubbing:
-            self._next_scrub = None
-            ended, deleted = dict(self._ended), dict(self._deleted)
-            try:
-                await self._checkpoints.scrub(list(ended))
-            finally:
-                self._scrubbed_s = self._clock()
-            _drop(self._ended, ended)
-            _drop(self._deleted, deleted)
+    async def _scrub_deleted(self) -> None:
+        ended, deleted = dict(self._ended), dict(self._deleted)
+        try:
+            await self._checkpoints.scrub(list(ended))
+        finally:
+            self._scrubbed_s = self._clock()
+        _drop(self._ended, ended)
+        _drop(self._deleted, deleted)
+
+
+class _SharedRounds:
+    """One at a time: all that come while one runs share the next one, which goes on if they are cancelled."""
+
+    def __init__(self, run: Callable[[], Awaitable[None]]) -> None:
+        self._run = run
+        self._running = asyncio.Lock()
+        self._next: asyncio.Task[None] | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self._next is not None or self._running.locked()
+
+    async def run(self) -> None:
+        """A round that begins after this."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._run_next())
+            self._next.add_done_callback(retrieve)
+        await asyncio.shield(self._next)
+
+    async def _run_next(self) -> None:
+        async with self._running:
+            self._next = None
+            await self._run()
 
 
 def _drop(waiting: dict[SessionKey, object], done: dict[SessionKey, object]) -> None:

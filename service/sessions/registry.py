@@ -160,13 +160,15 @@ class SessionRegistry:
         else:
             self._table.end(session)
 
-    async def close(self, session: Session, owner: Owner) -> None:
-        """End the session for good, or park it if answers are not acknowledged."""
+    async def close(self, session: Session, owner: Owner) -> bool:
+        """End the session for good, or park it if answers are not acknowledged. Whether the store has erased it."""
         if session.owner is not owner or (session.resumable and not session.all_answered):
             self.leave(session, owner)
-            return
+            return False
         self._table.end(session)
+        self._table.departed.remember(session.key)
         await self._erasure.erase()
+        return not self._erasure.owes(session.key)
 
     def find(self, key: SessionKey) -> SessionInfo:
         """What is known of a session. Raises SessionNotFound, Evicted."""
@@ -250,7 +252,10 @@ class SessionRegistry:
             session = await self._loaded(opening)
         if session is None:
             if opening.resume or (opening.rebuild and key in departed):
-                raise departed.error(key)
+                error = departed.error(key)
+                if isinstance(error, SessionNotFound):  # which a client that closes takes for erased
+                    await self._erasure.confirm(key)
+                raise error
             return None
         _check_token(session.token_hash, opening)
         return session

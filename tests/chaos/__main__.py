@@ -85,6 +85,7 @@ def _report(outcomes: list[Outcome], break_name: str, console: Console) -> int:
     console.print(f"struck at: {dict(places)}", highlight=False)
     console.print(f"steps checked: {sum(outcome.steps for outcome in hits)}")
     console.print(f"plans repeated with another step: {sum(outcome.attempts > 1 for outcome in outcomes)}")
+    console.print(f"erased sessions looked for after a crash: {sum(outcome.proved_erased for outcome in hits)}")
     if missed:
         console.print(f"not counted, for their fault never hit: {missed}")
     console.print(f"plans with violations: {len(failed)}", style="red" if failed else "green")

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from service.sessions.session import Session
 
 VARIABLE = "CHAOS_BREAK"
-SERVER_BREAKS = ("no-index-check", "no-token-check", "no-held-answers", "forgetful-checkpoint")
+SERVER_BREAKS = (
+    "no-index-check",
+    "no-token-check",
+    "no-held-answers",
+    "forgetful-checkpoint",
+    "no-erasure",
+    "late-takeover",
+)
 BREAKS = (*SERVER_BREAKS, "no-replay", "forgotten-reset")
 
 
@@ -24,6 +31,7 @@ def put(owner: object, name: str, replacement: object) -> None:
 def break_server(name: str) -> None:
     """In the process of the server."""
     from service.sessions import registry
+    from service.sessions.erasure import Erasure
     from service.sessions.ledger import Ledger
     from service.sessions.session import Session
 
@@ -44,6 +52,14 @@ def break_server(name: str) -> None:
             return replace(record(self), row=self._engine.initial_row(self.model))
 
         put(Session, "record", with_initial_row)
+    elif name == "no-erasure":
+        put(Erasure, "add", lambda self, key: None)
+    elif name == "late-takeover":
+
+        async def later(self: registry.SessionRegistry, session: Session) -> None:
+            """In the next round."""
+
+        put(registry.SessionRegistry, "write_now", later)
 
 
 def break_client(name: str) -> None:

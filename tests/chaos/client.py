@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rnnserve import Answer, Client, ResumePoint, ResumePointLost, SessionNotFound, Stream
+from rnnserve import Answer, Client, ResumePoint, ResumePointLost, SessionMoved, SessionNotFound, Stream
 from rnnserve.session import Session
 from tests.chaos import broken
 from tests.chaos.plans import STEPS, Plan, Script, Target
@@ -28,8 +28,8 @@ RESUME_TIMEOUT_S = 15.0
 BEFORE_RESET_S = 0.06  # longer than between two checkpoints, so that the last one does not know of the reset
 
 Row = tuple[int, tuple[float, ...]]
-Event = Row | int | Literal["opened"]
-"""An answer, a reset before the step of that index, or the beginning."""
+Event = Row | int | Literal["opened", "resumed", "erased"]
+"""An answer, a reset before the step of that index, the beginning, or the end, if nothing is left on the server."""
 
 
 @dataclass
@@ -89,8 +89,7 @@ def run_script(
                 for answer in answers:
                     record(_row(answer), ResumePoint(*stream.resume_point[:2], answer.step + 1))
 
-            if resume is None:
-                record("opened", stream.resume_point)
+            record("resumed" if resume else "opened", stream.resume_point)
             note(stream.missed)
             first = stream.next_step
             for start, end in _segments(script, first):
@@ -104,6 +103,8 @@ def run_script(
                 if STEPS in script.resets:
                     stream.reset()
                 note([stream.step(np.array([script.values[STEPS]], np.float32))])
+        if all(notice.reason != "not_erased" for notice in stream.notices):
+            record("erased", stream.resume_point)
 
 
 def _send_again_twice(stream: Stream) -> None:
@@ -137,6 +138,7 @@ class Record:
 
     rows: list[Row]
     resets: list[int]
+    erased: bool
     point: ResumePoint | None
 
 
@@ -146,9 +148,8 @@ def read_record(file: Path) -> Record:
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     events = [event for event, _ in lines]
     rows: list[Row] = [(event[0], tuple(event[1])) for event in events if isinstance(event, list)]
-    return Record(
-        rows, [event for event in events if isinstance(event, int)], ResumePoint(*lines[-1][1]) if lines else None
-    )
+    resets = [event for event in events if isinstance(event, int)]
+    return Record(rows, resets, "erased" in events, ResumePoint(*lines[-1][1]) if lines else None)
 
 
 def main(target: str, file_name: str) -> None:
@@ -167,6 +168,8 @@ def main(target: str, file_name: str) -> None:
                 return
             lines.write(json.dumps((event, point)) + "\n")
             lines.flush()
+            if event == "resumed":
+                tell("resumed")()
 
         def tell(event: str) -> Callable[[], None]:
             def ask() -> None:
@@ -176,7 +179,9 @@ def main(target: str, file_name: str) -> None:
             return ask
 
         watched = Watched(**given["watched"], giving=tell("giving"), made=tell("made")) if given["watched"] else None
-        run = partial(run_script, target, given["session"], script, record, watched=watched)
+        run = partial(
+            run_script, target, given["session"], script, record, watched=watched, before_last=tell("before_last")
+        )
         try:
             run(resume=resume, resets_done=known.resets)
         except ResumePointLost as lost:
@@ -190,6 +195,11 @@ def main(target: str, file_name: str) -> None:
                 raise
             if len(known.rows) <= STEPS:
                 run()
+            elif resume is not None:
+                record("erased", resume)
+        except SessionMoved:
+            print("moved", flush=True)
+            return
     print("done", flush=True)
 
 

@@ -13,7 +13,7 @@ from queue import Empty
 
 from rnnserve import Client, ResumePoint, RnnserveError, SessionExists, SessionNotFound
 from tests.chaos.client import Row
-from tests.chaos.plans import STEPS, Plan, make_plan
+from tests.chaos.plans import OF_PROCESSES, STEPS, Plan, make_plan
 from tests.chaos.proxy import BOTH, Direction, Proxy
 from tests.chaos.server import ChaosServer
 from tests.chaos.server_with_points import Action, Armed
@@ -42,6 +42,8 @@ class Outcome:
     steps: int = 0
     recovery_s: float = 0.0
     """From the fault to the next answer."""
+    proved_erased: bool = False
+    """Whether a crash after the end was to show that nothing is left."""
     violations: list[str] = field(default_factory=list)
 
 
@@ -72,11 +74,11 @@ class Harness:
         at_client = plan.point in CLIENT_POINTS
         target = f"127.0.0.1:{self._proxy.port}"
         subject: Subject
-        if plan.fault in ("client_dies", "both_die"):
+        if plan.fault in OF_PROCESSES:
             subject = ProcessSubject(plan, target, self._folder, self._break_name, watches=at_client)
         else:
             subject = ThreadSubject(plan, target, watches=at_client)
-            subject.before_last = lambda: self._before_last(plan, subject, outcome)
+        subject.before_last = lambda: self._before_last(plan, subject, outcome)
         failures = self._server.store_failures
         began_s = time.monotonic()
         try:
@@ -96,6 +98,8 @@ class Harness:
         rows = subject.rows()
         outcome.steps = len(rows)
         outcome.violations += violations(rows, plan)
+        if subject.erased and (plan.target == "close" or plan.choice * 10 % 1 < 0.3):
+            self._prove_erased(plan, outcome)
         return outcome
 
     def _run_with_server_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
@@ -213,11 +217,34 @@ class Harness:
                     self._crash(itself)
                 go()
                 subject.be_reborn()
+            case "taken_over":
+                assert isinstance(subject, ProcessSubject)
+                self._take_over(plan, subject, outcome, go)
         if self._is_crash_to_follow(plan):
             with self._recovery(subject, outcome):
                 self._server.start()
                 subject.fault_over.set()
         subject.fault_over.set()
+
+    def _take_over(self, plan: Plan, subject: ProcessSubject, outcome: Outcome, go: Callable[[], None]) -> None:
+        """While the client pauses; where the server crashes then, the client must not get its session back."""
+        subject.pause()
+        go()
+        subject.be_succeeded()
+        if plan.choice < 0.5:
+            self._crash(itself=False)
+        last_words = subject.wake_former()
+        if last_words != "moved" and plan.target != "close":  # a close is over in any case
+            outcome.violations.append(f"the client that was taken over did not hear so; its last words: {last_words}")
+
+    def _prove_erased(self, plan: Plan, outcome: Outcome) -> None:
+        """A crash must not bring back what its client was told is erased."""
+        self._crash(itself=False)
+        outcome.proved_erased = True
+        client = Client(f"127.0.0.1:{self._server.port}", timeout_s=QUIET_TIMEOUT_S)
+        with client, contextlib.suppress(SessionNotFound):
+            client.session(plan.session)
+            outcome.violations.append("the session was closed and said to be erased, but a crash brought it back")
 
     def _crash(self, itself: bool) -> None:
         if itself:

@@ -9,11 +9,21 @@ from typing import Literal, get_args
 
 Point = Literal["before_send", "after_send", "after_apply", "after_checkpoint", "before_answer"]
 Fault = Literal[
-    "kill", "stop", "cut", "half_close", "black_hole", "full_disk", "locked_database", "client_dies", "both_die"
+    "kill",
+    "stop",
+    "cut",
+    "half_close",
+    "black_hole",
+    "full_disk",
+    "locked_database",
+    "client_dies",
+    "both_die",
+    "taken_over",
 ]
 Target = Literal["steps", "reset", "close"]
 POINTS: tuple[Point, ...] = get_args(Point)
 FAULTS: tuple[Fault, ...] = get_args(Fault)
+OF_PROCESSES: tuple[Fault, ...] = ("client_dies", "both_die", "taken_over")
 PAIRS = tuple(
     (FAULTS[n % len(FAULTS)], POINTS[(n % len(FAULTS) + n // len(FAULTS)) % len(POINTS)])
     for n in range(len(FAULTS) * len(POINTS))

@@ -123,9 +123,10 @@ def wrap(points: Points) -> None:
         reset(self, first_step)
         points.reach("after_apply", self.key.session_id, first_step, "reset")
 
-    async def close_and_reach(self: SessionRegistry, session: Session, owner: Owner) -> None:
-        await close(self, session, owner)
+    async def close_and_reach(self: SessionRegistry, session: Session, owner: Owner) -> bool:
+        erased: bool = await close(self, session, owner)
         points.reach("after_apply", session.key.session_id, session.next_step, "close")
+        return erased
 
     async def write_and_reach(self: SqliteStore, records: Any) -> None:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from tests.chaos.plans import Plan
 from tests.support.server import ROOT
 
 MESSAGE_TIMEOUT_S = 3.0
+SUCCESSION_TIMEOUT_S = 10.0
 
 
 class Subject(ABC):
@@ -46,6 +49,11 @@ class Subject(ABC):
 
     @property
     @abstractmethod
+    def erased(self) -> bool:
+        """Whether it was told that nothing is left of the session."""
+
+    @property
+    @abstractmethod
     def resets(self) -> int:
         """How many were answered."""
 
@@ -72,6 +80,7 @@ class ThreadSubject(Subject):
     def start(self) -> None:
         self._rows: list[Row] = []
         self._resets = 0
+        self._erased = False
         threading.Thread(target=self._run, name="subject", daemon=True).start()
 
     def rows(self) -> list[Row]:
@@ -81,6 +90,10 @@ class ThreadSubject(Subject):
     def resets(self) -> int:
         return self._resets
 
+    @property
+    def erased(self) -> bool:
+        return self._erased
+
     def close(self) -> None:
         """The thread ends with its script."""
 
@@ -88,6 +101,7 @@ class ThreadSubject(Subject):
         if isinstance(event, tuple):
             self._rows.append(event)
         self._resets += isinstance(event, int)
+        self._erased |= event == "erased"
 
     def _run(self) -> None:
         try:
@@ -113,9 +127,12 @@ class ProcessSubject(Subject):
         self._file = folder / f"{plan.session}.record"
         self._file.unlink(missing_ok=True)
         self._break_name = break_name
+        self._resumed = threading.Event()
+        self._last_words: dict[int, str] = {}  # by process id
 
     def start(self) -> None:
         self._begin(watches=self.watches)
+        self._former, self._former_listener = self._process, self._listener
 
     def rows(self) -> list[Row]:
         return read_record(self._file).rows
@@ -123,6 +140,10 @@ class ProcessSubject(Subject):
     @property
     def resets(self) -> int:
         return len(read_record(self._file).resets)
+
+    @property
+    def erased(self) -> bool:
+        return read_record(self._file).erased
 
     def die(self) -> None:
         self._process.kill()
@@ -132,9 +153,29 @@ class ProcessSubject(Subject):
         self._listener.join(MESSAGE_TIMEOUT_S)
         self._begin(watches=False)
 
+    def pause(self) -> None:
+        """No instruction more of this process."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def be_succeeded(self) -> None:
+        """Another process takes the session over, and this one no longer counts. Return once it has the session."""
+        self._former, self._former_listener = self._process, self._listener
+        file = self._file.with_suffix(".succeeded")
+        shutil.copy(self._file, file)
+        self._file = file
+        self._begin(watches=False)
+        self._resumed.wait(SUCCESSION_TIMEOUT_S)
+
+    def wake_former(self) -> str:
+        """The last that the former process says."""
+        self._former.send_signal(signal.SIGCONT)
+        self._former_listener.join(SUCCESSION_TIMEOUT_S)
+        return self._last_words.get(self._former.pid, "nothing")
+
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        for process in (self._process, self._former):
+            process.kill()
+            process.wait()
 
     def _begin(self, *, watches: bool) -> None:
         self._process = subprocess.Popen(
@@ -155,16 +196,22 @@ class ProcessSubject(Subject):
         assert process.stdout is not None
         with contextlib.suppress(OSError), process.stdin, process.stdout:  # it may die at any time
             for line in process.stdout:
-                match line.strip():
+                words = line.strip()
+                self._last_words[process.pid] = words
+                match words:
                     case "giving":
                         self.giving()
                     case "made":
                         self.made()
-                    case "done":
+                    case "resumed":
+                        self._resumed.set()
+                    case "before_last":
+                        self.before_last()
+                    case "done" if process is self._process:
                         self.over.set()
                 with contextlib.suppress(OSError):
                     process.stdin.write("go\n")
                     process.stdin.flush()
-        if process.wait() > 0:
+        if process.wait() > 0 and process is self._process:
             self.error = RuntimeError(f"the client process ended with exit code {process.returncode}")
             self.over.set()

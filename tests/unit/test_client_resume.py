@@ -69,6 +69,7 @@ class Server:
         self.opens: list[pb.OpenSession] = []
         self.applied: list[int] = []
         self.closed = False
+        self.erases = True
         self.stores_each_step = False
 
     def checkpoint(self) -> list[pb.StreamStepsResponse]:
@@ -89,7 +90,7 @@ class Server:
         if request.HasField("close"):
             assert request.close.first_step == self.state.next_step
             self.closed, self.state, self.stored = True, None, None
-            return [pb.StreamStepsResponse(closed=pb.SessionClosed())]
+            return [pb.StreamStepsResponse(closed=pb.SessionClosed(erased=self.erases))]
         first = request.steps.first_step if request.HasField("steps") else request.reset.first_step
         if first != self.state.next_step:
             return [self._response(error=status("STEP_OUT_OF_ORDER"))]
@@ -375,6 +376,17 @@ def test_a_close_that_was_cut_is_sent_again() -> None:
     transport.lose()
     close(session, transport)
     assert server.closed
+
+
+@pytest.mark.parametrize("erases", [True, False])
+def test_a_notice_tells_that_the_server_may_still_have_the_session(erases: bool) -> None:
+    server = Server()
+    server.erases = erases
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    close(session, transport)
+    session.closed()
+    assert [notice.reason for notice in session.notices] == ([] if erases else ["not_erased"])
 
 
 def test_a_close_whose_answer_was_lost_finds_no_session_and_is_done() -> None:

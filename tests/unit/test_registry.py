@@ -1,7 +1,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -31,6 +31,8 @@ from service.sessions.registry import Opening, SessionRegistry
 from service.sessions.session import Session
 from tests.support.bundles import features, manifest
 from tests.support.fakes import CountingMetrics, FakeExecutor, FakeStore, FakeStream, column
+
+Result = TypeVar("Result")
 
 MODEL = ModelKey("vanilla", 1)
 TOKEN = b"0123456789abcdef"
@@ -73,7 +75,7 @@ class Server:
             SessionLimits(**given),  # type: ignore[arg-type]
             checkpoint_interval_s=1.0,
             checkpoint_steps=0,
-            store_timeout_s=0.05,
+            store_timeout_s=0.25,
             metrics=self.metrics,
             clock=lambda: self.now_s,
         )
@@ -456,7 +458,7 @@ def test_evictions_are_counted_from_0_by_every_limit() -> None:
 # What is over
 
 
-async def begun(server: Server, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+async def begun(server: Server, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
     """It has come as far as the store."""
     server.store.asked.clear()
     task = asyncio.create_task(work)
@@ -486,6 +488,35 @@ async def test_what_is_over_is_erased_although_the_erasure_was_cancelled_once(se
     server.store.down = False
     await registry.enforce_limits()
     assert server.store.records == {}
+
+
+async def test_a_close_says_whether_the_store_has_erased_the_session(server: Server) -> None:
+    registry = await server.start()
+    first, second = await stored(registry, "first"), await stored(registry, "second")
+    assert await registry.close(*first)
+    server.store.down = True
+    assert not await registry.close(*second)
+
+
+async def test_a_closed_session_is_not_said_to_be_gone_before_the_store_agrees(server: Server) -> None:
+    registry = await server.start()
+    first = await stored(registry, "a")
+    server.store.down = True
+    await registry.close(*first)
+    with pytest.raises(StoreUnavailable):
+        await open_(registry, opening("a", resume=True))
+    server.store.down = False
+    with pytest.raises(SessionNotFound):
+        await open_(registry, opening("a", resume=True))
+    assert server.store.records == {}
+
+
+async def test_a_closed_session_is_not_begun_anew_by_a_client_that_missed_the_end(server: Server) -> None:
+    registry = await server.start()
+    await registry.close(*await stored(registry, "a"))
+    with pytest.raises(SessionNotFound):
+        await open_(registry, opening("a", rebuild=True))
+    await open_(registry, opening("a"))
 
 
 async def test_an_id_that_begins_and_ends_again_while_it_is_erased_is_erased_again(server: Server) -> None:
@@ -624,7 +655,7 @@ async def test_a_new_session_of_a_deleted_id_may_be_rebuilt_once_it_is_lost(serv
     registry = await server.start()
     await park(registry, "a", 1)
     await registry.delete(named("a"))
-    await registry.close(*await open_(registry, opening("a")))
+    registry.leave(*await open_(registry, opening("a", token=b"")))
     await open_(registry, opening("a", rebuild=True))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,3 +203,21 @@ def test_a_server_that_stands_still_for_longer_than_the_timeout_costs_only_time(
         going_on.start()
         step(stream, range(5, 10))
         going_on.join()
+
+
+def test_a_close_that_could_not_be_stored_is_told_and_made_good(repository: Path, tmp_path: Path) -> None:
+    told: SimpleQueue[Notice] = SimpleQueue()
+    with (
+        start_server(repository, tmp_path, store_timeout_s=0.3, checkpoint_interval_s=0.05) as server,
+        Client(server.target) as client,
+        client.stream("accumulator", on_notice=told.put) as stream,
+    ):
+        stream.step([1.0])
+        eventually(lambda: bool(stream.step([1.0])) and stream.durable_step > 0)
+        other = sqlite3.connect(tmp_path / "sessions.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        stream.close()
+        assert told.get_nowait().reason == "not_erased"
+        other.close()
+        with pytest.raises(SessionNotFound):
+            client.stream("accumulator", resume=stream.resume_point).open()

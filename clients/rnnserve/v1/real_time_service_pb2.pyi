@@ -490,16 +490,23 @@ class SessionClosed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEXT_STEP_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
     next_step: _builtins.int
     """How many steps it had."""
+    erased: _builtins.bool
+    """Nothing is left of it that a crash could bring back. Otherwise it is parked, for answers are not acknowledged, or
+    the store does not answer: then the session is over, and erased once the store does, but a crash before that leaves
+    it parked.
+    """
     def __init__(
         self,
         *,
         next_step: _builtins.int = ...,
+        erased: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_step", b"next_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "next_step", b"next_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
