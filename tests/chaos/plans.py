@@ -62,6 +62,7 @@ class Plan:
     """One fault at one point, when the stream has come to this step, or to the reset before it, or to its end."""
 
     seed: int
+    attempt: int
     point: Point
     fault: Fault
     target: Target
@@ -79,7 +80,7 @@ class Plan:
 
     @property
     def session(self) -> str:
-        return f"chaos-{self.seed}-{self.step}"
+        return f"chaos-{self.seed}-{self.attempt}"
 
 
 def make_plan(seed: int, attempt: int = 0) -> Plan:
@@ -98,7 +99,7 @@ def make_plan(seed: int, attempt: int = 0) -> Plan:
     )
     choice = drawn.random()
     target, step = _place(script, fault, point, random.Random(f"{seed}/{attempt}"))
-    return Plan(seed, point, fault, target, step, script, choice)
+    return Plan(seed, attempt, point, fault, target, step, script, choice)
 
 
 def _place(script: Script, fault: Fault, point: Point, drawn: random.Random) -> tuple[Target, int]:

@@ -205,7 +205,7 @@ class ProcessSubject(Subject):
                         self.made()
                     case "resumed":
                         self._resumed.set()
-                    case "before_last":
+                    case "before_last" if process is self._process:
                         self.before_last()
                     case "done" if process is self._process:
                         self.over.set()
