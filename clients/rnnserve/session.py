@@ -339,7 +339,8 @@ class Session:
 
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
-        self.durability = _DURABILITIES.get(opened.durability, "none")
+        if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
+            self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:
             self._begin_at(index)
         if index > self._sent_step:

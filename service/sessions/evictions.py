@@ -75,6 +75,19 @@ class Evictions:
                 self._evict_parked(key, "max_session_age_s")
 
     def _evict_surplus(self) -> None:
+        """What is too much because a limit is lower than it was at the last start, or because sessions have grown."""
+        while len(self._table.keys) > self._limits.max_sessions and self._evict_longest_parked("max_sessions"):
+            pass
+        self._evict_surplus_of_tenants()
+        self._evict_surplus_bytes()
+
+    def _evict_surplus_of_tenants(self) -> None:
+        keys, most = self._table.keys, self._limits.max_sessions_per_tenant
+        for tenant in keys.tenants_above(most) if most else ():
+            while keys.of_tenant(tenant) > most and self._evict_longest_parked("max_sessions_per_tenant", tenant):
+                pass
+
+    def _evict_surplus_bytes(self) -> None:
         table, most_bytes = self._table, self._limits.max_parked_bytes
         unwritten_bytes = table.unwritten_bytes()
         while len(table.parked) and table.parked.size_bytes + unwritten_bytes > most_bytes > 0:

@@ -39,6 +39,10 @@ class SessionKeys:
         """How many the tenant has."""
         return self._per_tenant[tenant]
 
+    def tenants_above(self, sessions: int) -> list[str]:
+        """Those that have more."""
+        return [tenant for tenant, count in self._per_tenant.items() if count > sessions]
+
     def after(self, key: SessionKey, count: int) -> list[SessionKey]:
         """So many of the key's tenant at most, behind that key."""
         behind = self._sorted.irange(minimum=key, inclusive=(False, True))

@@ -378,6 +378,21 @@ def test_a_close_that_was_cut_is_sent_again() -> None:
     assert server.closed
 
 
+def test_a_stored_session_keeps_what_is_not_durable_though_the_store_is_down_when_it_is_resumed() -> None:
+    server = Server()
+    session, transport = opened(server)
+    step(session, transport, 1.0)
+    for response in server.checkpoint():
+        session.handle(response)
+    server.durability = "process"
+    transport.lose()
+    assert step(session, transport, 2.0) == [(1, 3.0)]
+    assert session.durability == "stored"
+    server.crash()
+    transport.lose()
+    assert step(session, transport, 4.0) == [(2, 7.0)]
+
+
 @pytest.mark.parametrize("erases", [True, False])
 def test_a_notice_tells_that_the_server_may_still_have_the_session(erases: bool) -> None:
     server = Server()

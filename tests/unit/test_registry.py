@@ -351,6 +351,17 @@ async def test_past_the_sessions_the_longest_parked_is_evicted_for_a_new_one(ser
         await open_(registry, opening("one more"))
 
 
+@pytest.mark.parametrize("limit", ["max_sessions", "max_sessions_per_tenant"])
+async def test_where_a_limit_is_lower_than_at_the_last_start_the_longest_parked_go(server: Server, limit: str) -> None:
+    registry = await server.start()
+    for session_id in ("old", "newer", "newest"):
+        await park(registry, session_id, 1)
+        server.now_s += 1
+    registry = await server.start(**{limit: 2})
+    assert [key.session_id for key in server.store.records] == ["newer", "newest"]
+    assert server.count("evicted", limit) == 1
+
+
 async def test_past_the_parked_bytes_the_longest_parked_go(server: Server) -> None:
     registry = await server.start(max_parked_bytes=8)  # a state of 4 bytes and an answer of 4 each
     await park(registry, "old", 1)
