@@ -49,8 +49,8 @@ class Erasure:
                 await self._erase.run()
 
     async def confirm(self, key: SessionKey) -> None:
-        """Return once the store has forgotten the session, if it is over. Raises StoreUnavailable."""
-        if key in self._ended:
+        """Return once the store has forgotten the session, if it was closed. Raises StoreUnavailable."""
+        if key in self._ended and key not in self._deleted:  # for which somebody waits, for seconds
             await self._erase.run()
 
     async def scrub(self, key: SessionKey) -> None:

@@ -620,6 +620,17 @@ async def test_deletions_that_wait_for_a_scrub_share_the_next_one(server: Server
     assert [[key.session_id for key in keys] for keys in server.store.scrubs] == [["a"], ["b", "c", "d"]]
 
 
+async def test_a_session_that_is_being_deleted_is_said_to_be_gone_at_once(server: Server) -> None:
+    registry = await server.start()
+    await park(registry, "a", 1)
+    server.store.gate.clear()
+    deletion = await begun(server, registry.delete(named("a")))
+    with pytest.raises(SessionNotFound):
+        await open_(registry, opening("a", resume=True))
+    server.store.gate.set()
+    await deletion
+
+
 async def test_a_deletion_goes_on_when_its_caller_is_gone(server: Server) -> None:
     registry = await server.start()
     await park(registry, "a", 1)
