@@ -163,6 +163,7 @@ class RealTimeService(RealTimeServiceServicer):
         self, stream: _Stream, missed: list[HeldAnswer], requests: AsyncIterator[StreamStepsRequest]
     ) -> None:
         session = stream.session
+        await self._sessions.may_answer()
         await stream.send(StreamStepsResponse(opened=self._opened(stream)))
         for held in missed:
             await stream.send(StreamStepsResponse(answer=stream.answer(held.next_step, held.outputs)))
@@ -170,6 +171,7 @@ class RealTimeService(RealTimeServiceServicer):
             stream.busy()
             session.acknowledge(request.answered_step)
             response = await self._reply(stream, request)
+            await self._sessions.may_answer()
             await stream.send(response)
             if response.HasField("closed"):
                 return

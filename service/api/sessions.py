@@ -31,7 +31,7 @@ class SessionService(SessionServiceServicer):
     ) -> pb.ListSessionsResponse:
         """A page token is the last id of the page before, so sessions that come and go skip no other."""
         size = min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
-        found = self._sessions.after(SessionKey(ANONYMOUS, request.page_token), size + 1)
+        found = await self._sessions.after(SessionKey(ANONYMOUS, request.page_token), size + 1)
         more = found[size - 1].summary.key.session_id if len(found) > size else ""
         return pb.ListSessionsResponse(sessions=map(_describe, found[:size]), next_page_token=more)
 
@@ -41,7 +41,7 @@ class SessionService(SessionServiceServicer):
         context: ServicerContext[pb.GetSessionRequest, pb.GetSessionResponse],  # noqa: ARG002
     ) -> pb.GetSessionResponse:
         """Raises SessionNotFound."""
-        return pb.GetSessionResponse(session=_describe(self._sessions.find(_key(request.session_id))))
+        return pb.GetSessionResponse(session=_describe(await self._sessions.find(_key(request.session_id))))
 
     async def DeleteSession(
         self,

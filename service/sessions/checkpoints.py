@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeVar
 
 from service.errors import StoreUnavailable
 from service.sessions.record import SessionKey, SessionRecord
+from service.sessions.rounds import SharedRounds, retrieve
 from service.sessions.session import Session
-from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
+from service.sessions.stores.store import RecordStore, RecordUnreadable, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,14 @@ class Checkpointer:
 
     def __init__(
         self,
-        store: SessionStore,
+        store: RecordStore,
         *,
         interval_s: float,
         every_steps: int,
         timeout_s: float,
         metrics: CheckpointMetrics,
         on_written: Callable[[Session, SessionRecord], None],
+        on_refused: Callable[[Session], None],
     ) -> None:
         self.available = True
         self.available_changed = asyncio.Event()
@@ -56,10 +58,11 @@ class Checkpointer:
         self._timeout_s = timeout_s
         self._metrics = metrics
         self._on_written = on_written
+        self._on_refused = on_refused
         self._changed: dict[Session, None] = {}  # in the order of their first change
         self._steps = 0
         self._due = asyncio.Event()
-        self._round = asyncio.Lock()
+        self._rounds = SharedRounds(self._write_round)
 
     def changed(self, session: Session, steps: int = 0) -> None:
         """Write the session in the next round."""
@@ -88,27 +91,29 @@ class Checkpointer:
 
     async def write_changed(self) -> None:
         """One round: all that have changed until now, in batches. Tries a store that is down in any case."""
-        async with self._round:
-            self._due.clear()
-            self._steps = 0
-            try:
-                wrote = await self._write_batches(list(self._changed))
-                if not wrote and not self.available:
-                    await self._write_to_store(self._store.probe())
-            except StoreUnavailable:
-                pass  # it is logged, and what was to be written waits for the next round
+        await self._rounds.run()
+
+    async def _write_round(self) -> None:
+        self._due.clear()
+        self._steps = 0
+        try:
+            wrote = await self._write_batches(list(self._changed))
+            if not wrote and not self.available:
+                await self._write_to_store(self._store.probe())
+        except StoreUnavailable:
+            pass  # it is logged, and what was to be written waits for the next round
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
         """What is stored under the key. Raises StoreUnavailable, RecordUnreadable."""
-        return await self._ask(self._store.read(key))
+        return await self.ask(self._store.read(key))
 
-    async def erase(self, keys: Sequence[SessionKey]) -> None:
+    async def erase(self, fences: Mapping[SessionKey, int]) -> None:
         """Forget these in the store. Raises StoreUnavailable."""
-        await self._ask(self._store.erase(keys))
+        await self.ask(self._store.erase(fences))
 
-    async def scrub(self, keys: Sequence[SessionKey]) -> None:
+    async def scrub(self, fences: Mapping[SessionKey, int]) -> None:
         """Leave no byte of these in the store, however long it takes. Raises StoreUnavailable."""
-        await self._write_to_store(self._store.erase(keys, scrub=True))
+        await self._write_to_store(self._store.erase(fences, scrub=True))
 
     def require_available(self) -> None:
         """Raises StoreUnavailable where nothing can be made durable."""
@@ -135,17 +140,23 @@ class Checkpointer:
         records = [session.record() for session in sessions]
         start_s = time.perf_counter()
         try:
-            await self._write_to_store(self._store.write(records))
+            refused = await self._write_to_store(self._store.write(records)) or ()
         except BaseException:
             self._changed |= {session: None for session in sessions if not session.ended}
             raise
         self._metrics.checkpoint(len(records), time.perf_counter() - start_s)
         for session, record in zip(sessions, records, strict=True):
-            if not session.ended:
+            if session.ended:
+                continue
+            if record.key not in refused:
                 self._on_written(session, record)
+            elif session.fence == record.fence:
+                self._on_refused(session)
+            else:  # we have taken it anew meanwhile
+                self._changed[session] = None
 
-    async def _ask(self, operation: Awaitable[Result]) -> Result:
-        """Wait for so long at most."""
+    async def ask(self, operation: Awaitable[Result]) -> Result:
+        """Wait for an answer of the store, for so long at most. Raises StoreUnavailable, RecordUnreadable."""
         task = asyncio.ensure_future(operation)
         task.add_done_callback(retrieve)
         try:
@@ -157,7 +168,7 @@ class Checkpointer:
             self._set_available(False, str(error) or f"no answer within {self._timeout_s:g} s")
             raise _unavailable() from None
 
-    async def _write_to_store(self, operation: Awaitable[None]) -> None:
+    async def _write_to_store(self, operation: Awaitable[Result]) -> Result:
         """Wait for the end however long it takes, but tell when that is too long."""
         task = asyncio.ensure_future(operation)
         task.add_done_callback(retrieve)
@@ -165,11 +176,12 @@ class Checkpointer:
         if not done:
             self._set_available(False, f"a write takes more than {self._timeout_s:g} s")
         try:
-            await asyncio.shield(task)
+            result = await asyncio.shield(task)
         except StoreError as error:
             self._set_available(False, str(error))
             raise _unavailable() from None
         self._set_available(True)
+        return result
 
     def _set_available(self, available: bool, why: str = "") -> None:
         if available == self.available:
@@ -185,9 +197,3 @@ class Checkpointer:
 
 def _unavailable() -> StoreUnavailable:
     return StoreUnavailable("the session store does not answer", retry_after_s=RETRY_AFTER_S)
-
-
-def retrieve(task: asyncio.Future[Any]) -> None:
-    """Nobody may wait for it any more; its error was told already."""
-    if not task.cancelled():
-        task.exception()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from service.errors import StoreUnavailable
-from service.sessions.checkpoints import Checkpointer, retrieve
+from service.sessions.checkpoints import Checkpointer
 from service.sessions.record import SessionKey
+from service.sessions.rounds import SharedRounds
 
 SCRUB_AGAIN_S = 30.0  # one that fails late has held writes up for seconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Mark:
+    """Each key has its own, for a session of that id may begin and end while an older one is erased."""
+
+    fence: int = 0
 
 
 class Erasure:
@@ -19,16 +27,15 @@ class Erasure:
     def __init__(self, checkpoints: Checkpointer, clock: Callable[[], float]) -> None:
         self._checkpoints = checkpoints
         self._clock = clock
-        # Each key has a mark of its own, for a session of that id may begin and end while an older one is erased.
-        self._ended: dict[SessionKey, object] = {}
-        self._deleted: dict[SessionKey, object] = {}  # bytes of these may be left in a file, erased or not
-        self._erase = _SharedRounds(self._erase_ended)
-        self._scrub = _SharedRounds(self._scrub_deleted)
+        self._ended: dict[SessionKey, _Mark] = {}
+        self._deleted: dict[SessionKey, _Mark] = {}  # bytes of these may be left in a file, erased or not
+        self._erase = SharedRounds(self._erase_ended)
+        self._scrub = SharedRounds(self._scrub_deleted)
         self._scrubbed_s = 0.0
 
-    def add(self, key: SessionKey) -> None:
-        """The session is over."""
-        self._ended[key] = object()
+    def add(self, key: SessionKey, fence: int) -> None:
+        """The session is over; whoever has taken it meanwhile has another fence, and keeps it."""
+        self._ended[key] = _Mark(fence)
 
     def replaced(self, key: SessionKey) -> None:
         """Another session has the id, and what is written of it takes the place of what was there."""
@@ -55,7 +62,7 @@ class Erasure:
 
     async def scrub(self, key: SessionKey) -> None:
         """Leave no byte of the session in any file. Raises StoreUnavailable; then it is tried again, later."""
-        self._deleted[key] = object()
+        self._deleted[key] = _Mark()
         await self._scrub.run()
 
     async def scrub_again(self) -> None:
@@ -67,45 +74,24 @@ class Erasure:
 
     async def _erase_ended(self) -> None:
         ended = dict(self._ended)
-        await self._checkpoints.erase(list(ended))
+        await self._checkpoints.erase(_fences(ended))
         _drop(self._ended, ended)
 
     async def _scrub_deleted(self) -> None:
         ended, deleted = dict(self._ended), dict(self._deleted)
         try:
-            await self._checkpoints.scrub(list(ended))
+            await self._checkpoints.scrub(_fences(ended))
         finally:
             self._scrubbed_s = self._clock()
         _drop(self._ended, ended)
         _drop(self._deleted, deleted)
 
 
-class _SharedRounds:
-    """One at a time: all that come while one runs share the next one, which goes on if they are cancelled."""
-
-    def __init__(self, run: Callable[[], Awaitable[None]]) -> None:
-        self._run = run
-        self._running = asyncio.Lock()
-        self._next: asyncio.Task[None] | None = None
-
-    @property
-    def under_way(self) -> bool:
-        return self._next is not None or self._running.locked()
-
-    async def run(self) -> None:
-        """A round that begins after this."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._run_next())
-            self._next.add_done_callback(retrieve)
-        await asyncio.shield(self._next)
-
-    async def _run_next(self) -> None:
-        async with self._running:
-            self._next = None
-            await self._run()
+def _fences(ended: dict[SessionKey, _Mark]) -> dict[SessionKey, int]:
+    return {key: mark.fence for key, mark in ended.items()}
 
 
-def _drop(waiting: dict[SessionKey, object], done: dict[SessionKey, object]) -> None:
+def _drop(waiting: dict[SessionKey, _Mark], done: dict[SessionKey, _Mark]) -> None:
     for key, mark in done.items():
         if waiting.get(key) is mark:
             del waiting[key]

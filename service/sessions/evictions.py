@@ -44,10 +44,13 @@ class Evictions:
         ):
             raise limit_reached("max_sessions_per_tenant", limits.max_sessions_per_tenant)
 
-    def enforce(self, now_s: float) -> None:
-        """Evict what is idle, old or too much."""
+    def enforce_in_memory(self, now_s: float) -> None:
+        """Evict what is idle, or old."""
         for session in list(self._table.in_memory.values()):
             self._enforce_on(session, now_s)
+
+    def enforce_on_parked(self, now_s: float) -> None:
+        """Evict what is old or too much of what the table knows of the store."""
         self._evict_parked_ones(now_s)
         self._evict_surplus()
 

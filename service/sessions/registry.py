@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from models.manifest import Manifest, ModelKey
 from service.engine.step_engine import StepEngine
@@ -20,6 +20,7 @@ from service.errors import (
     SessionExists,
     SessionMoved,
     SessionNotFound,
+    StoreUnavailable,
 )
 from service.sessions.checkpoints import Checkpointer, CheckpointMetrics
 from service.sessions.erasure import Erasure
@@ -27,6 +28,10 @@ from service.sessions.evictions import EvictionMetrics, Evictions
 from service.sessions.limits import SessionLimits, limit_reached
 from service.sessions.record import HeldAnswer, SessionKey, SessionRecord
 from service.sessions.session import Owner, Session, StepMetrics, admits, hash_of
+from service.sessions.shared import SharedSessions, Sharing
+from service.sessions.shared_evictions import SharedEvictions
+from service.sessions.stored import SessionsOfOneProcess, StoredSessions
+from service.sessions.stores.shared import FIRST_FENCE, SharedStore
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 from service.sessions.table import SessionInfo, SessionTable, TableMetrics
 
@@ -68,7 +73,7 @@ class SessionRegistry:
     def __init__(
         self,
         engine: StepEngine,
-        store: SessionStore,
+        store: SessionStore | SharedStore,
         manifests: Mapping[ModelKey, Manifest],
         limits: SessionLimits,
         *,
@@ -76,8 +81,11 @@ class SessionRegistry:
         checkpoint_steps: int,
         store_timeout_s: float,
         metrics: SessionMetrics,
+        sharing: Sharing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`sharing` says who we are in a store that other processes use, too, and is None where none does."""
+        self._sharing = sharing
         self._engine = engine
         self._store = store
         self._manifests = manifests
@@ -85,6 +93,7 @@ class SessionRegistry:
         self._metrics = metrics
         self._clock = clock
         self._store_timeout_s = store_timeout_s
+        self.live_elsewhere = 0  # streams of the same service in other processes
         self.checkpoints = Checkpointer(
             store,
             interval_s=checkpoint_interval_s,
@@ -92,14 +101,24 @@ class SessionRegistry:
             timeout_s=store_timeout_s,
             metrics=metrics,
             on_written=self._written,
+            on_refused=self._refused,
         )
         self._erasure = Erasure(self.checkpoints, clock)
-        self._table = SessionTable(self.checkpoints, self._erasure, metrics)
+        self._table = SessionTable(self.checkpoints, self._erasure, metrics, knows_all=sharing is None)
         self._evictions = Evictions(self._table, limits, metrics, self.leave)
+        self._stored = self._sessions_of(store, sharing)
+
+    def _sessions_of(self, store: SessionStore | SharedStore, sharing: Sharing | None) -> StoredSessions:
+        table, checkpoints = self._table, self.checkpoints
+        if sharing is None:
+            return SessionsOfOneProcess(cast("SessionStore", store), table, self._evictions, checkpoints)
+        shared = cast("SharedStore", store)
+        evictions = SharedEvictions(shared, table, self._erasure, checkpoints, self._limits, self._metrics)
+        return SharedSessions(shared, sharing, table, self._erasure, evictions, checkpoints, self.leave)
 
     async def start(self) -> None:
         """Find what was parked, or live, when the service ended. Raises StoreError."""
-        self._table.add_parked(await self._store.open())
+        await self._stored.open()
         await self.enforce_limits()
 
     @property
@@ -119,21 +138,25 @@ class SessionRegistry:
         BundleMismatch, StoreUnavailable, SessionLimit, FieldInvalid; then nothing has changed.
         """
         self._check(opening, manifest)
-        found = await self._found(opening)
-        if found is not None:
-            _check_fits(found, opening, manifest)
-        was_live = found is not None and found.owner is not None
-        if not was_live and self._table.live >= self._limits.max_streams:
+        session = await self._found(opening, manifest)
+        is_new = session is None
+        if session is None:
+            await self._stored.make_room(opening.key.tenant)
+            session = self._begun_meanwhile(opening, manifest) or self._new(opening, manifest)
+            is_new = session.key not in self._table.in_memory
+        was_live = session.owner is not None
+        if not was_live and self._table.live + self.live_elsewhere >= self._limits.max_streams:
             raise limit_reached("max_streams", self._limits.max_streams)
-        session = found or self._new(opening, manifest)
         missed = session.take(owner, opening.answered_step, opening.caller_id)
         if not was_live:
             self._table.add_live(session.model, 1)
-        if found is not None:
-            self._metrics.session_resumed(session.model)
-        else:
+        if is_new:
             self._begin(session)
+        else:
+            self._metrics.session_resumed(session.model)
         self.changed(session)
+        if is_new and self._sharing:  # so that no other process begins one of the same id
+            await self.write_now(session)
         return session, missed
 
     def changed(self, session: Session, steps: int = 0) -> None:
@@ -141,12 +164,21 @@ class SessionRegistry:
         if session.resumable and not session.ended:
             self.checkpoints.changed(session, steps)
 
+    async def may_answer(self) -> None:
+        """Return once it is certain that the sessions here are ours."""
+        await self._stored.may_answer()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes use the store, too."""
+        return self._sharing is not None
+
     async def write_now(self, session: Session) -> None:
         """Write the session before the next round is due. Where the store is slow or down, go on without."""
         if self.durable and session.resumable:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._store_timeout_s):
-                    await asyncio.shield(asyncio.ensure_future(self.checkpoints.write_changed()))
+                    await self.checkpoints.write_changed()
 
     def leave(self, session: Session, owner: Owner) -> None:
         """The stream is gone: park the session, or end it if it cannot be resumed."""
@@ -170,13 +202,15 @@ class SessionRegistry:
         await self._erasure.erase()
         return not self._erasure.owes(session.key)
 
-    def find(self, key: SessionKey) -> SessionInfo:
-        """What is known of a session. Raises SessionNotFound, Evicted."""
-        return self._table.find(key)
+    async def find(self, key: SessionKey) -> SessionInfo:
+        """What is known of a session. Raises SessionNotFound, Evicted, StoreUnavailable."""
+        if info := await self._stored.find(key):
+            return info
+        raise self._table.departed.error(key)
 
-    def after(self, key: SessionKey, sessions: int) -> list[SessionInfo]:
-        """So many sessions of the key's tenant at most, by id, behind that key."""
-        return [self.find(k) for k in self._table.keys.after(key, sessions)]
+    async def after(self, key: SessionKey, sessions: int) -> list[SessionInfo]:
+        """So many sessions of the key's tenant at most, by id, behind that key. Raises StoreUnavailable."""
+        return await self._stored.after(key, sessions)
 
     async def delete(self, key: SessionKey) -> None:
         """Erase a session everywhere, at once. Raises SessionNotFound, Evicted, StoreUnavailable.
@@ -188,9 +222,7 @@ class SessionRegistry:
             self._table.end(session)
             if owner is not None:
                 owner.lose(SessionNotFound("the session was deleted", field="session_id"))
-        elif key in self._table.parked:
-            self._table.end_parked(key)
-        elif not self._erasure.owes_scrub(key):
+        elif not await self._stored.end(key) and not self._erasure.owes_scrub(key):
             raise self._table.departed.error(key)
         self._table.departed.remember(key)
         await self._erasure.scrub(key)
@@ -200,11 +232,12 @@ class SessionRegistry:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.checkpoints.run())
             tasks.create_task(self._sweep())
+            tasks.create_task(self._stored.run())
 
     async def enforce_limits(self) -> None:
         """Evict what is idle, old or too much, tell the metrics what is left, and clean the store of the rest."""
-        self._evictions.enforce(self._clock())
-        self._table.count()
+        self._evictions.enforce_in_memory(self._clock())
+        await self._stored.enforce_limits(self._clock())
         await self._erasure.erase()
         await self._erasure.scrub_again()
 
@@ -244,48 +277,60 @@ class SessionRegistry:
         if opening.require_durable:
             self.checkpoints.require_available()
 
-    async def _found(self, opening: Opening) -> Session | None:
-        """The session that the opening names; None if it may be a new one."""
+    async def _found(self, opening: Opening, manifest: Manifest) -> Session | None:
+        """The session that the opening names, in memory by now; None if it may be a new one."""
         key, departed = opening.key, self._table.departed
         session = self._table.in_memory.get(key)
-        if session is None and key in self._table.parked:
-            session = await self._loaded(opening)
-        if session is None:
-            if opening.resume or (opening.rebuild and key in departed):
-                error = departed.error(key)
-                if isinstance(error, SessionNotFound):  # which a client that closes takes for erased
-                    await self._erasure.confirm(key)
-                raise error
-            return None
-        _check_token(session.token_hash, opening)
+        if session is not None and session.owner is None and not await self._stored.keep(session):
+            self._table.lose(session)
+        if key not in self._table.in_memory:
+            await self._load(opening, manifest)
+        if session := self._begun_meanwhile(opening, manifest):
+            return session
+        if opening.resume or (opening.rebuild and key in departed):
+            error = departed.error(key)
+            if isinstance(error, SessionNotFound):  # which a client that closes takes for erased
+                await self._erasure.confirm(key)
+            raise error
+        return None
+
+    def _begun_meanwhile(self, opening: Opening, manifest: Manifest) -> Session | None:
+        """The session in memory, if the stream may have it."""
+        if session := self._table.in_memory.get(opening.key):
+            _check_token(session.token_hash, opening)
+            _check_fits(session.model, session.caller_id, opening, manifest)
         return session
 
-    async def _loaded(self, opening: Opening) -> Session | None:
-        """From the store, unless somebody else has loaded or ended it meanwhile."""
+    async def _load(self, opening: Opening, manifest: Manifest) -> None:
+        """From the store into memory, if it is there and fits, and nobody else has loaded it meanwhile."""
         try:
-            record = await self.checkpoints.read(opening.key)
+            record = await self._stored.take(opening.key, lambda record: self._check_stored(record, opening, manifest))
         except RecordUnreadable as error:
             log.error("session %r cannot be resumed: %s", opening.key.session_id, error)
             raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
-        if loaded := self._table.in_memory.get(opening.key):
-            return loaded
-        if record is None or opening.key not in self._table.parked:
-            return None
+        except StoreUnavailable:
+            if self._sharing is None or opening.resume or opening.require_durable:
+                raise
+            return  # it may be a new one; if it is not, the store will refuse it
+        if record is None or opening.key in self._table.in_memory:
+            return
+        session = self._session(record)
+        session.stored = True
+        session.durable_step = record.next_step if self._store.durable else 0
+        self._table.load(session)
+        self.changed(session)  # if the stream does not take it after all, it goes back
+
+    def _check_stored(self, record: SessionRecord, opening: Opening, manifest: Manifest) -> None:
         _check_token(record.token_hash, opening)
+        _check_fits(record.model, record.caller_id, opening, manifest)
         served = self._manifests.get(record.model)
         if served is None or served.weights_sha256 != record.weights_sha256:
             raise BundleMismatch(
                 f"the session's state belongs to other weights of model {record.model.name!r} than are served",
                 model=record.model.name,
             )
-        session = self._session(record)
-        session.durable_step = record.next_step if self._store.durable else 0
-        self._table.load(session)
-        self.changed(session)  # if the stream does not take it after all, it goes back
-        return session
 
     def _new(self, opening: Opening, manifest: Manifest) -> Session:
-        self._evictions.make_room(opening.key.tenant)
         now_s = self._clock()
         return self._session(
             SessionRecord(
@@ -298,12 +343,18 @@ class SessionRegistry:
                 row=self._engine.initial_row(manifest.key),
                 opened_s=now_s,
                 used_s=now_s,
+                fence=FIRST_FENCE if self._sharing else 0,
             )
         )
 
     def _session(self, record: SessionRecord) -> Session:
         return Session(
-            record, self._engine, self._metrics, max_held_bytes=self._limits.max_held_bytes, clock=self._clock
+            record,
+            self._engine,
+            self._metrics,
+            max_held_bytes=self._limits.max_held_bytes,
+            clock=self._clock,
+            owner_name=self._sharing.owner if self._sharing else "",
         )
 
     def _begin(self, session: Session) -> None:
@@ -313,6 +364,7 @@ class SessionRegistry:
         self._metrics.session_opened(session.model)
 
     def _written(self, session: Session, record: SessionRecord) -> None:
+        session.stored = True
         if self._store.durable:
             session.durable_step = record.next_step
         if session.owner is None:
@@ -321,6 +373,10 @@ class SessionRegistry:
         elif self._store.durable and session.next_step == record.next_step:
             session.owner.became_durable()
 
+    def _refused(self, session: Session) -> None:
+        """The store has it with another fence: another process has taken it."""
+        self._table.lose(session)
+
 
 def _check_token(token_hash: bytes, opening: Opening) -> None:
     if not admits(token_hash, opening.token):
@@ -328,13 +384,13 @@ def _check_token(token_hash: bytes, opening: Opening) -> None:
         raise SessionExists(f"session {session_id!r} is in use", field="session_id", session_id=session_id)
 
 
-def _check_fits(session: Session, opening: Opening, manifest: Manifest) -> None:
+def _check_fits(model: ModelKey, caller_id: bytes, opening: Opening, manifest: Manifest) -> None:
     """Whether the stream may have the session. Raises FieldInvalid, SessionMoved."""
-    name, version = session.model
+    name, version = model
     if name != manifest.name:
         raise FieldInvalid(f"the session is one of model {name!r}", field="model")
     if opening.version not in (0, version):
         raise FieldInvalid(f"the session is one of version {version}", field="version")
-    others = session.caller_id and opening.caller_id and session.caller_id != opening.caller_id
+    others = caller_id and opening.caller_id and caller_id != opening.caller_id
     if others and not opening.take_over:
         raise SessionMoved("another caller has this session now")

@@ -63,7 +63,9 @@ class Session:
         *,
         max_held_bytes: int,
         clock: Callable[[], float],
+        owner_name: str = "",
     ) -> None:
+        """`owner_name` is that of this process, in a store that several processes use."""
         self.key = record.key
         self.model = record.model
         self.opened_s = record.opened_s
@@ -74,6 +76,8 @@ class Session:
         self._weights_sha256 = record.weights_sha256
         self.token_hash = record.token_hash
         self.caller_id = record.caller_id
+        self.fence = record.fence
+        self.stored = False  # what the store has under the key is of this session
         self._row = record.row
         self._ledger = Ledger(
             record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
@@ -81,6 +85,7 @@ class Session:
         self._engine = engine
         self._metrics = metrics
         self._clock = clock
+        self._owner_name = owner_name
 
     @property
     def next_step(self) -> int:
@@ -112,6 +117,8 @@ class Session:
             opened_s=self.opened_s,
             used_s=self.used_s,
             caller_id=self.caller_id,
+            fence=self.fence,
+            owner="" if self.owner is None else self._owner_name,
         )
 
     def take(self, owner: Owner, answered_step: int, caller_id: bytes = b"") -> list[HeldAnswer]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from models.manifest import ModelKey
+from service.errors import SessionMoved
 from service.sessions.checkpoints import Checkpointer
 from service.sessions.erasure import Erasure
 from service.sessions.index import Departed, Parked, SessionKeys
@@ -38,7 +39,11 @@ class SessionInfo:
 class SessionTable:
     """Finds, counts and ends sessions."""
 
-    def __init__(self, checkpoints: Checkpointer, erasure: Erasure, metrics: TableMetrics) -> None:
+    def __init__(
+        self, checkpoints: Checkpointer, erasure: Erasure, metrics: TableMetrics, *, knows_all: bool = True
+    ) -> None:
+        """Where other processes use the store it does not know what is parked there."""
+        self._knows_all = knows_all
         self.in_memory: dict[SessionKey, Session] = {}  # live, or parked and not yet written
         self.parked = Parked()
         self.keys = SessionKeys()
@@ -67,13 +72,19 @@ class SessionTable:
 
     def load(self, session: Session) -> None:
         """It was read from the store."""
-        self.parked.remove(session.key)
+        if self._knows_all:
+            self.parked.remove(session.key)
+        else:
+            self.keys.update([session.key])
         self.in_memory[session.key] = session
 
     def unload(self, session: Session, record: SessionRecord) -> None:
         """It is in the store as it is now, and has no stream."""
         del self.in_memory[session.key]
-        self.parked.add(summary_of(record))
+        if self._knows_all:
+            self.parked.add(summary_of(record))
+        else:
+            self.keys.remove(session.key)
 
     def add_live(self, model: ModelKey, sessions: int) -> None:
         """So many more sessions of the model have a stream."""
@@ -82,6 +93,18 @@ class SessionTable:
 
     def end(self, session: Session) -> None:
         """It is over, at once in memory and soon in the store."""
+        self._forget(session)
+        if session.resumable:
+            self._erasure.add(session.key, session.fence)
+
+    def lose(self, session: Session) -> None:
+        """Another process has it; its stream here ends."""
+        owner = session.owner
+        self._forget(session)
+        if owner is not None:
+            owner.lose(SessionMoved("another server has this session now"))
+
+    def _forget(self, session: Session) -> None:
         session.ended = True
         if session.owner is not None:
             session.owner = None
@@ -89,22 +112,20 @@ class SessionTable:
         del self.in_memory[session.key]
         self.keys.remove(session.key)
         self._checkpoints.forget(session)
-        if session.resumable:
-            self._erasure.add(session.key)
 
     def end_parked(self, key: SessionKey) -> None:
         """The same of one that only the store has."""
         self.parked.remove(key)
         self.keys.remove(key)
-        self._erasure.add(key)
+        self._erasure.add(key, 0)
 
-    def find(self, key: SessionKey) -> SessionInfo:
-        """What is known of a session. Raises SessionNotFound, Evicted."""
+    def find(self, key: SessionKey) -> SessionInfo | None:
+        """What is known of a session."""
         if session := self.in_memory.get(key):
             return SessionInfo(summary_of(session.record()), live=session.owner is not None)
         if summary := self.parked.get(key):
             return SessionInfo(summary, live=False)
-        raise self.departed.error(key)
+        return None
 
     def unwritten(self) -> list[Session]:
         """Parked, but not in the store yet, the longest unused first: more than a few where it is slow or down."""

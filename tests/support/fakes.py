@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,7 @@ class FakeStore:
             raise RecordUnreadable("a stored session is damaged")
         return self.records.get(key)
 
-    async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
+    async def erase(self, keys: Iterable[SessionKey], *, scrub: bool = False) -> None:
         await self._take()
         for key in keys:
             self.records.pop(key, None)

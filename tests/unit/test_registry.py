@@ -799,13 +799,13 @@ async def test_pages_have_live_and_parked_sessions_of_the_tenant_by_id(server: S
     await registry.close(*await open_(registry, opening("closed")))
     await registry.delete(named("e"))
 
-    def page(after: str, sessions: int) -> list[tuple[str, bool]]:
-        found = registry.after(named(after), sessions)
+    async def page(after: str, sessions: int) -> list[tuple[str, bool]]:
+        found = await registry.after(named(after), sessions)
         return [(info.summary.key.session_id, info.live) for info in found]
 
-    assert page("", 2) == [("a", False), ("c", True)]
-    assert page("c", 2) == [("d", False)]
-    assert page("b", 1) == [("c", True)]
+    assert await page("", 2) == [("a", False), ("c", True)]
+    assert await page("c", 2) == [("d", False)]
+    assert await page("b", 1) == [("c", True)]
 
 
 def test_a_page_takes_no_walk_through_all_sessions() -> None:

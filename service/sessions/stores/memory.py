@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary, summary_of
 from service.sessions.stores.store import CLOSE_TIMEOUT_S
@@ -25,7 +25,7 @@ class MemoryStore:
     async def read(self, key: SessionKey) -> SessionRecord | None:
         return self._records.get(key)
 
-    async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:  # noqa: ARG002 - there is no file
+    async def erase(self, keys: Iterable[SessionKey], *, scrub: bool = False) -> None:  # noqa: ARG002 - there is no file
         for key in keys:
             self._records.pop(key, None)
 

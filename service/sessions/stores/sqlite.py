@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -91,7 +91,7 @@ class SqliteStore:
     async def read(self, key: SessionKey) -> SessionRecord | None:
         return await self._do(self._reading, lambda: self._read(key))
 
-    async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
+    async def erase(self, keys: Iterable[SessionKey], *, scrub: bool = False) -> None:
         await self._do(self._writing, lambda: self._erase(keys, scrub))
 
     async def probe(self) -> None:
@@ -166,7 +166,7 @@ class SqliteStore:
         with self._transaction() as connection:
             connection.executemany(WRITE, rows)
 
-    def _erase(self, keys: Sequence[SessionKey], scrub: bool) -> None:
+    def _erase(self, keys: Iterable[SessionKey], scrub: bool) -> None:
         with self._transaction() as connection:
             connection.executemany(ERASE, keys)
         if scrub:

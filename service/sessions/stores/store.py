@@ -1,8 +1,8 @@
-"""Where parked and durable sessions live: one small interface for all stores."""
+"""Where parked and durable sessions live: what the store of a process that is alone can do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
@@ -21,8 +21,21 @@ class RecordUnreadable(StoreError):
     """One record is damaged or of another format; the store is well, and so are the others."""
 
 
+class RecordStore(Protocol):
+    """What stores of one owner and of several have in common; see there."""
+
+    @property
+    def durable(self) -> bool: ...
+    async def write(self, records: Sequence[SessionRecord], /) -> frozenset[SessionKey] | None: ...
+    async def read(self, key: SessionKey, /) -> SessionRecord | None: ...
+    async def erase(self, fences: Mapping[SessionKey, int], /, *, scrub: bool = False) -> None: ...
+    async def probe(self) -> None: ...
+    def end_scrubs(self) -> None: ...
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None: ...
+
+
 class SessionStore(Protocol):
-    """Keeps records by key. Every method that is awaited raises StoreError; none blocks the event loop.
+    """Keeps records by key, for one process. What is awaited raises StoreError; nothing blocks the event loop.
 
     Writes and erasures take effect in the order in which they were called. A read sees all that had ended when it was
     called, and waits for none that has not.
@@ -45,7 +58,7 @@ class SessionStore(Protocol):
         """What was last written under the key. Raises RecordUnreadable, too."""
         ...
 
-    async def erase(self, keys: Sequence[SessionKey], *, scrub: bool = False) -> None:
+    async def erase(self, keys: Iterable[SessionKey], *, scrub: bool = False) -> None:
         """Forget these; with `scrub`, no byte of them, nor of any erased before, is left in any file then."""
         ...
 
