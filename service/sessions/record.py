@@ -54,7 +54,8 @@ class SessionRecord:
     opened_s: float = 0.0  # seconds since 1970
     used_s: float = 0.0  # the last message or the end of the stream, likewise
     caller_id: bytes = b""  # of the caller who opened it last
-    fence: int = 0  # grows whenever the session changes hands, in a store that several owners use
+    fence: int = 0  # another one whenever the session changes hands, in a store that several owners use
+    is_new: bool = False  # nothing of it was ever written
     owner: str = ""  # whose stream has it, in such a store; "" = it is parked
 
     @property

@@ -31,7 +31,7 @@ from service.sessions.session import Owner, Session, StepMetrics, admits, hash_o
 from service.sessions.shared import SharedSessions, Sharing
 from service.sessions.shared_evictions import SharedEvictions
 from service.sessions.stored import SessionsOfOneProcess, StoredSessions
-from service.sessions.stores.shared import FIRST_FENCE, SharedStore
+from service.sessions.stores.shared import SharedStore, first_fence
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 from service.sessions.table import SessionInfo, SessionTable, TableMetrics
 
@@ -343,7 +343,7 @@ class SessionRegistry:
                 row=self._engine.initial_row(manifest.key),
                 opened_s=now_s,
                 used_s=now_s,
-                fence=FIRST_FENCE if self._sharing else 0,
+                fence=first_fence() if self._sharing else 0,
             )
         )
 

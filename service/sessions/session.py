@@ -118,6 +118,7 @@ class Session:
             used_s=self.used_s,
             caller_id=self.caller_id,
             fence=self.fence,
+            is_new=not self.stored,
             owner="" if self.owner is None else self._owner_name,
         )
 

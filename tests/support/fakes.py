@@ -52,10 +52,12 @@ class FakeStream:
 
     def __init__(self) -> None:
         self.lost: ServingError | None = None
+        self.is_lost = asyncio.Event()
         self.times_durable = 0
 
     def lose(self, error: ServingError) -> None:
         self.lost = error
+        self.is_lost.set()
 
     def became_durable(self) -> None:
         self.times_durable += 1

@@ -20,10 +20,11 @@ from hypothesis.extra import numpy as arrays
 
 from models.manifest import ModelKey
 from service.sessions.record import Floats, HeldAnswer, SessionKey, SessionRecord, summary_of
-from service.sessions.stores import record_codec, sqlite
+from service.sessions.stores import record_codec, sqlite_file
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.record_codec import decode_record, encode_record
-from service.sessions.stores.sqlite import MIGRATIONS, SqliteStore
+from service.sessions.stores.sqlite import SqliteStore
+from service.sessions.stores.sqlite_schema import MIGRATIONS
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 
 BUSY_TIMEOUT_S = 0.05
@@ -339,7 +340,7 @@ async def test_a_read_waits_for_no_write(sqlite_store: SqliteStore, file: Path) 
 
 
 async def test_a_read_waits_for_no_scrub(sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    monkeypatch.setattr(sqlite_file, "REWRITE", ENDLESS)
     await sqlite_store.write([record("a")])
     scrubbing = asyncio.create_task(sqlite_store.erase([], scrub=True))
     async with asyncio.timeout(10):
@@ -372,10 +373,10 @@ async def test_a_probe_fails_where_a_write_would(sqlite_store: SqliteStore, file
 async def test_when_scrubs_end_one_that_runs_fails_and_what_waits_goes_on(
     sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    monkeypatch.setattr(sqlite_file, "REWRITE", ENDLESS)
     await sqlite_store.write([record("a")])
     scrubbing = asyncio.create_task(sqlite_store.erase([record("a").key], scrub=True))
-    await _until(lambda: sqlite_store._scrubbing)
+    await _until(lambda: sqlite_store._file.scrubbing)
     writing = asyncio.create_task(sqlite_store.write([record("b")]))
     sqlite_store.end_scrubs()
     async with asyncio.timeout(10):
@@ -390,9 +391,9 @@ async def test_when_scrubs_end_one_that_runs_fails_and_what_waits_goes_on(
 async def test_closing_ends_what_runs_and_refuses_what_waits(
     sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "REWRITE", ENDLESS)
+    monkeypatch.setattr(sqlite_file, "REWRITE", ENDLESS)
     scrubbing = asyncio.create_task(sqlite_store.erase([], scrub=True))
-    await _until(lambda: sqlite_store._scrubbing)
+    await _until(lambda: sqlite_store._file.scrubbing)
     writing = asyncio.create_task(sqlite_store.write([record("b")]))
     await asyncio.sleep(0)  # it is asked
     await sqlite_store.close(10)

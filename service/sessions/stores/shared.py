@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,10 @@ from typing import Protocol
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 from service.sessions.stores.store import CLOSE_TIMEOUT_S
 
-FIRST_FENCE = 1
+
+def first_fence() -> int:
+    """Of a new session; random, for others may begin one of the same id. Exact as a float, too."""
+    return secrets.randbits(48)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class Wanted:
 class SharedStore(Protocol):
     """Keeps records by key for several owners. An owner is a process, with a name that is never used again.
 
-    Each record has a fence, a number that grows whenever the session changes hands; whoever has another one than the
+    Each record has a fence, a number that changes whenever the session changes hands; whoever has another one than the
     store can change nothing (fencing tokens, as in Kleppmann, "How to do distributed locking", 2016). An owner lives as
     long as its lease, by the clock of the store.
 
@@ -64,8 +68,9 @@ class SharedStore(Protocol):
         ...
 
     async def write(self, records: Sequence[SessionRecord]) -> frozenset[SessionKey]:
-        """Put each in the place of what its key had, if that has the same fence, or if there is nothing and its fence
-        is FIRST_FENCE. The keys of the others, of which nothing has changed. `record.owner` is written, too.
+        """Put each in the place of what its key had, if that has the same fence, or where nothing is, if it is new.
+
+        The keys of the others, of which nothing has changed. `record.owner` is written, too.
         """
         ...
 
