@@ -155,9 +155,22 @@ class SessionRegistry:
         else:
             self._metrics.session_resumed(session.model)
         self.changed(session)
-        if is_new and self._sharing:  # so that no other process begins one of the same id
+        if opening.require_durable:
+            await self._make_durable(session, owner, is_new=is_new)
+        elif is_new and self._sharing:  # so that no other process begins one of the same id
             await self.write_now(session)
         return session, missed
+
+    async def _make_durable(self, session: Session, owner: Owner, *, is_new: bool) -> None:
+        """Raises StoreUnavailable, and takes the opening back."""
+        await self.write_now(session)
+        try:
+            self.checkpoints.require_available()
+        except StoreUnavailable:
+            if is_new and not session.ended:
+                self._table.end(session)
+            self.leave(session, owner)
+            raise
 
     def changed(self, session: Session, steps: int = 0) -> None:
         """Steps or a reset were applied: write it behind."""

@@ -684,6 +684,17 @@ async def test_a_new_session_of_a_deleted_id_may_be_rebuilt_once_it_is_lost(serv
 # Whether the store can be written
 
 
+async def test_durability_is_not_promised_on_the_word_of_a_store_that_was_well_a_while_ago(server: Server) -> None:
+    registry = await server.start()
+    server.store.full = True
+    with pytest.raises(StoreUnavailable):
+        await open_(registry, opening("a", require_durable=True))
+    server.store.full = False
+    await registry.checkpoints.write_changed()
+    with pytest.raises(SessionNotFound):
+        await open_(registry, opening("a", resume=True))
+
+
 async def test_a_store_that_can_only_be_read_is_not_available(server: Server) -> None:
     registry = await server.start()
     await park(registry, "a", 1)
