@@ -6,13 +6,32 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
-from service.settings import SettingsError, read_settings
+from service.settings import Settings, SettingsError, read_settings
 
 try:
     from uvloop import new_event_loop
 except ImportError:  # not on Windows
     from asyncio import new_event_loop  # type: ignore[assignment]
+
+
+Errors: TypeAlias = tuple[type[Exception], ...]
+
+
+def _of_processes(settings: Settings) -> tuple[Callable[[Settings], Coroutine[Any, Any, None]], Errors]:
+    """What runs here, and why it may not start. Imported late, so that neither --help nor a supervisor needs torch."""
+    from service.addresses import StartError
+
+    if settings.workers > 1:
+        from service.supervisor import supervise
+
+        return supervise, (StartError,)
+    from service.app import serve
+    from service.catalog.catalog import CatalogError
+
+    return serve, (StartError, CatalogError)
 
 
 def main() -> int:
@@ -24,15 +43,14 @@ def main() -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        from service.app import StartError, serve  # after the settings, so that --help needs no torch
-        from service.catalog.catalog import CatalogError
+        run, errors = _of_processes(settings)
     except SettingsError as error:
         print(f"rnnserve: {error}", file=sys.stderr)
         return 2
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(serve(settings))
-    except (StartError, CatalogError) as error:
+            runner.run(run(settings))
+    except errors as error:
         print(f"rnnserve: {error}", file=sys.stderr)
         return 2
     return 0

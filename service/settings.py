@@ -40,6 +40,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 = all")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 = any free one")
     metrics_port: int = Field(9464, ge=0, le=65535, description="port of /metrics; 0 = any free one")
+    workers: int = Field(1, ge=1, le=64, description="processes that serve streams; 1 = all in one process")
+    worker_timeout_s: float = Field(
+        10.0, ge=1.0, le=600.0, description="a worker that answers nothing for so long is killed and started again"
+    )
     model_repository: Path = Field(Path("models/repository"), description="folder of <name>/<version>/ bundles")
     state_dir: Path = Field(
         Path(".state"),
@@ -76,6 +80,12 @@ class Settings(BaseSettings):
         le=2**30,
         description="unacknowledged answers of a session; past it the oldest are dropped, and to resume from before "
         "them is RESUME_POINT_LOST",
+    )
+    session_lease_s: float = Field(
+        5.0,
+        ge=0.5,
+        le=60.0,
+        description="a process that is silent for so long loses its sessions to others that use the store, if they ask",
     )
     resume_window_s: float = Field(
         3_600.0, ge=0.0, le=31_536_000.0, description="how long a parked session is kept; 0 = ends with its stream"

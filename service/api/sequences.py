@@ -26,7 +26,7 @@ from service.api import codec
 from service.api.calls import Refusals
 from service.api.limits import Limits
 from service.catalog.catalog import Catalog
-from service.engine.sequence_lane import SequenceLane
+from service.engine.sequence_lane import Lane
 from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class SequenceService(SequenceServiceServicer):
     """See the contract."""
 
     def __init__(
-        self, catalog: Catalog, lane: SequenceLane, limits: Limits, refusals: Refusals, metrics: SequenceMetrics
+        self, catalog: Catalog, lane: Lane, limits: Limits, refusals: Refusals, metrics: SequenceMetrics
     ) -> None:
         self._catalog = catalog
         self._lane = lane

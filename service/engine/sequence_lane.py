@@ -43,6 +43,30 @@ class LaneMetrics(Protocol):
         ...
 
 
+class Lane(Protocol):
+    """Runs whole sequences, in this service's own process for them or in that of all workers."""
+
+    async def warm_up(self, folders: list[Path]) -> None:
+        """Load the bundles of these folders, so that the first request need not wait."""
+        ...
+
+    async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
+        """Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) about the whole of it.
+
+        Where the queue has no room, waits or raises QueueFull. Also raises ExecutionFailed, and LaneLost if the
+        process died.
+        """
+        ...
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        ...
+
+    def close(self) -> None:
+        """At once, whatever it computes."""
+        ...
+
+
 @dataclass(eq=False)
 class _Job:
     bundle: Bundle

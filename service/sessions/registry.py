@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -125,6 +125,11 @@ class SessionRegistry:
     def durable(self) -> bool:
         """Whether sessions survive the end of the process, as things stand."""
         return self._store.durable and self.checkpoints.available
+
+    @property
+    def live(self) -> int:
+        """How many sessions have a stream here."""
+        return self._table.live
 
     @property
     def resume_window_s(self) -> float:
@@ -253,6 +258,10 @@ class SessionRegistry:
         await self._stored.enforce_limits(self._clock())
         await self._erasure.erase()
         await self._erasure.scrub_again()
+
+    async def bury(self, owners: Sequence[str]) -> None:
+        """These processes are dead for certain, so that nobody need wait for the end of their leases."""
+        await self._stored.bury(owners)
 
     async def park_all(self, timeout_s: float) -> None:
         """Write what has changed, before the process ends, as far as the time allows."""

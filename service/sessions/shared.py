@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -92,6 +92,10 @@ class SharedSessions:
         with suppress(StoreUnavailable):  # then nobody else can have taken it just now
             return await self._retake(session)
         return True
+
+    async def bury(self, owners: Sequence[str]) -> None:
+        with suppress(StoreUnavailable):  # then their leases end by themselves
+            await self._checkpoints.ask(self._store.bury(owners))
 
     async def make_room(self, tenant: str) -> None:
         await self._evictions.make_room(tenant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from service.sessions.checkpoints import Checkpointer
@@ -54,6 +54,10 @@ class StoredSessions(Protocol):
 
     async def end(self, key: SessionKey) -> bool:
         """End a session that is not in memory, for good. Whether there was one. Raises StoreUnavailable."""
+        ...
+
+    async def bury(self, owners: Sequence[str]) -> None:
+        """These processes are dead for certain."""
         ...
 
     async def may_answer(self) -> None:
@@ -108,6 +112,9 @@ class SessionsOfOneProcess:
             return False
         self._table.end_parked(key)
         return True
+
+    async def bury(self, owners: Sequence[str]) -> None:
+        pass
 
     async def may_answer(self) -> None:
         pass

@@ -1,0 +1,163 @@
+"""The lane for whole sequences of all workers, seen from one of them and from its own process.
+
+Over a Unix socket, messages of msgpack with their length before them. A call has a number; its answer has the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from service.engine.executor import Floats
+from service.engine.sequence_lane import RETRY_AFTER_S, Lane
+from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
+
+log = logging.getLogger(__name__)
+
+LENGTH_BYTES = 8
+CONNECT_AGAIN_S = 0.1
+REFUSALS: dict[str, type[ServingError]] = {kind.__name__: kind for kind in (QueueFull, ExecutionFailed, LaneLost)}
+
+
+class RemoteLane:
+    """Asks the lane's process. While it is gone, LaneLost at once."""
+
+    def __init__(self, address: Path) -> None:
+        self._address = address
+        self._writer: asyncio.StreamWriter | None = None
+        self._numbers = itertools.count()
+        self._calls: dict[int, asyncio.Future[list[Floats]]] = {}
+
+    async def warm_up(self, folders: list[Path]) -> None:
+        """The lane's process has done that before workers start."""
+
+    async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
+        if self._writer is None:
+            raise _lost()
+        number, call = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._calls[number] = call
+        try:
+            await _send(self._writer, number, str(bundle.folder), [_packed(x) for x in sequences], wait)
+            result: list[Floats] = await call
+            return result
+        except asyncio.CancelledError:
+            if self._writer is not None:
+                with suppress(OSError):
+                    await _send(self._writer, number, None, None, False)
+            raise
+        except OSError:
+            raise _lost() from None
+        finally:
+            del self._calls[number]
+
+    async def run(self) -> None:
+        while True:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                reader, self._writer = await asyncio.open_unix_connection(str(self._address))
+                while True:
+                    self._settle(*await _receive(reader))
+            self._writer = None
+            for call in self._calls.values():
+                if not call.done():
+                    call.set_exception(_lost())
+            await asyncio.sleep(CONNECT_AGAIN_S)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _settle(self, number: int, outputs: Any, refusal: Any) -> None:
+        call = self._calls.get(number)
+        if call is None or call.done():
+            return
+        if refusal is None:
+            call.set_result([_unpacked(output) for output in outputs])
+        else:
+            kind, message, retry_after_s, metadata = refusal
+            call.set_exception(REFUSALS[kind](message, retry_after_s=retry_after_s, **metadata))
+
+
+class LaneServer:
+    """Lets every worker use one lane."""
+
+    def __init__(self, lane: Lane, bundle_in: Callable[[Path], Bundle]) -> None:
+        self._lane = lane
+        self._bundle_in = bundle_in
+
+    async def serve(self, address: Path) -> asyncio.Server:
+        """Listen there; a socket that a former process left goes."""
+        address.unlink(missing_ok=True)  # noqa: ASYNC240 - in a folder of our own
+        return await asyncio.start_unix_server(self._connected, str(address))
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls: dict[int, asyncio.Task[None]] = {}
+        try:
+            while True:
+                number, folder, sequences, wait = await _receive(reader)
+                if folder is None:
+                    if number in calls:
+                        calls[number].cancel()
+                    continue
+                calls[number] = asyncio.create_task(self._answer(writer, number, Path(folder), sequences, wait))
+                calls[number].add_done_callback(partial(_forget, calls, number))
+        except (OSError, asyncio.IncompleteReadError):
+            for call in calls.values():  # of a worker that is dead
+                call.cancel()
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, writer: asyncio.StreamWriter, number: int, folder: Path, sequences: list[Any], wait: bool
+    ) -> None:
+        with suppress(OSError):
+            try:
+                bundle, unpacked = self._bundle_in(folder), [_unpacked(x) for x in sequences]
+                outputs = await self._lane.predict(bundle, unpacked, wait=wait)
+            except tuple(REFUSALS.values()) as error:
+                refusal = (type(error).__name__, error.message, error.retry_after_s, error.metadata)
+                await _send(writer, number, None, refusal)
+            except Exception:
+                log.exception("a sequence failed")
+                await _send(writer, number, None, ("ExecutionFailed", "the sequence could not be computed", None, {}))
+            else:
+                await _send(writer, number, [_packed(output) for output in outputs], None)
+
+
+def _forget(calls: dict[int, asyncio.Task[None]], number: int, _: asyncio.Task[None]) -> None:
+    calls.pop(number, None)
+
+
+def _lost() -> LaneLost:
+    return LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)
+
+
+def _packed(array: NDArray[np.generic]) -> tuple[str, tuple[int, ...], bytes]:
+    return array.dtype.str, array.shape, np.ascontiguousarray(array).tobytes()
+
+
+def _unpacked(value: tuple[str, tuple[int, ...], bytes]) -> Any:
+    data_type, shape, data = value
+    return np.frombuffer(data, np.dtype(data_type)).reshape(shape)
+
+
+async def _send(writer: asyncio.StreamWriter, *fields: Any) -> None:
+    body: bytes = msgpack.packb(fields)
+    writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
+    writer.write(body)
+    await writer.drain()
+
+
+async def _receive(reader: asyncio.StreamReader) -> Any:
+    length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
+    return msgpack.unpackb(await reader.readexactly(length), use_list=False, max_buffer_size=0)

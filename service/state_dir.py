@@ -1,0 +1,63 @@
+"""The folder that belongs to one server: locked while it runs, and where it says where it serves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.addresses import StartError
+
+OWNERS_FILE = "owners.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Two servers in one folder would write each other's sessions over. Raises StartError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise StartError(f"state_dir: {folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StartError(f"state_dir: {folder} is in use by another server") from None
+        yield
+
+
+@contextmanager
+def announced(folder: Path, **where: object) -> Iterator[None]:
+    """`server.json` says so, for as long as it is true. Raises StartError."""
+    file = folder / "server.json"
+    try:
+        write_whole(file, json.dumps(where))
+    except OSError as error:
+        raise StartError(f"state_dir: {file} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def former_owners(folder: Path) -> list[str]:
+    """The processes that had sessions when the server of this folder ended: as it is locked by us, they are dead."""
+    try:
+        return [str(owner) for owner in json.loads((folder / OWNERS_FILE).read_text())]
+    except (OSError, ValueError):
+        return []
+
+
+def keep_owners(folder: Path, owners: list[str]) -> None:
+    """For the next start. Raises OSError."""
+    write_whole(folder / OWNERS_FILE, json.dumps(owners))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Readers see all of it or none. Raises OSError."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(file)
