@@ -163,7 +163,8 @@ class Supervisor:
                 await self._drain()
         finally:
             for child in self._children.values():
-                child.kill()
+                if child.process.returncode is None:
+                    child.kill()
 
     def _stop_or_kill(self) -> None:
         if self._stopping.is_set():
@@ -260,6 +261,11 @@ class Supervisor:
         with suppress(TimeoutError):
             async with asyncio.timeout(total_s + LAST_WORDS_S):
                 await asyncio.gather(*(worker.ended() for worker in workers))
+        lane = self._children["lane"]  # they needed it until now
+        lane.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await lane.ended()
         log.info("drained")
 
     async def _gather_metrics(self) -> None:
@@ -306,9 +312,7 @@ class Supervisor:
 async def supervise(settings: Settings) -> None:
     """Serve by several processes until SIGTERM or SIGINT. Raises StartError."""
     if settings.session_store == "memory":
-        raise StartError(
-            "workers: sessions in memory are each worker's own; use another session_store, or 1 worker"
-        )
+        raise StartError("workers: sessions in memory are each worker's own; use another session_store, or 1 worker")
     with (
         state_dir.locked(settings.state_dir),
         reserve_shared_port(settings.host, settings.port) as reserved,

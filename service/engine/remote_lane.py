@@ -160,4 +160,4 @@ async def _send(writer: asyncio.StreamWriter, *fields: Any) -> None:
 
 async def _receive(reader: asyncio.StreamReader) -> Any:
     length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
-    return msgpack.unpackb(await reader.readexactly(length), use_list=False, max_buffer_size=0)
+    return msgpack.unpackb(await reader.readexactly(length), use_list=False)

@@ -1,0 +1,210 @@
+"""Several processes on one port: any of them may die, and the streams go on."""
+
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rnnserve import Client, LaneLost, SessionLimit, Unreachable
+from tests.support.bundles import accumulated
+from tests.support.server import RunningServer, free_port, start_server
+from tests.support.wire import eventually
+
+pytestmark = pytest.mark.xdist_group("workers")
+
+STREAMS = 6
+VALUES = [float(i % 7) for i in range(10_000)]
+SUMS = accumulated(VALUES)
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def server(repository: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    settings = {"workers": 2, "checkpoint_interval_s": 0.1, "session_lease_s": 1, "worker_timeout_s": 1}
+    with start_server(repository, tmp_path, **settings) as server:
+        yield server
+
+
+def workers(server: RunningServer) -> list[int]:
+    """Process ids of those that the supervisor has now. Linux only."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "service.worker" in command_line(int(pid))]
+
+
+def lane(server: RunningServer) -> int:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (pid,) = [int(pid) for pid in children if "service.lane" in command_line(int(pid))]
+    return pid
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def page(server: RunningServer) -> dict[str, float]:
+    """Every sample on the page of metrics."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def counted(server: RunningServer, metric: str) -> float:
+    return sum(value for name, value in page(server).items() if name.partition("{")[0] == metric)
+
+
+@dataclass
+class Streaming:
+    """Streams at work in threads, each on a connection of its own, until told to stop."""
+
+    server: RunningServer
+    stop: threading.Event = field(default_factory=threading.Event)
+    steps: list[int] = field(default_factory=lambda: [0] * STREAMS)
+
+    def run(self, number: int) -> float:
+        """Every answer must be right; the longest wait for one."""
+        longest_s = 0.0
+        options = {"timeout_s": 1.0}
+        with Client(self.server.target, **options) as client, client.stream("accumulator") as stream:  # type: ignore[arg-type]
+            for index, value in enumerate(VALUES):
+                start_s = time.monotonic()
+                answer = stream.step([value])
+                longest_s = max(longest_s, time.monotonic() - start_s)
+                assert (answer.step, tuple(answer.output.tolist())) == (index, SUMS[index])
+                self.steps[number] = index + 1
+                if self.stop.wait(0.005):
+                    return longest_s
+        raise AssertionError("the values ran out")
+
+    def go_on(self) -> None:
+        """Return once every stream has been answered some more."""
+        before = list(self.steps)
+        eventually(lambda: all(now >= then + 5 for now, then in zip(self.steps, before, strict=True)))
+
+
+@pytest.fixture
+def streaming(server: RunningServer) -> Iterator[Streaming]:
+    """Checks at the end that no step was lost, repeated or answered wrongly."""
+    streaming = Streaming(server)
+    with ThreadPoolExecutor(STREAMS) as threads:
+        results = [threads.submit(streaming.run, number) for number in range(STREAMS)]
+        try:
+            streaming.go_on()
+            yield streaming
+        finally:
+            streaming.stop.set()
+        for result in results:
+            result.result(TIMEOUT_S)
+
+
+def test_streams_go_on_when_a_worker_is_killed_and_it_is_started_again(
+    server: RunningServer, streaming: Streaming
+) -> None:
+    before = workers(server)
+    applied = counted(server, "rnnserve_steps_total")
+    os.kill(before[0], signal.SIGKILL)
+    streaming.go_on()
+    eventually(lambda: len(workers(server)) == 2 and before[0] not in workers(server))
+    assert counted(server, "rnnserve_steps_total") >= applied
+    eventually(lambda: counted(server, "rnnserve_process_restarts_total") == 1)
+    eventually(lambda: counted(server, "rnnserve_sessions") == STREAMS)
+
+
+def test_streams_go_on_when_a_worker_is_stuck_and_it_is_killed(server: RunningServer, streaming: Streaming) -> None:
+    before = workers(server)
+    os.kill(before[0], signal.SIGSTOP)
+    streaming.go_on()
+    eventually(lambda: len(workers(server)) == 2 and before[0] not in workers(server))
+    assert any('why="stuck"' in name for name in page(server))
+
+
+def test_all_workers_are_restarted_one_after_the_other_and_no_stream_notices(
+    server: RunningServer, streaming: Streaming
+) -> None:
+    before = workers(server)
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "all workers are new" in server.log())
+    streaming.go_on()
+    assert not set(before) & set(workers(server))
+
+
+def test_a_lane_that_dies_fails_what_it_held_and_no_more(server: RunningServer) -> None:
+    sequence = np.ones((20, 3), np.float32)
+    with Client(server.target) as client:
+        client.predict("bidirectional", [sequence])
+        os.kill(lane(server), signal.SIGKILL)
+
+        def answers() -> bool:
+            try:
+                client.predict("bidirectional", [sequence])
+            except LaneLost:
+                return False
+            return True
+
+        eventually(answers)
+
+
+def test_a_drain_ends_all_processes_and_loses_nothing(server: RunningServer, repository: Path, tmp_path: Path) -> None:
+    with Client(server.target) as client:
+        stream = client.stream("accumulator")
+        stream.open()
+        for index in range(10):
+            stream.step([VALUES[index]])
+        pids = workers(server)
+        assert server.stop() == 0
+        stream.abort()
+        point = stream.resume_point
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with start_server(repository, tmp_path) as alone, Client(alone.target) as client:  # over the same file
+        stream = client.stream("accumulator", resume=point)
+        stream.open()
+        assert tuple(stream.step([VALUES[10]]).output.tolist()) == SUMS[10]
+        stream.close()
+
+
+def test_workers_end_with_their_supervisor(server: RunningServer) -> None:
+    pids = workers(server)
+    server.kill()
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    with Client(server.target, timeout_s=1.0) as client, pytest.raises(Unreachable):
+        client.models()
+
+
+def test_a_port_that_another_service_has_is_not_shared_with_it(server: RunningServer, repository: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match=f"port: {server.port} on 127.0.0.1 is in use"),
+        start_server(repository, workers=2, port=server.port),
+    ):
+        pass
+
+
+def test_workers_do_not_share_what_is_in_memory(repository: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="workers: sessions in memory are each worker's own"),
+        start_server(repository, workers=2, session_store="memory", port=free_port()),
+    ):
+        pass
+
+
+def test_the_limit_on_streams_is_that_of_all_workers(repository: Path, tmp_path: Path) -> None:
+    with start_server(repository, tmp_path, workers=2, max_streams=3) as server:
+        clients = [Client(server.target) for _ in range(12)]
+        opened = 0
+        for client in clients:
+            stream = client.stream("accumulator")
+            try:
+                stream.open()
+                opened += 1
+            except SessionLimit:
+                pass
+            time.sleep(0.5)  # the workers tell each other five times a second
+        assert opened == 3
+        for client in clients:
+            client.close()
