@@ -39,8 +39,10 @@ from service.engine.executor import TorchExecutor
 from service.engine.sequence_lane import SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
+from service.sessions.copies import SessionCopies
 from service.sessions.limits import SessionLimits
 from service.sessions.registry import SessionRegistry
+from service.sessions.snapshots import SnapshotKeys
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import SessionStore, StoreError
@@ -117,6 +119,7 @@ class Service:
             store_timeout_s=settings.store_timeout_s,
             metrics=self.metrics,
         )
+        copies = SessionCopies(self.sessions, _snapshot_keys(settings), lifetime_s=settings.snapshot_lifetime_s)
         self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics)
         self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
@@ -124,7 +127,7 @@ class Service:
             SequenceService(catalog, self.lane, limits, refusals, self.metrics), self.server
         )
         add_ModelServiceServicer_to_server(ModelService(catalog), self.server)
-        add_SessionServiceServicer_to_server(SessionService(self.sessions), self.server)
+        add_SessionServiceServicer_to_server(SessionService(self.sessions, copies, limits), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server)
 
@@ -275,6 +278,16 @@ def _store(settings: Settings) -> SessionStore:
     if settings.session_store == "memory":
         return MemoryStore()
     return SqliteStore(settings.state_dir / "sessions.sqlite", power_loss_safe=settings.power_loss_safe)
+
+
+def _snapshot_keys(settings: Settings) -> SnapshotKeys | None:
+    file = settings.snapshot_key_file
+    try:
+        return None if file is None else SnapshotKeys.parse(file.read_text("utf-8", "replace"))
+    except OSError as error:
+        raise StartError(f"snapshot_key_file: {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StartError(f"snapshot_key_file: {file}: {error}") from None
 
 
 def _check_address(host: str, port: int) -> None:

@@ -25,7 +25,7 @@ from service.sessions.checkpoints import Checkpointer, CheckpointMetrics
 from service.sessions.erasure import Erasure
 from service.sessions.evictions import EvictionMetrics, Evictions
 from service.sessions.limits import SessionLimits, limit_reached
-from service.sessions.record import HeldAnswer, SessionKey, SessionRecord
+from service.sessions.record import HeldAnswer, SessionKey, SessionRecord, SessionState
 from service.sessions.session import Owner, Session, StepMetrics, admits, hash_of
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 from service.sessions.table import SessionInfo, SessionTable, TableMetrics
@@ -60,6 +60,7 @@ class Opening:
     version: int = 0  # of the model; 0 = any
     caller_id: bytes = b""
     take_over: bool = False  # from another caller
+    begin_with: SessionState | None = None  # a copy, and not the initial state; then there may be no such session yet
 
 
 class SessionRegistry:
@@ -108,6 +109,11 @@ class SessionRegistry:
         return self._store.durable and self.checkpoints.available
 
     @property
+    def persistent(self) -> bool:
+        """Whether sessions are kept where they survive the end of the process, at least while the store works."""
+        return self._store.durable
+
+    @property
     def resume_window_s(self) -> float:
         """How long a session is kept without a stream."""
         return self._limits.resume_window_s
@@ -123,7 +129,7 @@ class SessionRegistry:
         if found is not None:
             _check_fits(found, opening, manifest)
         was_live = found is not None and found.owner is not None
-        if not was_live and self._table.live >= self._limits.max_streams:
+        if not was_live and opening.begin_with is None and self._table.live >= self._limits.max_streams:
             raise limit_reached("max_streams", self._limits.max_streams)
         session = found or self._new(opening, manifest)
         missed = session.take(owner, opening.answered_step, opening.caller_id)
@@ -177,6 +183,33 @@ class SessionRegistry:
     def after(self, key: SessionKey, sessions: int) -> list[SessionInfo]:
         """So many sessions of the key's tenant at most, by id, behind that key."""
         return [self.find(k) for k in self._table.keys.after(key, sessions)]
+
+    async def record(self, key: SessionKey) -> SessionRecord:
+        """A session as it is now, between two steps.
+
+        Raises SessionNotFound, Evicted, ResumePointLost, StoreUnavailable.
+        """
+        parked = key not in self._table.in_memory and key in self._table.parked
+        record = await self._read(key) if parked else None
+        if session := self._table.in_memory.get(key):  # by now, perhaps
+            return session.record()
+        if record is None or key not in self._table.parked:
+            raise self._table.departed.error(key)
+        return record
+
+    def served(self, state: SessionState | SessionRecord) -> Manifest:
+        """Of the bundle that a state belongs to. Raises BundleMismatch."""
+        served = self._manifests.get(state.model)
+        if (
+            served is None
+            or served.weights_sha256 != state.weights_sha256
+            or state.row.shape != self._engine.initial_row(state.model).shape
+        ):
+            raise BundleMismatch(
+                f"the session's state belongs to other weights of model {state.model.name!r} than are served",
+                model=state.model.name,
+            )
+        return served
 
     async def delete(self, key: SessionKey) -> None:
         """Erase a session everywhere, at once. Raises SessionNotFound, Evicted, StoreUnavailable.
@@ -262,40 +295,40 @@ class SessionRegistry:
 
     async def _loaded(self, opening: Opening) -> Session | None:
         """From the store, unless somebody else has loaded or ended it meanwhile."""
-        try:
-            record = await self.checkpoints.read(opening.key)
-        except RecordUnreadable as error:
-            log.error("session %r cannot be resumed: %s", opening.key.session_id, error)
-            raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
+        record = await self._read(opening.key)
         if loaded := self._table.in_memory.get(opening.key):
             return loaded
         if record is None or opening.key not in self._table.parked:
             return None
         _check_token(record.token_hash, opening)
-        served = self._manifests.get(record.model)
-        if served is None or served.weights_sha256 != record.weights_sha256:
-            raise BundleMismatch(
-                f"the session's state belongs to other weights of model {record.model.name!r} than are served",
-                model=record.model.name,
-            )
+        self.served(record)
         session = self._session(record)
         session.durable_step = record.next_step if self._store.durable else 0
         self._table.load(session)
         self.changed(session)  # if the stream does not take it after all, it goes back
         return session
 
+    async def _read(self, key: SessionKey) -> SessionRecord | None:
+        try:
+            return await self.checkpoints.read(key)
+        except RecordUnreadable as error:
+            log.error("session %r cannot be read: %s", key.session_id, error)
+            raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
+
     def _new(self, opening: Opening, manifest: Manifest) -> Session:
         self._evictions.make_room(opening.key.tenant)
         now_s = self._clock()
+        initial = SessionState(manifest.key, manifest.weights_sha256, 0, self._engine.initial_row(manifest.key))
+        state = opening.begin_with or initial
         return self._session(
             SessionRecord(
                 key=opening.key,
-                model=manifest.key,
-                weights_sha256=manifest.weights_sha256,
+                model=state.model,
+                weights_sha256=state.weights_sha256,
                 token_hash=hash_of(opening.token) if self._limits.resume_window_s else b"",
-                next_step=0,
-                answered_step=0,
-                row=self._engine.initial_row(manifest.key),
+                next_step=state.next_step,
+                answered_step=state.next_step,
+                row=state.row,
                 opened_s=now_s,
                 used_s=now_s,
             )
@@ -323,7 +356,7 @@ class SessionRegistry:
 
 
 def _check_token(token_hash: bytes, opening: Opening) -> None:
-    if not admits(token_hash, opening.token):
+    if opening.begin_with is not None or not admits(token_hash, opening.token):
         session_id = opening.key.session_id
         raise SessionExists(f"session {session_id!r} is in use", field="session_id", session_id=session_id)
 
