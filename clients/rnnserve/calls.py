@@ -166,4 +166,4 @@ class Calls:
 
 
 def _new_point(session_id: str | None) -> ResumePoint:
-    return ResumePoint(session_id or uuid.uuid4().hex, secrets.token_hex(16), answered_step=0)
+    return ResumePoint(uuid.uuid4().hex if session_id is None else session_id, secrets.token_hex(16), answered_step=0)

@@ -5,6 +5,7 @@ import hmac
 import logging
 import re
 import subprocess
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,14 @@ def test_what_never_was_a_snapshot_is_refused(value: bytes) -> None:
     assert why_refused(value) in ("damaged", "unknown_key")
 
 
-def test_lists_that_only_claim_to_be_huge_are_refused_before_memory_is_taken_for_them() -> None:
-    nested = b"\xdd\x00\x3f\xff\xff" * 800_000  # each list says that it has four million entries
-    assert why_refused(nested + bytes(SIGNATURE_BYTES)) == "damaged"
+def test_lists_that_only_claim_to_be_huge_cost_no_memory() -> None:
+    nested = b"\xdd\x00\x00\x40\x00" * 20_000  # each of these lists says that it has 16,384 entries
+    tracemalloc.start()
+    try:
+        assert why_refused(nested + bytes(SIGNATURE_BYTES)) == "damaged"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_it_cannot_be_imported_once_it_has_expired() -> None:

@@ -1,7 +1,6 @@
 """Copies of sessions between real servers, through our client and without it."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,12 +18,10 @@ from rnnserve import (
     BundleMismatch,
     Client,
     Draining,
-    Evicted,
     FieldInvalid,
     MessageTooLarge,
     NotEnabled,
     ResumePoint,
-    SessionLimit,
     SessionNotFound,
     SnapshotInvalid,
     Stream,
@@ -33,13 +30,13 @@ from rnnserve.cli.app import app
 from rnnserve.v1 import session_service_pb2 as pb
 from rnnserve.v1.session_service_pb2_grpc import SessionServiceStub
 from tests.support.bundles import accumulated, features, manifest, write_bundle
+from tests.support.copies import parked, session_ids, sums_after
 from tests.support.server import RunningServer, start_server
-from tests.support.wire import TIMEOUT_S, live_stream, open_, random_steps, refusal_of, resume
+from tests.support.wire import TIMEOUT_S, live_stream, open_, random_steps, refusal_of
 
 TOKEN = b"0123456789abcdef"
 KEYS = f"2026-11:{'5a' * 32}\n"
-VALUES = [float(i % 3) for i in range(3_000)]
-SUMS = accumulated(VALUES)
+VALUES = [float(i % 7) for i in range(64)]
 STATEFUL = ("vanilla", "text", "stacked", "accumulator")
 
 
@@ -77,34 +74,12 @@ def inputs_of(model: str) -> list[Any]:
     if model == "text":
         return list("abc cab bca acb " * 4)
     if model == "accumulator":
-        return [[value] for value in VALUES[:64]]
+        return [[value] for value in VALUES]
     return list(random_steps(64, seed=5))
 
 
 def outputs(stream: Stream, inputs: list[Any]) -> NDArray[np.float32]:
     return np.stack([answer.output for answer in stream.steps(inputs)])
-
-
-def parked(client: Client, session: str, values: list[float]) -> ResumePoint:
-    """A session of the accumulator that has no stream."""
-    stream = client.stream("accumulator", session=session)
-    stream.open()
-    for value in values:
-        stream.step([value])
-    stream.park()
-    return stream.resume_point
-
-
-def sums_after(client: Client, point: ResumePoint) -> tuple[float, ...]:
-    """What an accumulator's session has come to: its answer to one more step of 0."""
-    with client.stream("accumulator", resume=point) as stream:
-        answer = stream.step([0.0])
-        assert (answer.step, stream.missed) == (point.answered_step, [])
-        return tuple(answer.output.tolist())
-
-
-def session_ids(client: Client) -> set[str]:
-    return {info.id for info in client.sessions()}
 
 
 @pytest.mark.parametrize("model", STATEFUL)
@@ -170,68 +145,6 @@ def test_an_import_is_parked_and_survives_a_crash_right_behind_it(
     with start_server(repository, tmp_path) as server, Client(server.target) as client:
         for point in (imported, forked):
             assert sums_after(client, point) == accumulated([*VALUES[:9], 0.0])[-1]
-
-
-def test_a_fork_has_the_state_after_exactly_its_steps_while_more_are_sent(here: Client) -> None:
-    """The sums tell which steps the state has seen, and in which order."""
-    enough = threading.Event()
-    points: list[ResumePoint] = []
-    seen: list[tuple[float, ...]] = []
-    stream = here.stream("accumulator", session="forked-live")
-    stream.open()
-
-    def values_until_enough() -> Iterator[list[float]]:
-        for value in VALUES:
-            if enough.is_set():
-                return
-            yield [value]
-
-    def step_all() -> None:
-        seen.extend(tuple(answer.output.tolist()) for answer in stream.steps(values_until_enough()))
-
-    stepping = threading.Thread(target=step_all)
-    stepping.start()
-    try:
-        while len({point.answered_step for point in points} - {0}) < 5 and stepping.is_alive():
-            points.append(here.fork_session("forked-live"))
-    finally:
-        enough.set()
-        stepping.join(TIMEOUT_S)
-    assert seen == SUMS[: len(seen)]  # the original knows nothing of it
-    under_way = [point for point in points if 0 < point.answered_step < len(seen)]
-    assert under_way
-    for point in points:
-        assert sums_after(here, point) == accumulated([*VALUES[: point.answered_step], 0.0])[-1]
-    assert tuple(stream.step([0.0]).output.tolist()) == accumulated([*VALUES[: len(seen)], 0.0])[-1]
-    stream.close()
-
-
-def test_a_fork_and_its_original_go_different_ways(here: Client) -> None:
-    original = parked(here, "two-ways", [1.0, 2.0])
-    fork = here.fork_session("two-ways")
-    assert sums_after(here, fork) == (3.0, 4.0)
-    with here.stream("accumulator", resume=original) as stream:
-        assert stream.next_step == 2
-        assert stream.step([7.0]).output.tolist() == [10.0, 4.0]
-
-
-def test_the_original_keeps_the_answers_that_it_owes_and_the_copy_has_none(
-    servers: tuple[RunningServer, RunningServer],
-) -> None:
-    opening, copy = open_("accumulator", "owing", token=TOKEN), open_("accumulator", "owing-copy", token=b"c" * 16)
-    with grpc.insecure_channel(servers[0].target) as channel:
-        with live_stream(channel, opening) as stream:
-            stream.step([[1.0], [2.0]])
-            request = pb.ForkSessionRequest(
-                session_id="owing", new_session_id="owing-copy", new_resume_token=copy.open.resume_token
-            )
-            forked = SessionServiceStub(channel).ForkSession(request, timeout=TIMEOUT_S).session
-        assert (forked.next_step, forked.state, forked.size_bytes) == (2, pb.SESSION_STATE_PARKED, 4 * 2)
-        with live_stream(channel, resume(opening)) as stream:
-            assert stream.read().answer.next_step == 2
-        with live_stream(channel) as stream, pytest.raises(grpc.RpcError) as ended:
-            stream.ask(resume(copy, answered_step=1))
-        assert refusal_of(ended.value).reason == "RESUME_POINT_LOST"
 
 
 def test_wrong_snapshots_are_refused_and_leave_nothing_behind(here: Client, there: Client) -> None:
@@ -367,33 +280,6 @@ def test_where_sessions_end_with_their_streams_there_is_nothing_to_park(
         assert refusal.value.metadata == {"setting": "resume_window_s"}
         with client.stream("accumulator", session="live") as stream, pytest.raises(NotEnabled):
             client.fork_session(stream.session)
-
-
-def test_a_copy_counts_as_a_session_but_not_as_a_stream(repository: Path) -> None:
-    with (
-        start_server(repository, max_sessions=2, max_streams=1, session_store="memory") as server,
-        Client(server.target) as client,
-    ):
-        with client.stream("accumulator", session="live") as stream:
-            stream.step([5.0])
-            first = client.fork_session("live", session="first")
-            second = client.fork_session("live", session="second")
-            assert session_ids(client) == {"live", "second"}
-        with pytest.raises(Evicted, match="max_sessions"):
-            client.stream("accumulator", resume=first).open()
-        with client.stream("accumulator", resume=second) as one:
-            assert one.step([1.0]).output.tolist() == [6.0, 5.0]
-
-
-def test_where_all_sessions_are_live_there_is_no_room_for_a_copy(repository: Path) -> None:
-    with (
-        start_server(repository, max_sessions=1) as server,
-        Client(server.target) as client,
-        client.stream("accumulator") as stream,
-    ):
-        with pytest.raises(SessionLimit):
-            client.fork_session(stream.session)
-        assert session_ids(client) == {stream.session}
 
 
 async def test_a_program_awaits_the_same(servers: tuple[RunningServer, RunningServer]) -> None:
