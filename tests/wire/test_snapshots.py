@@ -159,6 +159,22 @@ def test_wrong_snapshots_are_refused_and_leave_nothing_behind(here: Client, ther
     assert sums_after(there, there.import_session(data, session="wrong"))  # whose id was left free
 
 
+def test_a_snapshot_is_good_for_as_long_as_the_server_says_that_made_it(
+    there: Client, repository: Path, key_file: Path
+) -> None:
+    with (
+        start_server(repository, snapshot_key_file=key_file, snapshot_lifetime_s=0.000_001) as server,
+        Client(server.target) as client,
+    ):
+        parked(client, "soon-expired", [1.0])
+        data = client.export_session("soon-expired").data
+    before = session_ids(there)
+    with pytest.raises(SnapshotInvalid) as refusal:
+        there.import_session(data)
+    assert refusal.value.metadata == {"why": "expired"}
+    assert session_ids(there) == before
+
+
 def test_a_snapshot_larger_than_a_message_may_be_is_refused_as_such(there: Client) -> None:
     with pytest.raises(MessageTooLarge) as refusal:
         there.import_session(bytes(8_192), session="large")
@@ -305,7 +321,7 @@ def test_the_command_line_saves_begins_and_forks(
         return done
 
     saved = run(servers[0], "export", "from-the-command-line", file)
-    assert f"wrote {file}: accumulator v1 after 2 steps; it can be imported until " in saved.stderr
+    assert f"wrote {file}: accumulator v1 before step 2; it can be imported until " in saved.stderr
     clear = json.loads(run(servers[0], "--json", "export", "from-the-command-line", file).stdout)
     assert (clear["model"], clear["next_step"], clear["key_id"]) == ("accumulator", 2, "2026-11")
     assert "data" not in clear

@@ -26,7 +26,7 @@ def export(context: typer.Context, session: str, file: Annotated[Path, typer.Arg
 
 
 def import_(context: typer.Context, file: Path, session: NewId = None) -> None:
-    """Begin a session from such a file, and print where a stream can resume it."""
+    """Begin a session from a file that `export` wrote, and print where a stream can resume it."""
     options: Options = context.obj
     with exit_codes(), options.client() as client:
         _print(client.import_session(file.read_bytes(), session), options)

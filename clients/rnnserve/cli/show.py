@@ -66,7 +66,7 @@ def snapshot_line(snapshot: Snapshot) -> str:
     """What it is, and for how long it is good."""
     until = snapshot.expires_at and f"{snapshot.expires_at.astimezone():%b %d %H:%M:%S}"
     good = f"can be imported until {until}" if until else "can be imported at any time"
-    return f"{snapshot.model} v{snapshot.version} after {snapshot.next_step:,} steps; it {good}"
+    return f"{snapshot.model} v{snapshot.version} before step {snapshot.next_step}; it {good}"
 
 
 def model_details(model: Model) -> Table:
