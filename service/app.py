@@ -35,9 +35,11 @@ from service.engine.executor import TorchExecutor
 from service.engine.sequence_lane import Lane, SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
+from service.sessions.copies import SessionCopies
 from service.sessions.limits import SessionLimits
 from service.sessions.registry import SessionRegistry
 from service.sessions.shared import Sharing
+from service.sessions.snapshots import SnapshotKeys
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.shared import SharedStore
 from service.sessions.stores.shared_sqlite import SharedSqliteStore
@@ -108,6 +110,7 @@ class Service:
             metrics=self.metrics,
             sharing=Sharing(owner, settings.session_lease_s) if owner else None,
         )
+        copies = SessionCopies(self.sessions, _snapshot_keys(settings), lifetime_s=settings.snapshot_lifetime_s)
         self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics)
         self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
@@ -115,7 +118,7 @@ class Service:
             SequenceService(catalog, self.lane, limits, refusals, self.metrics), self.server
         )
         add_ModelServiceServicer_to_server(ModelService(catalog), self.server)
-        add_SessionServiceServicer_to_server(SessionService(self.sessions), self.server)
+        add_SessionServiceServicer_to_server(SessionService(self.sessions, copies, limits), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server)
 
@@ -231,6 +234,16 @@ def _store(settings: Settings, owner: str) -> SessionStore | SharedStore:
     if owner:
         return SharedSqliteStore(file, power_loss_safe=settings.power_loss_safe)
     return SqliteStore(file, power_loss_safe=settings.power_loss_safe)
+
+
+def _snapshot_keys(settings: Settings) -> SnapshotKeys | None:
+    file = settings.snapshot_key_file
+    try:
+        return None if file is None else SnapshotKeys.parse(file.read_text("utf-8", "replace"))
+    except OSError as error:
+        raise StartError(f"snapshot_key_file: {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StartError(f"snapshot_key_file: {file}: {error}") from None
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -6,7 +6,8 @@ ServingError
 │   ├── InputKindMismatch    DataTypeMismatch, ShapeMismatch
 │   ├── StepsMissing         TooManySteps
 │   ├── MessageTooLarge      MessageMalformed
-│   └── NotFinite            UnknownSymbol
+│   ├── NotFinite            UnknownSymbol
+│   └── SnapshotInvalid
 ├── Conflict             another order of calls is needed
 │   ├── StepOutOfOrder
 │   ├── ResumePointLost
@@ -15,8 +16,8 @@ ServingError
 │   └── ModelNotFound        SessionNotFound
 ├── AlreadyExists
 │   └── SessionExists
-├── NotPossible          this model can never do it
-│   └── ModelNotStreamable   BundleMismatch
+├── NotPossible          this model or this server can never do it
+│   └── ModelNotStreamable   BundleMismatch, NotEnabled
 ├── Exhausted            a limit is reached; later there may be room
 │   ├── SessionLimit
 │   └── QueueFull
@@ -134,6 +135,10 @@ class MessageMalformed(Invalid):
     """The bytes are none of the contract's message."""
 
 
+class SnapshotInvalid(Invalid):
+    """It cannot be imported: `why` in the metadata is damaged, unknown_key, expired or format."""
+
+
 class Conflict(ServingError):
     """Another order of calls is needed."""
 
@@ -175,7 +180,7 @@ class SessionExists(AlreadyExists):
 
 
 class NotPossible(ServingError):
-    """This model can never do it."""
+    """This model or this server can never do it."""
 
 
 class ModelNotStreamable(NotPossible):
@@ -184,6 +189,10 @@ class ModelNotStreamable(NotPossible):
 
 class BundleMismatch(NotPossible):
     """The session's state belongs to other weights than are served."""
+
+
+class NotEnabled(NotPossible):
+    """This server is set not to do it: `setting` in the metadata says by which setting."""
 
 
 class Exhausted(ServingError):

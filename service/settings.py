@@ -112,6 +112,15 @@ class Settings(BaseSettings):
         description="states and answers of parked sessions; past it the longest parked go; 0 = no limit",
     )
 
+    snapshot_key_file: Path | None = Field(
+        None,
+        description="file of lines <key id>:<64 hex digits>; the first key signs exported sessions, all verify "
+        "imported ones; without it neither is possible",
+    )
+    snapshot_lifetime_s: float = Field(
+        86_400.0, ge=0.0, le=315_360_000.0, description="how long an exported session can be imported; 0 = for ever"
+    )
+
     max_sequence_steps: int = Field(20_000, ge=1, le=1_000_000, description="steps of one whole sequence")
     max_queued_sequences: int = Field(256, ge=1, le=100_000, description="waiting; one more is QUEUE_FULL")
     max_bulk_sequences: int = Field(64, ge=1, le=10_000, description="in flight on one bulk stream, then it waits")

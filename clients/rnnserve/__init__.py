@@ -21,6 +21,7 @@ from rnnserve.errors import (
     MessageTooLarge,
     ModelNotFound,
     ModelNotStreamable,
+    NotEnabled,
     NotFinite,
     OpenMissing,
     OpenRepeated,
@@ -32,6 +33,7 @@ from rnnserve.errors import (
     SessionMoved,
     SessionNotFound,
     ShapeMismatch,
+    SnapshotInvalid,
     StepOutOfOrder,
     StepsMissing,
     StoreUnavailable,
@@ -46,6 +48,7 @@ from rnnserve.models import Model, Quality, Sample, TrainingData
 from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo
+from rnnserve.snapshots import Snapshot
 from rnnserve.stream import Stream
 
 __all__ = [
@@ -68,6 +71,7 @@ __all__ = [
     "Model",
     "ModelNotFound",
     "ModelNotStreamable",
+    "NotEnabled",
     "NotFinite",
     "Notice",
     "OpenMissing",
@@ -86,6 +90,8 @@ __all__ = [
     "SessionMoved",
     "SessionNotFound",
     "ShapeMismatch",
+    "Snapshot",
+    "SnapshotInvalid",
     "StepOutOfOrder",
     "StepsMissing",
     "StoreUnavailable",

@@ -22,6 +22,7 @@ from rnnserve.results import Notice, Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
 from rnnserve.session import RESUME_TIMEOUT_S, Session
 from rnnserve.sessions import SessionInfo
+from rnnserve.snapshots import Snapshot
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
@@ -87,6 +88,29 @@ class AsyncClient:
     async def delete_session(self, session_id: str) -> None:
         """Ends a session and erases it everywhere before it returns. Raises SessionNotFound."""
         await self._run(self._calls.delete_session(session_id))
+
+    async def export_session(self, session_id: str) -> Snapshot:
+        """A copy of a session, live or parked, between two of its steps; the session goes on untouched.
+
+        Save its `data`. Raises SessionNotFound, and NotEnabled where the server has no key to sign with.
+        """
+        return await self._run(self._calls.export_session(session_id))
+
+    async def import_session(self, data: bytes, session: str | None = None) -> ResumePoint:
+        """Begins a session with the state of a snapshot, on any server with the same model and key.
+
+        `stream(model, resume=point)` goes on with it. `session` is its id; None = a random one. Raises SnapshotInvalid,
+        BundleMismatch, SessionExists, NotEnabled; then the server is as it was.
+        """
+        return await self._run(self._calls.import_session(data, session))
+
+    async def fork_session(self, session_id: str, session: str | None = None) -> ResumePoint:
+        """Begins a session with the state of another one, live or parked, which goes on untouched.
+
+        `stream(model, resume=point)` goes on with the copy. `session` is its id; None = a random one. Raises
+        SessionNotFound, SessionExists.
+        """
+        return await self._run(self._calls.fork_session(session_id, session))
 
     async def health(self, model: str | None = None) -> str:
         """ "serving" or "not_serving": the whole server, or one model. Raises ModelNotFound."""

@@ -4,7 +4,9 @@ A program is a generator: it yields a Call or a Pause, is sent the response (or 
 result. `client.py` runs them blocking, `async_client.py` on an event loop.
 """
 
+import secrets
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -15,9 +17,10 @@ from google.protobuf.message import Message
 from rnnserve.errors import ModelNotFound, RnnserveError, TryAgain
 from rnnserve.models import Model, Sample, model_from, samples_from
 from rnnserve.requests import predict_request
-from rnnserve.results import Prediction, prediction_from
+from rnnserve.results import Prediction, ResumePoint, prediction_from
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo, session_from
+from rnnserve.snapshots import Snapshot, snapshot_from
 from rnnserve.stubs import HealthCheckRequest, Stubs, health_status_name
 from rnnserve.tensors import Input
 from rnnserve.v1 import model_service_pb2, prediction_pb2, session_service_pb2
@@ -100,6 +103,30 @@ class Calls:
         request = session_service_pb2.DeleteSessionRequest(session_id=session_id)
         yield Call(lambda stubs: stubs.sessions.DeleteSession, request, self.timeout_s)
 
+    def export_session(self, session_id: str) -> Program[Snapshot]:
+        """A copy as a value."""
+        request = session_service_pb2.ExportSessionRequest(session_id=session_id)
+        response = yield from self._call(lambda stubs: stubs.sessions.ExportSession, request)
+        return snapshot_from(response.snapshot)
+
+    def import_session(self, data: bytes, session_id: str | None) -> Program[ResumePoint]:
+        """Not tried again: a second try could not tell that the first one succeeded."""
+        point = _new_point(session_id)
+        request = session_service_pb2.ImportSessionRequest(
+            snapshot=data, session_id=point.session, resume_token=bytes.fromhex(point.token)
+        )
+        response = yield Call(lambda stubs: stubs.sessions.ImportSession, request, self.timeout_s)
+        return point._replace(answered_step=response.session.next_step)
+
+    def fork_session(self, session_id: str, new_session_id: str | None) -> Program[ResumePoint]:
+        """Not tried again, likewise."""
+        point = _new_point(new_session_id)
+        request = session_service_pb2.ForkSessionRequest(
+            session_id=session_id, new_session_id=point.session, new_resume_token=bytes.fromhex(point.token)
+        )
+        response = yield Call(lambda stubs: stubs.sessions.ForkSession, request, self.timeout_s)
+        return point._replace(answered_step=response.session.next_step)
+
     def predict(
         self, model: str, version: int, inputs: Iterable[Input], options: prediction_pb2.OutputOptions
     ) -> Program[list[Prediction]]:
@@ -136,3 +163,7 @@ class Calls:
                 if time.monotonic() + pause_s >= deadline:
                     raise
             yield Pause(pause_s)
+
+
+def _new_point(session_id: str | None) -> ResumePoint:
+    return ResumePoint(uuid.uuid4().hex if session_id is None else session_id, secrets.token_hex(16), answered_step=0)

@@ -3,7 +3,8 @@
 RnnserveError
 ├── InvalidArgument       what was sent is wrong; sending it again will not help
 │   ├── OpenMissing  OpenRepeated  FieldInvalid  InputKindMismatch  DataTypeMismatch  ShapeMismatch
-│   └── StepsMissing  TooManySteps  NotFinite  UnknownSymbol  MessageTooLarge  MessageMalformed
+│   ├── StepsMissing  TooManySteps  NotFinite  UnknownSymbol  MessageTooLarge  MessageMalformed
+│   └── SnapshotInvalid   .metadata["why"] is "damaged", "unknown_key", "expired" or "format"
 ├── ModelNotFound
 ├── ModelNotStreamable    the network must see the whole sequence; use `predict`
 ├── SessionExists         the session id is in use
@@ -12,6 +13,7 @@ RnnserveError
 ├── Evicted               the server gave the session up; .metadata["resumable"] says whether it can be resumed
 ├── ResumePointLost       the session is there, but the answers or the steps in between no longer are
 ├── BundleMismatch        the session was computed by another build of the model
+├── NotEnabled            the server is set not to do it; .metadata["setting"] names the setting
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
 │   ├── SessionLimit  QueueFull  Draining  LaneLost  StoreUnavailable
@@ -110,6 +112,10 @@ class MessageMalformed(InvalidArgument):
     """The server cannot decode the message: its contract is another one."""
 
 
+class SnapshotInvalid(InvalidArgument):
+    """The snapshot was changed, or has expired, or the server does not know its key or its format."""
+
+
 class ModelNotFound(RnnserveError):
     """The server has no such model, or not that version of it."""
 
@@ -140,6 +146,10 @@ class ResumePointLost(RnnserveError):
 
 class BundleMismatch(RnnserveError):
     """The session was computed by another build of the model, which the server no longer has."""
+
+
+class NotEnabled(RnnserveError):
+    """The server is set not to do it."""
 
 
 class StepOutOfOrder(RnnserveError):
@@ -210,6 +220,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         UnknownSymbol,
         MessageTooLarge,
         MessageMalformed,
+        SnapshotInvalid,
         ModelNotFound,
         ModelNotStreamable,
         SessionExists,
@@ -218,6 +229,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         Evicted,
         ResumePointLost,
         BundleMismatch,
+        NotEnabled,
         StepOutOfOrder,
         SessionLimit,
         QueueFull,

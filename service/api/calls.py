@@ -20,7 +20,13 @@ from service.errors import Internal, MessageMalformed, ServingError
 
 log = logging.getLogger(__name__)
 
-WORK = ("rnnserve.v1.RealTimeService/", "rnnserve.v1.SequenceService/", "rnnserve.v1.SessionService/DeleteSession")
+WORK = (
+    "rnnserve.v1.RealTimeService/",
+    "rnnserve.v1.SequenceService/",
+    "rnnserve.v1.SessionService/DeleteSession",
+    "rnnserve.v1.SessionService/ImportSession",
+    "rnnserve.v1.SessionService/ForkSession",
+)
 """How calls begin that a drain waits for and refuses; what there is, and its health, are told until the end."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -34,6 +33,7 @@ from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from service.api import codec
 from service.api.calls import Refusals
 from service.api.drain import draining
+from service.api.identities import check_session_id, check_token
 from service.api.limits import Limits
 from service.api.statuses import duration
 from service.catalog.catalog import Catalog
@@ -47,12 +47,10 @@ if TYPE_CHECKING:
 
     Context = ServicerContext[StreamStepsRequest, StreamStepsResponse]
 
-TOKEN_BYTES = 16
 MAX_CALLER_ID_BYTES = 16
 QUIET_S = 0.2  # without a message: a stream that a drain may end, since its session can be resumed
 LAST_WORDS_S = 0.5
 CANCELLATION_S = 0.05  # within this after the end of a call whose client has gone, gRPC cancels it
-SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RealTimeMetrics(Protocol):
@@ -133,12 +131,9 @@ class RealTimeService(RealTimeServiceServicer):
         wanted = request.open
         manifest = self._catalog.find(wanted.model, wanted.version).manifest
         codec.check_options(wanted.options, manifest)
-        if not SESSION_ID.fullmatch(wanted.session_id):
-            raise FieldInvalid(
-                "a session id has 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', '-', ':'", field="session_id"
-            )
-        if len(wanted.resume_token) not in (0, TOKEN_BYTES):
-            raise FieldInvalid(f"a resume token has {TOKEN_BYTES} bytes", field="resume_token")
+        check_session_id(wanted.session_id)
+        if wanted.resume_token:
+            check_token(wanted.resume_token)
         if len(wanted.caller_id) > MAX_CALLER_ID_BYTES:
             raise FieldInvalid(f"a caller id has at most {MAX_CALLER_ID_BYTES} bytes", field="caller_id")
         opening = Opening(

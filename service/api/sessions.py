@@ -1,4 +1,4 @@
-"""SessionService: which sessions there are, and how one is erased."""
+"""SessionService: which sessions there are, and how one is erased or copied."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from rnnserve.v1 import session_service_pb2 as pb
 from rnnserve.v1.session_service_pb2_grpc import SessionServiceServicer
+from service.api.identities import check_session_id, check_token
+from service.api.limits import Limits
+from service.errors import SessionExists
+from service.sessions.copies import SessionCopies
 from service.sessions.record import ANONYMOUS, SessionKey
 from service.sessions.registry import SessionRegistry
+from service.sessions.snapshots import Snapshot
 from service.sessions.table import SessionInfo
 
 if TYPE_CHECKING:
@@ -21,8 +26,10 @@ MAX_PAGE_SIZE = 1_000
 class SessionService(SessionServiceServicer):
     """See the contract."""
 
-    def __init__(self, sessions: SessionRegistry) -> None:
+    def __init__(self, sessions: SessionRegistry, copies: SessionCopies, limits: Limits) -> None:
         self._sessions = sessions
+        self._copies = copies
+        self._limits = limits
 
     async def ListSessions(
         self,
@@ -52,6 +59,42 @@ class SessionService(SessionServiceServicer):
         await self._sessions.delete(_key(request.session_id))
         return pb.DeleteSessionResponse()
 
+    async def ExportSession(
+        self,
+        request: pb.ExportSessionRequest,
+        context: ServicerContext[pb.ExportSessionRequest, pb.ExportSessionResponse],  # noqa: ARG002
+    ) -> pb.ExportSessionResponse:
+        """Raises NotEnabled, SessionNotFound."""
+        return pb.ExportSessionResponse(snapshot=_snapshot(*await self._copies.export(_key(request.session_id))))
+
+    async def ImportSession(
+        self,
+        request: pb.ImportSessionRequest,
+        context: ServicerContext[pb.ImportSessionRequest, pb.ImportSessionResponse],  # noqa: ARG002
+    ) -> pb.ImportSessionResponse:
+        """Raises NotEnabled, SnapshotInvalid, BundleMismatch, SessionExists, SessionLimit, StoreUnavailable."""
+        self._limits.check_size(request)
+        check_session_id(request.session_id)
+        check_token(request.resume_token)
+        info = await self._copies.import_(request.snapshot, _key(request.session_id), request.resume_token)
+        return pb.ImportSessionResponse(session=_describe(info))
+
+    async def ForkSession(
+        self,
+        request: pb.ForkSessionRequest,
+        context: ServicerContext[pb.ForkSessionRequest, pb.ForkSessionResponse],  # noqa: ARG002
+    ) -> pb.ForkSessionResponse:
+        """Raises SessionNotFound, SessionExists, SessionLimit, StoreUnavailable."""
+        check_session_id(request.new_session_id, field="new_session_id")
+        check_token(request.new_resume_token, field="new_resume_token")
+        key, new_key = _key(request.session_id), _key(request.new_session_id)
+        try:
+            info = await self._copies.fork(key, new_key, request.new_resume_token)
+        except SessionExists as error:
+            error.field = "new_session_id"
+            raise
+        return pb.ForkSessionResponse(session=_describe(info))
+
 
 def _key(session_id: str) -> SessionKey:
     return SessionKey(ANONYMOUS, session_id)
@@ -68,6 +111,20 @@ def _describe(info: SessionInfo) -> pb.Session:
         opened_at=_timestamp(summary.opened_s),
         used_at=_timestamp(summary.used_s),
         size_bytes=summary.size_bytes,
+    )
+
+
+def _snapshot(snapshot: Snapshot, data: bytes) -> pb.Snapshot:
+    state = snapshot.state
+    return pb.Snapshot(
+        data=data,
+        model=state.model.name,
+        version=state.model.version,
+        weights_sha256=state.weights_sha256,
+        next_step=state.next_step,
+        created_at=_timestamp(snapshot.created_s),
+        expires_at=_timestamp(snapshot.expires_s) if snapshot.expires_s else None,
+        key_id=snapshot.key_id,
     )
 
 

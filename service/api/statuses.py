@@ -32,8 +32,9 @@ def _details(error: errors.ServingError) -> list[message.Message]:
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     ]
     if isinstance(error, errors.NotPossible):
+        subject = error.metadata.get("model", error.metadata.get("setting", ""))
         violation = error_details_pb2.PreconditionFailure.Violation(
-            type=error.reason, subject=error.metadata.get("model", ""), description=error.message
+            type=error.reason, subject=subject, description=error.message
         )
         details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
     elif error.field is not None:

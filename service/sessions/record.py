@@ -64,6 +64,16 @@ class SessionRecord:
         return self.row.nbytes + sum(answer.outputs.nbytes for answer in self.held)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class SessionState:
+    """What a session has come to, whoever it belongs to: without its id, its token and its answers."""
+
+    model: ModelKey
+    weights_sha256: str  # of the bundle that the row belongs to
+    next_step: int
+    row: Floats  # (row_size,)
+
+
 @dataclass(frozen=True, slots=True)
 class SessionSummary:
     """What is known of a stored session without reading it."""

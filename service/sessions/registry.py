@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 from models.manifest import Manifest, ModelKey
@@ -26,7 +27,7 @@ from service.sessions.checkpoints import Checkpointer, CheckpointMetrics
 from service.sessions.erasure import Erasure
 from service.sessions.evictions import EvictionMetrics, Evictions
 from service.sessions.limits import SessionLimits, limit_reached
-from service.sessions.record import HeldAnswer, SessionKey, SessionRecord
+from service.sessions.record import HeldAnswer, SessionKey, SessionRecord, SessionState
 from service.sessions.session import Owner, Session, StepMetrics, admits, hash_of
 from service.sessions.shared import SharedSessions, Sharing
 from service.sessions.shared_evictions import SharedEvictions
@@ -65,6 +66,7 @@ class Opening:
     version: int = 0  # of the model; 0 = any
     caller_id: bytes = b""
     take_over: bool = False  # from another caller
+    begin_with: SessionState | None = None  # a copy, and not the initial state; then there may be no such session yet
 
 
 class SessionRegistry:
@@ -132,6 +134,11 @@ class SessionRegistry:
         return self._table.live
 
     @property
+    def persistent(self) -> bool:
+        """Whether sessions are kept where they survive the end of the process, at least while the store works."""
+        return self._store.durable
+
+    @property
     def resume_window_s(self) -> float:
         """How long a session is kept without a stream."""
         return self._limits.resume_window_s
@@ -150,7 +157,8 @@ class SessionRegistry:
             session = self._begun_meanwhile(opening, manifest) or self._new(opening, manifest)
             is_new = session.key not in self._table.in_memory
         was_live = session.owner is not None
-        if not was_live and self._table.live + self.live_elsewhere >= self._limits.max_streams:
+        live = self._table.live + self.live_elsewhere
+        if not was_live and opening.begin_with is None and live >= self._limits.max_streams:
             raise limit_reached("max_streams", self._limits.max_streams)
         missed = session.take(owner, opening.answered_step, opening.caller_id)
         if not was_live:
@@ -229,6 +237,35 @@ class SessionRegistry:
     async def after(self, key: SessionKey, sessions: int) -> list[SessionInfo]:
         """So many sessions of the key's tenant at most, by id, behind that key. Raises StoreUnavailable."""
         return await self._stored.after(key, sessions)
+
+    async def record(self, key: SessionKey) -> SessionRecord:
+        """A session as it is now, between two steps; of another process its last checkpoint.
+
+        Raises SessionNotFound, Evicted, ResumePointLost, StoreUnavailable.
+        """
+        record = None
+        if key not in self._table.in_memory:
+            with _unreadable_is_lost(key):
+                record = await self._stored.read(key)
+        if session := self._table.in_memory.get(key):  # by now, perhaps
+            return session.record()
+        if record is None:
+            raise self._table.departed.error(key)
+        return record
+
+    def served(self, state: SessionState | SessionRecord) -> Manifest:
+        """Of the bundle that a state belongs to. Raises BundleMismatch."""
+        served = self._manifests.get(state.model)
+        if (
+            served is None
+            or served.weights_sha256 != state.weights_sha256
+            or state.row.shape != self._engine.initial_row(state.model).shape
+        ):
+            raise BundleMismatch(
+                f"the session's state belongs to other weights of model {state.model.name!r} than are served",
+                model=state.model.name,
+            )
+        return served
 
     async def delete(self, key: SessionKey) -> None:
         """Erase a session everywhere, at once. Raises SessionNotFound, Evicted, StoreUnavailable.
@@ -326,10 +363,9 @@ class SessionRegistry:
     async def _load(self, opening: Opening, manifest: Manifest) -> None:
         """From the store into memory, if it is there and fits, and nobody else has loaded it meanwhile."""
         try:
-            record = await self._stored.take(opening.key, lambda record: self._check_stored(record, opening, manifest))
-        except RecordUnreadable as error:
-            log.error("session %r cannot be resumed: %s", opening.key.session_id, error)
-            raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
+            with _unreadable_is_lost(opening.key):
+                check = partial(self._check_stored, opening, manifest)
+                record = await self._stored.take(opening.key, check)
         except StoreUnavailable:
             if self._sharing is None or opening.resume or opening.require_durable:
                 raise
@@ -342,27 +378,24 @@ class SessionRegistry:
         self._table.load(session)
         self.changed(session)  # if the stream does not take it after all, it goes back
 
-    def _check_stored(self, record: SessionRecord, opening: Opening, manifest: Manifest) -> None:
+    def _check_stored(self, opening: Opening, manifest: Manifest, record: SessionRecord) -> None:
         _check_token(record.token_hash, opening)
         _check_fits(record.model, record.caller_id, opening, manifest)
-        served = self._manifests.get(record.model)
-        if served is None or served.weights_sha256 != record.weights_sha256:
-            raise BundleMismatch(
-                f"the session's state belongs to other weights of model {record.model.name!r} than are served",
-                model=record.model.name,
-            )
+        self.served(record)
 
     def _new(self, opening: Opening, manifest: Manifest) -> Session:
         now_s = self._clock()
+        initial = SessionState(manifest.key, manifest.weights_sha256, 0, self._engine.initial_row(manifest.key))
+        state = opening.begin_with or initial
         return self._session(
             SessionRecord(
                 key=opening.key,
-                model=manifest.key,
-                weights_sha256=manifest.weights_sha256,
+                model=state.model,
+                weights_sha256=state.weights_sha256,
                 token_hash=hash_of(opening.token) if self._limits.resume_window_s else b"",
-                next_step=0,
-                answered_step=0,
-                row=self._engine.initial_row(manifest.key),
+                next_step=state.next_step,
+                answered_step=state.next_step,
+                row=state.row,
                 opened_s=now_s,
                 used_s=now_s,
                 fence=first_fence() if self._sharing else 0,
@@ -400,8 +433,17 @@ class SessionRegistry:
         self._table.lose(session)
 
 
+@contextmanager
+def _unreadable_is_lost(key: SessionKey) -> Iterator[None]:
+    try:
+        yield
+    except RecordUnreadable as error:
+        log.error("session %r cannot be read: %s", key.session_id, error)
+        raise ResumePointLost(f"{error}; delete the session to use its id again", field="session_id") from None
+
+
 def _check_token(token_hash: bytes, opening: Opening) -> None:
-    if not admits(token_hash, opening.token):
+    if opening.begin_with is not None or not admits(token_hash, opening.token):
         session_id = opening.key.session_id
         raise SessionExists(f"session {session_id!r} is in use", field="session_id", session_id=session_id)
 

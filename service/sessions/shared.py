@@ -88,6 +88,9 @@ class SharedSessions:
                 await self._ask_to_let_go(stored.owner, Wanted(key, deleted=True))
         return was_there
 
+    async def read(self, key: SessionKey) -> SessionRecord | None:
+        return await self._checkpoints.read(key)
+
     async def keep(self, session: Session) -> bool:
         with suppress(StoreUnavailable):  # then nobody else can have taken it just now
             return await self._retake(session)

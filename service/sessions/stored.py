@@ -32,6 +32,10 @@ class StoredSessions(Protocol):
         raises; then nothing has changed."""
         ...
 
+    async def read(self, key: SessionKey) -> SessionRecord | None:
+        """The last checkpoint of a session that is not in memory. Raises StoreUnavailable, RecordUnreadable."""
+        ...
+
     async def keep(self, session: Session) -> bool:
         """Whether a session in memory that has no stream is still ours. Raises StoreUnavailable."""
         ...
@@ -83,13 +87,14 @@ class SessionsOfOneProcess:
         pass
 
     async def take(self, key: SessionKey, check: Check) -> SessionRecord | None:
-        if key not in self._table.parked:
-            return None
-        record = await self._checkpoints.read(key)
-        if record is None or key not in self._table.parked:  # somebody else has loaded or ended it meanwhile
-            return None
-        check(record)
+        record = await self.read(key)
+        if record is not None:
+            check(record)
         return record
+
+    async def read(self, key: SessionKey) -> SessionRecord | None:
+        record = await self._checkpoints.read(key) if key in self._table.parked else None
+        return record if key in self._table.parked else None  # or somebody has loaded or ended it meanwhile
 
     async def keep(self, session: Session) -> bool:  # noqa: ARG002 - whose else?
         return True

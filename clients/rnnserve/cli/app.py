@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import track
 
 from rnnserve import Answer, Model, RnnserveError
+from rnnserve.cli import copies, show
 from rnnserve.cli import demo as story
-from rnnserve.cli import show
 from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
 from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options
@@ -184,6 +184,11 @@ def sessions(
             show.print_whole(stdout, show.sessions_table(found))
         else:
             stdout.print("there are no sessions")
+
+
+app.command("export")(copies.export)
+app.command("import")(copies.import_)
+app.command("fork")(copies.fork)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rnnserve.models import Model, Sample
 from rnnserve.results import Answer, Notice, Prediction
 from rnnserve.session import Durability
 from rnnserve.sessions import SessionInfo
+from rnnserve.snapshots import Snapshot
 from rnnserve.tensors import Array
 
 _UNLIMITED = 10_000
@@ -52,6 +53,20 @@ def sessions_table(sessions: Iterable[SessionInfo]) -> Table:
 def session_json(info: SessionInfo) -> dict[str, object]:
     """All that is known of a session."""
     return dataclasses.asdict(info) | {"opened_at": info.opened_at.isoformat(), "used_at": info.used_at.isoformat()}
+
+
+def snapshot_json(snapshot: Snapshot) -> dict[str, object]:
+    """All that it says in clear."""
+    clear = {name: value for name, value in dataclasses.asdict(snapshot).items() if name != "data"}
+    expires_at = snapshot.expires_at and snapshot.expires_at.isoformat()
+    return clear | {"created_at": snapshot.created_at.isoformat(), "expires_at": expires_at}
+
+
+def snapshot_line(snapshot: Snapshot) -> str:
+    """What it is, and for how long it is good."""
+    until = snapshot.expires_at and f"{snapshot.expires_at.astimezone():%b %d %H:%M:%S}"
+    good = f"can be imported until {until}" if until else "can be imported at any time"
+    return f"{snapshot.model} v{snapshot.version} before step {snapshot.next_step}; it {good}"
 
 
 def model_details(model: Model) -> Table:
