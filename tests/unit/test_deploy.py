@@ -1,0 +1,105 @@
+"""What stands in deploy/ and docker-compose.yml fits the service and itself."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.support.server import ROOT
+
+KUBERNETES_VERSION = "1.33"
+MANIFESTS = [*sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")), ROOT / "deploy" / "envoy" / "kubernetes.yaml"]
+ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent))
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(file.read_text()))
+
+
+def manifest(kind: str, name: str) -> dict[str, Any]:
+    found = [d for file in MANIFESTS for d in documents(file) if d["kind"] == kind and d["metadata"]["name"] == name]
+    assert len(found) == 1, (kind, name)
+    return found[0]
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable.get("value", "") for variable in container["env"]}
+
+
+@pytest.fixture(scope="module")
+def pod() -> dict[str, Any]:
+    spec: dict[str, Any] = manifest("Deployment", "rnnserve")["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    described: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return described
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_a_manifest_is_what_kubernetes_accepts(file: Path) -> None:
+    for document in documents(file):
+        if document["kind"] != "Kustomization":
+            kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
+
+
+def test_the_kustomizations_name_all_manifests() -> None:
+    named = {
+        (file.parent / name).resolve()
+        for file in MANIFESTS + [ROOT / "deploy" / "envoy" / "kustomization.yaml"]
+        if file.name == "kustomization.yaml"
+        for name in documents(file)[0]["resources"]
+    }
+    assert named == {*MANIFESTS, ROOT / "deploy" / "envoy"} - {ROOT / "deploy" / "kubernetes" / "kustomization.yaml"}
+
+
+def test_the_settings_of_pods_and_containers_exist(pod: dict[str, Any], compose: dict[str, Any]) -> None:
+    given = [*environment(pod["containers"][0]), *compose["services"]["service"]["environment"]]
+    assert {name.removeprefix("RNNSERVE_").lower() for name in given} <= set(Settings.model_fields)
+
+
+def test_a_pod_has_the_time_for_its_drain(pod: dict[str, Any]) -> None:
+    container = pod["containers"][0]
+    before_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_s = float(environment(container)["RNNSERVE_DRAIN_TIMEOUT_S"])
+    assert before_s + drain_s < pod["terminationGracePeriodSeconds"]
+
+
+def test_kubernetes_sets_no_variables_that_the_service_would_refuse(pod: dict[str, Any]) -> None:
+    assert pod["enableServiceLinks"] is False
+
+
+def test_the_scaler_follows_a_metric_that_exists() -> None:
+    (metric,) = manifest("HorizontalPodAutoscaler", "rnnserve")["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] in {family.name for family in Metrics().registry.collect()}
+
+
+def test_every_redis_keeps_what_it_was_given(compose: dict[str, Any]) -> None:
+    (container,) = manifest("StatefulSet", "rnnserve-redis")["spec"]["template"]["spec"]["containers"]
+    for command in (" ".join(container["args"]), compose["services"]["redis"]["command"]):
+        for words in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
+            assert words in command
+
+
+def test_envoy_finds_the_services_under_the_name_that_they_have(compose: dict[str, Any]) -> None:
+    (cluster,) = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())["static_resources"]["clusters"]
+    (endpoint,) = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    name = endpoint["endpoint"]["address"]["socket_address"]["address"]
+    assert manifest("Service", name)["spec"]["clusterIP"] == "None"
+    assert name in compose["services"]["service"]["networks"]["default"]["aliases"]
+
+
+@pytest.mark.skipif(ENVOY is None, reason="no envoy runs here")
+def test_envoy_accepts_its_configuration() -> None:
+    command = [str(ENVOY), "--mode", "validate", "--config-path", str(ROOT / "deploy/envoy/envoy.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
