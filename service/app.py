@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import grpc
@@ -41,6 +42,7 @@ from service.sessions.registry import SessionRegistry
 from service.sessions.shared import Sharing
 from service.sessions.snapshots import SnapshotKeys
 from service.sessions.stores.memory import MemoryStore
+from service.sessions.stores.redis import RedisStore
 from service.sessions.stores.shared import SharedStore
 from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from service.sessions.stores.sqlite import SqliteStore
@@ -62,6 +64,7 @@ PENDING_CALLS = 1_000  # besides streams
 TRANSPORT_SLACK_BYTES = 2**20  # a message this far above our limit still reaches us, so that it gets a reason
 SHUTDOWN_S = 0.25
 ENDING_S = 2.0  # of the time for a drain: for last words, the sessions' last checkpoint and the end itself
+REDIS_SLACK_S = 600.0  # a service that is down for so long still finds what was parked
 STORE_HEALTH = "session-store"
 
 
@@ -137,11 +140,17 @@ class Service:
             ],
         )
 
-    async def run(self, stop: asyncio.Event, serving: Callable[[int], AbstractContextManager[None]]) -> None:
-        """Serve until `stop`, then drain. `serving` is entered with the port once it is open. Raises StartError."""
+    async def run(
+        self, stop: asyncio.Event, serving: Callable[[int], AbstractContextManager[None]], dead: Sequence[str] = ()
+    ) -> None:
+        """Serve until `stop`, then drain. `serving` is entered with the port once it is open. Raises StartError.
+
+        `dead` are owners of sessions that no longer live.
+        """
         event_loop = asyncio.get_running_loop()
         self.metrics.count_tasks(lambda: len(asyncio.all_tasks(event_loop)))
         await self._start_sessions()
+        await self.sessions.bury(dead)
         port = self._bind()
         loops = [asyncio.create_task(part.run()) for part in (self.engine, self.lane, self.sessions)]
         loops.append(asyncio.create_task(self._report_store_health()))
@@ -231,6 +240,8 @@ def _store(settings: Settings, owner: str) -> SessionStore | SharedStore:
     file = settings.state_dir / "sessions.sqlite"
     if settings.session_store == "memory":
         return MemoryStore()
+    if settings.session_store == "redis":
+        return _redis_store(settings)
     if owner:
         return SharedSqliteStore(file, power_loss_safe=settings.power_loss_safe)
     return SqliteStore(file, power_loss_safe=settings.power_loss_safe)
@@ -244,6 +255,19 @@ def _snapshot_keys(settings: Settings) -> SnapshotKeys | None:
         raise StartError(f"snapshot_key_file: {file} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise StartError(f"snapshot_key_file: {file}: {error}") from None
+
+
+def _redis_store(settings: Settings) -> RedisStore:
+    """Raises StartError."""
+    try:
+        return RedisStore(
+            settings.redis_url.get_secret_value(),
+            prefix=settings.redis_prefix,
+            ttl_s=2 * settings.resume_window_s + REDIS_SLACK_S,
+            timeout_s=settings.store_timeout_s,
+        )
+    except ValueError as error:
+        raise StartError(f"redis_url: {error}") from None
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -283,7 +307,11 @@ async def serve(settings: Settings) -> None:
     stop = stop_on_signals()
     catalog = load_catalog(settings.model_repository)
     with state_dir.locked(settings.state_dir):
-        service = Service(settings, catalog)
+        owner = uuid.uuid4().hex if settings.session_store == "redis" else ""
+        service = Service(settings, catalog, owner=owner)
+        dead = state_dir.former_owners(settings.state_dir)
+        if owner:
+            state_dir.keep_owners(settings.state_dir, [owner])
         with metrics_page(settings, service.metrics.registry) as metrics_port:
 
             def serving(port: int) -> AbstractContextManager[None]:
@@ -291,4 +319,4 @@ async def serve(settings: Settings) -> None:
                 log.info("serving %s on %s:%d, metrics on %s", service.model_names(), settings.host, port, page)
                 return state_dir.announced(settings.state_dir, pid=os.getpid(), port=port, metrics_port=metrics_port)
 
-            await service.run(stop, serving)
+            await service.run(stop, serving, dead)

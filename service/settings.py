@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -59,9 +59,15 @@ class Settings(BaseSettings):
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
     step_threads: int = Field(1, ge=1, le=64, description="torch threads of a tick")
 
-    session_store: Literal["sqlite", "memory"] = Field(
-        "sqlite", description="where sessions are kept; those in memory survive the end of a stream, not of the server"
+    session_store: Literal["sqlite", "memory", "redis"] = Field(
+        "sqlite",
+        description="where sessions are kept; those in memory survive the end of a stream, not of the server; those in "
+        "Redis can go on at any service that uses it",
     )
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="redis://[:password@]host:port/database, rediss:// for TLS"
+    )
+    redis_prefix: str = Field("rnnserve:", description="how all names begin that are used in Redis")
     power_loss_safe: bool = Field(
         False, description="whether a checkpoint survives a loss of power, not only the death of a process; slower"
     )

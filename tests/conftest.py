@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bundles import write_test_repository
+from tests.support.redis_server import REDIS, RedisServer, redis_server
 from tests.support.server import RunningServer, start_server
 
 
@@ -42,4 +43,13 @@ def small_server(repository: Path) -> Iterator[RunningServer]:
 def trained_server() -> Iterator[RunningServer]:
     """A server of the trained bundles."""
     with start_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis that keeps what it has confirmed."""
+    if REDIS is None:
+        pytest.skip("no redis-server is installed here")
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
         yield running

@@ -55,7 +55,7 @@ def test_a_manifest_is_what_kubernetes_accepts(file: Path) -> None:
 def test_the_kustomizations_name_all_manifests() -> None:
     named = {
         (file.parent / name).resolve()
-        for file in MANIFESTS + [ROOT / "deploy" / "envoy" / "kustomization.yaml"]
+        for file in [*MANIFESTS, ROOT / "deploy" / "envoy" / "kustomization.yaml"]
         if file.name == "kustomization.yaml"
         for name in documents(file)[0]["resources"]
     }

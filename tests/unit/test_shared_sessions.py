@@ -1,9 +1,12 @@
 """Sessions of several processes over one store: each has one owner at a time, and nothing is lost between them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
@@ -22,9 +25,13 @@ from service.sessions.record import SessionKey
 from service.sessions.registry import Opening, SessionRegistry
 from service.sessions.session import Session
 from service.sessions.shared import Sharing
+from service.sessions.stores.redis import RedisStore
 from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from tests.support.fakes import CountingMetrics, FakeExecutor, FakeStream, column
+from tests.support.redis_server import RedisServer
 from tests.unit.test_registry import MODEL, OTHER_TOKEN, described, named, opening
+
+Store: TypeAlias = SharedSqliteStore | RedisStore
 
 LEASE_S = 30.0
 SHORT_LEASE_S = 0.3
@@ -34,7 +41,7 @@ TIMEOUT_S = 10.0
 class Process:
     """A registry with its own connection to the store, as each process has one."""
 
-    def __init__(self, registry: SessionRegistry, store: SharedSqliteStore, metrics: CountingMetrics) -> None:
+    def __init__(self, registry: SessionRegistry, store: Store, metrics: CountingMetrics) -> None:
         self.registry = registry
         self.store = store
         self.metrics = metrics
@@ -61,15 +68,20 @@ class Process:
         await self.registry.checkpoints.write_changed()
 
     def pause(self) -> None:
-        """It renews its lease no more, nor writes."""
+        """It renews its lease no more, nor writes, nor hears that somebody wants something."""
         self.running.cancel()
+        if isinstance(self.store, RedisStore):
+            assert self.store._listening is not None
+            self.store._listening.cancel()
+        else:
+            self.store._wants.close()
 
 
 class Machine:
     """Starts processes over one store."""
 
-    def __init__(self, file: Path, engine: StepEngine, stack: AsyncExitStack) -> None:
-        self._file = file
+    def __init__(self, make_store: Callable[[], Store], engine: StepEngine, stack: AsyncExitStack) -> None:
+        self._make_store = make_store
         self._engine = engine
         self._stack = stack
         self.now_s = 1_000.0
@@ -79,7 +91,7 @@ class Machine:
             "max_streams": 10, "max_sessions": 10, "max_sessions_per_tenant": 0, "max_parked_bytes": 0,
             "max_held_bytes": 10_000, "resume_window_s": 100.0, "idle_timeout_s": 0.0, "max_age_s": 0.0,
         } | limits  # fmt: skip
-        store, metrics = SharedSqliteStore(self._file), CountingMetrics()
+        store, metrics = self._make_store(), CountingMetrics()
         registry = SessionRegistry(
             self._engine,
             store,
@@ -99,12 +111,17 @@ class Machine:
         return process
 
 
-@pytest.fixture
-async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+@pytest.fixture(params=["sqlite", "redis"])
+async def machine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machine]:
     engine = StepEngine({MODEL: FakeExecutor()}, max_tick_sessions=4, metrics=CountingMetrics())
     loop = asyncio.create_task(engine.run())
     async with AsyncExitStack() as stack:
-        yield Machine(tmp_path / "sessions.sqlite", engine, stack)
+        if request.param == "sqlite":
+            make_store: Callable[[], Store] = partial(SharedSqliteStore, tmp_path / "sessions.sqlite")
+        else:
+            redis: RedisServer = request.getfixturevalue("redis")
+            make_store = partial(RedisStore, redis.url, prefix=f"{uuid.uuid4()}:", ttl_s=60.0, timeout_s=TIMEOUT_S)
+        yield Machine(make_store, engine, stack)
     loop.cancel()
     engine.close()
 
@@ -154,7 +171,6 @@ async def test_a_paused_process_makes_nothing_durable_once_another_has_the_sessi
     session, former = await a.begin("s", 1)
     await a.registry.checkpoints.write_changed()
     a.pause()
-    a.store._wants.close()  # so that it does not hear that it is wanted
     taken, stream = await b.open(opening("s", resume=True))
     await b.step(taken, stream, 10)
     await a.step(session, former, 100)
@@ -174,7 +190,6 @@ async def test_after_a_pause_past_the_lease_nothing_is_answered_before_it_is_kno
     kept, stream = await a.begin("kept", 2)
     await a.registry.checkpoints.write_changed()
     a.pause()
-    a.store._wants.close()
     await b.open(opening("taken", resume=True))
     answering = asyncio.create_task(a.registry.may_answer())
     await asyncio.sleep(0)
@@ -192,7 +207,6 @@ async def test_what_a_dead_process_had_is_taken_at_once_when_it_is_buried(machin
     await a.begin("s", 1)
     await a.registry.checkpoints.write_changed()
     a.pause()
-    a.store._wants.close()
     await b.store.bury(["a"])
     async with asyncio.timeout(LEASE_S / 10):
         session, stream = await b.open(opening("s", resume=True))
@@ -203,7 +217,6 @@ async def test_a_session_that_its_owner_does_not_let_go_is_refused_with_a_time_t
     a, b = await machine.start("a"), await machine.start("b", lease_s=SHORT_LEASE_S)
     await a.begin("s", 1)
     a.pause()
-    a.store._wants.close()
     with pytest.raises(StoreUnavailable) as refusal:
         await b.open(opening("s", resume=True))
     assert refusal.value.retry_after_s
