@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from functools import partial
 from types import TracebackType
@@ -13,7 +14,7 @@ from rnnserve.async_duplex import AsyncDuplex
 from rnnserve.async_stream import AsyncStream
 from rnnserve.bulk import Bulk, ErrorHandling, open_bulk
 from rnnserve.calls import Call, Calls, Program
-from rnnserve.channel import TLS, call_metadata, channel_options, credentials
+from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
 from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
@@ -55,6 +56,7 @@ class AsyncClient:
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),
         resume_timeout_s: float = RESUME_TIMEOUT_S,
+        connections: int = 1,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
@@ -62,8 +64,9 @@ class AsyncClient:
         self._metadata = call_metadata(target, tls, token)
         self._retry = retry
         self._calls = Calls(timeout_s, retry)
-        self._channel = _channel(target, tls)
-        self._stubs = Stubs(self._channel)
+        self._channels = [_channel(target, tls) for _ in range(checked_connections(connections))]
+        self._stubs = Stubs(self._channels[0])
+        self._in_turn = itertools.cycle([self._stubs, *map(Stubs, self._channels[1:])])
 
     async def models(self) -> list[Model]:
         """All models, by name and version."""
@@ -164,7 +167,7 @@ class AsyncClient:
             open_attempts=self._retry.attempts,
             on_notice=on_notice,
         )
-        start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
+        start = partial(next(self._in_turn).real_time.StreamSteps, metadata=self._metadata + opened.metadata)
         return AsyncStream(opened, start, self._target, self._timeout_s)
 
     async def predict(
@@ -247,7 +250,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection and whatever still uses it."""
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self

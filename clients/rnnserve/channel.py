@@ -27,10 +27,18 @@ def channel_options(target: str) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.use_local_subchannel_pool", 1),  # or all channels to a target would share one connection
     ]
     if is_loopback(target):
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+def checked_connections(connections: int) -> int:
+    """The same number. Raises ValueError."""
+    if connections < 1:
+        raise ValueError(f"connections must be 1 or more, not {connections}")
+    return connections
 
 
 def credentials(tls: TLS) -> grpc.ChannelCredentials | None:

@@ -1,5 +1,6 @@
 """The blocking client."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from time import sleep
@@ -10,7 +11,7 @@ import grpc
 
 from rnnserve.bulk import Bulk, ErrorHandling, open_bulk
 from rnnserve.calls import Call, Calls, Program
-from rnnserve.channel import TLS, call_metadata, channel_options, credentials
+from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.duplex import Duplex
 from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
@@ -40,6 +41,8 @@ class Client:
         timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
         retry: when calls that change nothing are tried again, and the first open of a stream.
         resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
+        connections: how many there are for streams, which use them in turn. A server of several workers serves each
+            connection by one of them.
 
     Raises:
         ValueError: the target names no host, or a token was to be sent in plaintext to another machine.
@@ -54,6 +57,7 @@ class Client:
         timeout_s: float = 30.0,
         retry: RetryPolicy = RetryPolicy(),
         resume_timeout_s: float = RESUME_TIMEOUT_S,
+        connections: int = 1,
     ) -> None:
         self._target = target
         self._timeout_s = timeout_s
@@ -61,8 +65,9 @@ class Client:
         self._metadata = call_metadata(target, tls, token)
         self._retry = retry
         self._calls = Calls(timeout_s, retry)
-        self._channel = _channel(target, tls)
-        self._stubs = Stubs(self._channel)
+        self._channels = [_channel(target, tls) for _ in range(checked_connections(connections))]
+        self._stubs = Stubs(self._channels[0])
+        self._in_turn = itertools.cycle([self._stubs, *map(Stubs, self._channels[1:])])
 
     def models(self) -> list[Model]:
         """All models, by name and version."""
@@ -163,7 +168,7 @@ class Client:
             open_attempts=self._retry.attempts,
             on_notice=on_notice,
         )
-        start = partial(self._stubs.real_time.StreamSteps, metadata=self._metadata + opened.metadata)
+        start = partial(next(self._in_turn).real_time.StreamSteps, metadata=self._metadata + opened.metadata)
         return Stream(opened, start, self._target, self._timeout_s)
 
     def predict(
@@ -246,7 +251,8 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection and whatever still uses it."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

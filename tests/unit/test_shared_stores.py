@@ -260,6 +260,19 @@ async def test_redis_that_does_not_answer_holds_nobody_up_for_longer_than_its_ti
         await store.close()
 
 
+async def test_a_write_that_comes_late_changes_nothing(redis: RedisServer, tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server:
+        store = await opened(redis_store(server))
+        await store.write([new("s")])
+        late = store._written(replace(record("s"), fence=7, next_step=10))
+        await store.write([replace(record("s"), fence=7, next_step=11)])
+        await store._write(args=late)
+        found = await store.read(SessionKey("", "s"))
+        assert found is not None
+        assert found.next_step == 11
+        await store.close()
+
+
 async def test_a_redis_that_may_evict_is_refused(redis: RedisServer, tmp_path: Path) -> None:
     with redis_server(tmp_path, **{"maxmemory-policy": "allkeys-lru"}) as server:
         store = redis_store(server)

@@ -208,3 +208,30 @@ def test_the_limit_on_streams_is_that_of_all_workers(repository: Path, tmp_path:
         assert opened == 3
         for client in clients:
             client.close()
+
+
+def connections(pid: int, port: int) -> int:
+    """How many a process has as a server on the port. Linux only."""
+    established = {
+        fields[9]
+        for kind in ("tcp", "tcp6")
+        for fields in (line.split() for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:])
+        if fields[1].endswith(f":{port:04X}") and fields[3] == "01"
+    }
+    names = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    return sum(name.startswith("socket:[") and name[8:-1] in established for name in names)
+
+
+def test_the_streams_of_a_client_use_its_connections_in_turn(server: RunningServer) -> None:
+    with Client(server.target, connections=5) as client:
+        streams = [client.stream("accumulator") for _ in range(10)]
+        for stream in streams:
+            stream.open()
+        assert sum(connections(pid, server.port) for pid in workers(server)) == 5
+        for stream in streams:
+            stream.close()
+
+
+def test_a_client_without_a_connection_is_refused() -> None:
+    with pytest.raises(ValueError, match="connections must be 1 or more, not 0"):
+        Client("localhost:1", connections=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -51,6 +52,7 @@ class RedisStore:
         self._renew = register(scripts.RENEW)
         self._listening: asyncio.Task[None] | None = None
         self._scrubs_ended = False
+        self._numbers = itertools.count()  # of writes
 
     async def open(self, owner: str, on_wanted: Callable[[Wanted], None]) -> None:
         self._owner = owner
@@ -243,6 +245,8 @@ class RedisStore:
             self._ttl_ms,
             msgpack.packb(summary),
             encode_record(record),
+            self._owner,
+            next(self._numbers),
         ]
 
     async def _in_one_go(self, calls: Iterable[tuple[Any, list[Any]]]) -> list[Any]:

@@ -37,14 +37,17 @@ local function index(owner, used_s, size)
 end
 """
 
-# prefix, member, tenant, fence, owner, is_new, used_s, size, ttl_ms, summary, record
+# prefix, member, tenant, fence, owner, is_new, used_s, size, ttl_ms, summary, record, writer, number of the write. One
+# that was given up may come late, behind a newer one of the same writer; then it changes nothing.
 WRITE = (
     INDEX
     + """
 local fence = redis.call('HGET', key, 'fence')
 if fence and fence ~= ARGV[4] or not fence and ARGV[6] ~= '1' then return 0 end
+local writer, number = unpack(redis.call('HMGET', key, 'writer', 'number'))
+if writer == ARGV[12] and tonumber(number) > tonumber(ARGV[13]) then return 1 end
 redis.call('HSET', key, 'fence', ARGV[4], 'owner', ARGV[5], 'used_s', ARGV[7], 'size', ARGV[8],
-    'summary', ARGV[10], 'record', ARGV[11])
+    'summary', ARGV[10], 'record', ARGV[11], 'writer', ARGV[12], 'number', ARGV[13])
 if ARGV[5] == '' then redis.call('PEXPIRE', key, ARGV[9]) else redis.call('PERSIST', key) end
 index(ARGV[5], ARGV[7], tonumber(ARGV[8]))
 return 1

@@ -1,0 +1,379 @@
+"""`python -m tests.chaos.fleet --plans 200 --on workers`: faults of whole processes, while several streams are at work.
+
+On workers: three under a supervisor, over one SQLite file. On services: two over one Redis, behind a real Envoy. Each
+plan is one fault in the midst of several streams of whole numbers, which the server sums exactly; it counts if it broke
+off a stream that waited for an answer, or, where the fault is none of the streams', if they went on while it lasted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rnnserve import Client, ResumePoint, RnnserveError, SessionMoved, Stream
+from tests.chaos import broken
+from tests.support.bundles import accumulated, write_accumulator, write_test_repository
+from tests.support.envoy import envoy
+from tests.support.redis_server import RedisServer, redis_server
+from tests.support.server import RunningServer, start_server
+
+STREAMS = 4
+STEPS = 60
+PACE_S = 0.01
+CALM_S = 0.4  # while a fault of a store or the lane lasts
+TIMEOUT_S = 40.0
+SETTINGS = {"checkpoint_interval_s": 0.05, "session_lease_s": 1, "worker_timeout_s": 1, "drain_timeout_s": 2}
+
+
+class Fleet(ABC):
+    """Several processes that serve as one, and what can be done to them. A fault returns once it is over."""
+
+    target: str
+    interrupting: frozenset[str]
+    """Those that end streams."""
+
+    @property
+    @abstractmethod
+    def faults(self) -> dict[str, Callable[[random.Random], None]]:
+        """By name."""
+
+    @abstractmethod
+    def recover(self) -> None:
+        """Return once all processes serve again."""
+
+
+class Workers(Fleet):
+    """Three under a supervisor, over one SQLite file."""
+
+    interrupting = frozenset({"kill a worker", "stop a worker", "rolling restart"})
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self.target = server.target
+
+    @property
+    def faults(self) -> dict[str, Callable[[random.Random], None]]:
+        return {
+            "kill a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGKILL),
+            "stop a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGSTOP),
+            "kill the lane": self._kill_the_lane,
+            "rolling restart": self._roll,
+        }
+
+    def recover(self) -> None:
+        until_s = time.monotonic() + TIMEOUT_S
+        with Client(self.target, timeout_s=2.0) as client:
+            while time.monotonic() < until_s:
+                with suppress(RnnserveError, OSError):
+                    if len(self._pids("worker")) == 3 and client.health() == "serving" and self._all_serve():
+                        return
+                time.sleep(0.05)
+        raise RuntimeError("the workers did not recover")
+
+    def _pids(self, kind: str) -> list[int]:
+        children = Path(f"/proc/{self._server.process.pid}/task/{self._server.process.pid}/children").read_text()
+        lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children.split()}
+        return [pid for pid, line in lines.items() if f"service.{kind}" in line]
+
+    def _all_serve(self) -> bool:
+        """Each listens: the supervisor's page counts those that do."""
+        listening = f":{self._server.port:04X}"
+        found = 0
+        for pid in self._pids("worker"):
+            names = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+            files = [Path(f"/proc/{pid}/net/{kind}") for kind in ("tcp", "tcp6")]
+            rows = [line.split() for file in files for line in file.read_text().splitlines()[1:]]
+            found += any(r[1].endswith(listening) and r[3] == "0A" and f"socket:[{r[9]}]" in names for r in rows)
+        return found == 3
+
+    def _kill_the_lane(self, drawn: random.Random) -> None:
+        (pid,) = self._pids("lane")
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(CALM_S)
+
+    def _roll(self, drawn: random.Random) -> None:
+        before = self._server.log().count("all workers are new")
+        self._server.process.send_signal(signal.SIGHUP)
+        until_s = time.monotonic() + TIMEOUT_S
+        while self._server.log().count("all workers are new") == before and time.monotonic() < until_s:
+            time.sleep(0.05)
+
+
+class Services(Fleet):
+    """Two over one Redis, behind Envoy."""
+
+    interrupting = frozenset({"kill a service", "stop a service"})
+
+    def __init__(self, folder: Path, repository: Path, stack: ExitStack) -> None:
+        self._redis: RedisServer = stack.enter_context(redis_server(_made(folder / "redis")))
+        self._folder = folder
+        self._repository = repository
+        self._servers: list[RunningServer] = []
+        self._stack = stack
+        self._ports: list[int] = []
+        for number in range(2):
+            self._start(number)
+        self.target = stack.enter_context(envoy(folder, self._ports))
+
+    @property
+    def faults(self) -> dict[str, Callable[[random.Random], None]]:
+        return {
+            "kill a service": self._kill,
+            "stop a service": self._stop,
+            "kill Redis": self._kill_redis,
+            "stop Redis": self._stop_redis,
+        }
+
+    def recover(self) -> None:
+        until_s = time.monotonic() + TIMEOUT_S
+        for server in self._servers:
+            with Client(server.target, timeout_s=2.0) as client:
+                while client.health("session-store") != "serving":
+                    if time.monotonic() > until_s:
+                        raise RuntimeError("a service did not recover")
+                    time.sleep(0.05)
+
+    def _start(self, number: int) -> None:
+        state_dir = _made(self._folder / f"service-{number}")
+        port = self._ports[number] if number < len(self._ports) else 0
+        settings = {**SETTINGS, "session_store": "redis", "redis_url": self._redis.url, "port": port}
+        del settings["worker_timeout_s"]
+        server = self._stack.enter_context(start_server(self._repository, state_dir, **settings))
+        self._servers[number:] = [server, *self._servers[number + 1 :]]
+        self._ports[number:] = [server.port, *self._ports[number + 1 :]]
+
+    def _kill(self, drawn: random.Random) -> None:
+        number = drawn.randrange(2)
+        self._servers[number].kill()
+        self._start(number)
+
+    def _stop(self, drawn: random.Random) -> None:
+        process = self._servers[drawn.randrange(2)].process
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * SETTINGS["session_lease_s"])
+        process.send_signal(signal.SIGCONT)
+
+    def _kill_redis(self, drawn: random.Random) -> None:
+        self._redis.kill()
+        time.sleep(CALM_S)
+        self._redis.start()
+
+    def _stop_redis(self, drawn: random.Random) -> None:
+        self._redis.pause()
+        time.sleep(CALM_S)
+        self._redis.go_on()
+
+
+@dataclass
+class Worked:
+    """What came of a stream."""
+
+    rows: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    interrupted: bool = False
+    error: BaseException | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of a plan."""
+
+    seed: int
+    fault: str
+    hit: bool = False
+    steps: int = 0
+    recovery_s: float = 0.0
+    violations: list[str] = field(default_factory=list)
+
+
+def run_plan(fleet: Fleet, seed: int) -> Outcome:
+    """One fault in the midst of several streams; every third time one of them changes hands meanwhile."""
+    drawn = random.Random(seed)
+    names = list(fleet.faults)
+    outcome = Outcome(seed, names[seed % len(names)])
+    fleet.recover()
+    values = [[float(drawn.randint(1, 9)) for _ in range(STEPS)] for _ in range(STREAMS)]
+    worked = [Worked() for _ in range(STREAMS)]
+    strike_at, over = drawn.randrange(STEPS // 4, STEPS // 2), threading.Event()
+    with ThreadPoolExecutor(STREAMS) as threads:
+        arguments = [(fleet.target, seed, n, values[n], worked[n], over) for n in range(STREAMS)]
+        changes_hands = seed % 3 == 0
+        done = [threads.submit(_work, *given, moves=changes_hands and given[2] == 0) for given in arguments]
+        while any(len(one.rows) < strike_at and one.error is None for one in worked):
+            time.sleep(0.001)
+        before, struck_s = [len(one.rows) for one in worked], time.monotonic()
+        fleet.faults[outcome.fault](drawn)
+        outcome.hit = any(len(one.rows) > then for one, then in zip(worked, before, strict=True))
+        over.set()
+        for work in done:
+            work.result(TIMEOUT_S)
+    outcome.recovery_s = max(_longest_gap_s(one, struck_s) for one in worked)
+    if outcome.fault in fleet.interrupting:
+        outcome.hit = any(one.interrupted for one in worked)
+    for number, one in enumerate(worked):
+        outcome.steps += len(one.rows)
+        outcome.violations += [f"stream {number}: {problem}" for problem in _problems(one, values[number])]
+    return outcome
+
+
+def _work(
+    target: str, seed: int, number: int, values: list[float], worked: Worked, over: threading.Event, *, moves: bool
+) -> None:
+    """All steps; the last quarter only when the fault is over. If it moves, another client takes it over half-way."""
+
+    def told(notice: object) -> None:
+        worked.interrupted |= getattr(notice, "reason", "") in ("interrupted", "draining")
+
+    try:
+        with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as client:
+            stream = client.stream("accumulator", session=f"fleet-{seed}-{number}", on_notice=told)
+            stream.open()
+            half = len(values) // 2
+            _step(stream, values[: half if moves else None], worked, over)
+            if not moves:
+                stream.close()
+                return
+            point = stream.resume_point
+            with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as other:
+                _take_over(other, point, values, worked, over)
+            try:
+                stream.step(np.ones(1, np.float32))
+            except SessionMoved:
+                return
+            except RnnserveError as error:
+                if error.reason != "SESSION_NOT_FOUND":  # closed by the other one by now
+                    raise
+            else:
+                raise AssertionError("a stream went on although another client had taken its session over")
+    except BaseException as error:
+        worked.error = error
+
+
+def _take_over(client: Client, point: ResumePoint, values: list[float], worked: Worked, over: threading.Event) -> None:
+    stream = client.stream("accumulator", resume=point)
+    until_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            stream.open()
+            break
+        except RnnserveError as error:
+            if error.retry_after_s is None and error.reason not in ("UNREACHABLE", "TIMED_OUT"):
+                raise
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.1)
+            stream = client.stream("accumulator", resume=point)
+    worked.rows += [(answer.step, tuple(answer.output.tolist())) for answer in stream.missed]
+    _step(stream, values[stream.next_step :], worked, over)
+    stream.close()
+
+
+def _step(stream: Stream, values: list[float], worked: Worked, over: threading.Event) -> None:
+    def inputs() -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+        first = stream.next_step
+        for index, value in enumerate(values, start=first):
+            if index == STEPS * 3 // 4:
+                over.wait(TIMEOUT_S)
+            time.sleep(PACE_S)
+            yield np.array([value], np.float32)
+
+    for answer in stream.steps(inputs(), ahead=4):
+        worked.rows.append((answer.step, tuple(answer.output.tolist())))
+        worked.times_s.append(time.monotonic())
+
+
+def _longest_gap_s(one: Worked, since_s: float) -> float:
+    """From the fault on, between two answers."""
+    times_s = [since_s, *(time_s for time_s in one.times_s if time_s > since_s)]
+    return max((after - before for before, after in itertools.pairwise(times_s)), default=0.0)
+
+
+def _problems(one: Worked, values: list[float]) -> list[str]:
+    expected = list(enumerate(accumulated(values)))
+    if one.error is not None:
+        return [f"failed: {one.error!r}"]
+    return [] if one.rows == expected else [f"{len(one.rows)} answers, of which {_wrong(one.rows, expected)} are wrong"]
+
+
+def _wrong(rows: Sequence[object], expected: Sequence[object]) -> int:
+    return sum(row not in expected for row in rows) + abs(len(rows) - len(expected))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def fleet_of(kind: str, folder: Path) -> Iterator[Fleet]:
+    """Started, and ended with the block."""
+    repository = folder / "repository"
+    write_test_repository(_made(repository))
+    write_accumulator(repository)
+    with ExitStack() as stack:
+        if kind == "services":
+            yield Services(folder, repository, stack)
+        else:
+            state_dir = _made(folder / "state")
+            yield Workers(stack.enter_context(start_server(repository, state_dir, workers=3, **SETTINGS)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.fleet", description=__doc__)
+    parser.add_argument("--on", choices=("workers", "services"), default="workers")
+    parser.add_argument("--plans", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the first plan / 100000")
+    parser.add_argument("--break", dest="break_name", choices=broken.BREAKS, default="", help="break the code first")
+    given = parser.parse_args()
+    if given.break_name:
+        os.environ[broken.VARIABLE] = given.break_name
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    outcomes: list[Outcome] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fleet_of(given.on, Path(folder)) as fleet,
+        Progress(console=console) as progress,
+    ):
+        for number in progress.track(range(given.plans), description="plans"):
+            outcome = run_plan(fleet, given.seed * 100_000 + number)
+            outcomes.append(outcome)
+            for problem in outcome.violations:
+                console.print(f"plan {outcome.seed}, {outcome.fault}: {problem}", style="red", highlight=False)
+    return _report(outcomes, console)
+
+
+def _report(outcomes: list[Outcome], console: Console) -> int:
+    hits = [outcome for outcome in outcomes if outcome.hit]
+    table = Table("fault", "plans", "hit", "longest wait")
+    planned, hit = Counter(o.fault for o in outcomes), Counter(o.fault for o in hits)
+    for fault in planned:
+        longest_s = max((o.recovery_s for o in hits if o.fault == fault), default=0.0)
+        table.add_row(fault, str(planned[fault]), str(hit[fault]), f"{longest_s:.2f} s")
+    console.print(table)
+    failed = [outcome.seed for outcome in outcomes if outcome.violations]
+    console.print(f"steps checked: {sum(outcome.steps for outcome in outcomes)}")
+    console.print(f"plans with violations: {len(failed)} {failed or ''}", style="red" if failed else "green")
+    return 1 if failed or not hits else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
