@@ -171,8 +171,6 @@ class Service:
 
     def _bind(self) -> int:
         host, port = self.settings.host, self.settings.port
-        if not self._shares_port:
-            check_address(host, port)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             return self.server.add_insecure_port(address)
@@ -309,6 +307,7 @@ async def serve(settings: Settings) -> None:
     with state_dir.locked(settings.state_dir):
         owner = uuid.uuid4().hex if settings.session_store == "redis" else ""
         service = Service(settings, catalog, owner=owner)
+        check_address(settings.host, settings.port)
         dead = state_dir.former_owners(settings.state_dir)
         if owner:
             state_dir.keep_owners(settings.state_dir, [owner])

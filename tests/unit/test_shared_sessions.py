@@ -72,6 +72,7 @@ class Process:
         self.running.cancel()
         if isinstance(self.store, RedisStore):
             assert self.store._listening is not None
+            self.store._closed = True
             self.store._listening.cancel()
         else:
             self.store._wants.close()

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 LISTEN_AGAIN_S = 0.2
+LOOK_UP_S = 1.0
 SCRUB_TIMEOUT_S = 60.0
 WALK = 500  # members at a time
 
@@ -52,6 +53,7 @@ class RedisStore:
         self._renew = register(scripts.RENEW)
         self._listening: asyncio.Task[None] | None = None
         self._scrubs_ended = False
+        self._closed = False
         self._numbers = itertools.count()  # of writes
 
     async def open(self, owner: str, on_wanted: Callable[[Wanted], None]) -> None:
@@ -142,8 +144,10 @@ class RedisStore:
         self._scrubs_ended = True
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        self._closed = True
         if self._listening is not None:
             self._listening.cancel()
+            await asyncio.wait([self._listening], timeout=LOOK_UP_S + LISTEN_AGAIN_S)
         with suppress(StoreError, TimeoutError):  # then the lease runs out by itself
             async with asyncio.timeout(timeout_s):
                 await self.bury([self._owner])
@@ -183,12 +187,12 @@ class RedisStore:
         return bool(state["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"])
 
     async def _listen(self, on_wanted: Callable[[Wanted], None]) -> None:
-        while True:
+        while not self._closed:  # the client of Redis may swallow a cancellation
             with suppress(RedisError, OSError):
                 async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
                     await channel.subscribe(f"{self._prefix}wanted:{self._owner}")
-                    while True:
-                        if message := await channel.get_message(timeout=None):
+                    while not self._closed:
+                        if message := await channel.get_message(timeout=LOOK_UP_S):
                             tenant, session_id, deleted = msgpack.unpackb(message["data"])
                             on_wanted(Wanted(SessionKey(tenant, session_id), deleted))
             await asyncio.sleep(LISTEN_AGAIN_S)

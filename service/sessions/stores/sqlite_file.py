@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from service.sessions.stores.store import StoreError
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+WAL_TIMEOUT_S = 1.0
 Operation = Callable[[sqlite3.Connection], Result]
 
 PROBE = f"PRAGMA user_version = {len(MIGRATIONS)}"  # writes a page, although it is that already
@@ -196,7 +198,7 @@ class SqliteFile:
             raise StoreError(
                 f"the session store {self._file} has schema version {version}; this server knows {len(MIGRATIONS)}"
             )
-        connection.execute("PRAGMA journal_mode = WAL")
+        _use_write_ahead_log(connection)
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         connection.execute("PRAGMA secure_delete = ON")  # freed bytes become zeros
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
@@ -207,6 +209,19 @@ class SqliteFile:
                     connection.execute("ROLLBACK")
                 if _version(connection) < number:  # else another process was quicker
                     raise
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Where another process does the same at this moment, SQLite says that the file is locked, and does not wait."""
+    until_s = time.monotonic() + WAL_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.01)
 
 
 def _version(connection: sqlite3.Connection) -> int:
