@@ -264,8 +264,8 @@ def _redis_store(settings: Settings) -> RedisStore:
             ttl_s=2 * settings.resume_window_s + REDIS_SLACK_S,
             timeout_s=settings.store_timeout_s,
         )
-    except ValueError as error:
-        raise StartError(f"redis_url: {error}") from None
+    except StoreError as error:
+        raise StartError(str(error)) from None
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bundles import write_test_repository
-from tests.support.redis_server import REDIS, RedisServer, redis_server
+from tests.support.redis_server import RedisServer, start_redis
 from tests.support.server import RunningServer, start_server
 
 
@@ -49,7 +49,5 @@ def trained_server() -> Iterator[RunningServer]:
 @pytest.fixture(scope="session")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A real Redis that keeps what it has confirmed."""
-    if REDIS is None:
-        pytest.skip("no redis-server is installed here")
-    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+    with start_redis(tmp_path_factory.mktemp("redis")) as running:
         yield running

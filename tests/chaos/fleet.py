@@ -33,7 +33,7 @@ from rnnserve import Client, ResumePoint, RnnserveError, SessionMoved, Stream
 from tests.chaos import broken
 from tests.support.bundles import accumulated, write_accumulator, write_test_repository
 from tests.support.envoy import envoy
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, start_redis
 from tests.support.server import RunningServer, start_server
 
 STREAMS = 4
@@ -124,7 +124,7 @@ class Services(Fleet):
     interrupting = frozenset({"kill a service", "stop a service"})
 
     def __init__(self, folder: Path, repository: Path, stack: ExitStack) -> None:
-        self._redis: RedisServer = stack.enter_context(redis_server(_made(folder / "redis")))
+        self._redis: RedisServer = stack.enter_context(start_redis(_made(folder / "redis")))
         self._folder = folder
         self._repository = repository
         self._servers: list[RunningServer] = []
@@ -178,7 +178,7 @@ class Services(Fleet):
         self._redis.start()
 
     def _stop_redis(self, drawn: random.Random) -> None:
-        self._redis.pause()
+        self._redis.stall()
         time.sleep(CALM_S)
         self._redis.go_on()
 

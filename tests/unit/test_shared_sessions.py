@@ -28,7 +28,7 @@ from service.sessions.shared import Sharing
 from service.sessions.stores.redis import RedisStore
 from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from tests.support.fakes import CountingMetrics, FakeExecutor, FakeStream, column
-from tests.support.redis_server import RedisServer
+from tests.support.redis_server import RedisServer, needs_redis
 from tests.unit.test_registry import MODEL, OTHER_TOKEN, described, named, opening
 
 Store: TypeAlias = SharedSqliteStore | RedisStore
@@ -71,9 +71,9 @@ class Process:
         """It renews its lease no more, nor writes, nor hears that somebody wants something."""
         self.running.cancel()
         if isinstance(self.store, RedisStore):
-            assert self.store._listening is not None
-            self.store._closed = True
-            self.store._listening.cancel()
+            assert self.store._wants._listening is not None
+            self.store._wants._closed = True
+            self.store._wants._listening.cancel()
         else:
             self.store._wants.close()
 
@@ -112,7 +112,7 @@ class Machine:
         return process
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
 async def machine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machine]:
     engine = StepEngine({MODEL: FakeExecutor()}, max_tick_sessions=4, metrics=CountingMetrics())
     loop = asyncio.create_task(engine.run())

@@ -1,293 +1,344 @@
-"""Redis as a store that the services of several machines share."""
+"""Keeps records in one Redis server, which several machines share."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
-import redis.asyncio as redis_client
-from redis.exceptions import RedisError, ResponseError
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from models.manifest import ModelKey
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
-from service.sessions.stores import redis_scripts as scripts
+from service.sessions.stores import redis_scripts
 from service.sessions.stores.record_codec import decode_record, encode_record
+from service.sessions.stores.redis_wants import RedisWants
 from service.sessions.stores.shared import StoredSession, Totals, Wanted
-from service.sessions.stores.store import CLOSE_TIMEOUT_S, StoreError
+from service.sessions.stores.store import CLOSE_TIMEOUT_S, RecordUnreadable, StoreError
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-LISTEN_AGAIN_S = 0.2
-LOOK_UP_S = 1.0
-SCRUB_TIMEOUT_S = 60.0
-WALK = 500  # members at a time
+MAX_CONNECTIONS = 32  # one more waits for one of these
+PAGE_SESSIONS = 500  # looked at in one script, for Redis does nothing else meanwhile
+PIPELINE_SESSIONS = 50  # sent together; the event loop packs so many in a few milliseconds
+SCRUB_TIMEOUT_S = 300.0
+SCRUB_POLL_S = 0.05
 
 
 class RedisStore:
-    """See SharedStore. One Redis, no cluster; what it is set to decides what survives its own death: docs/redis.md.
+    """See SharedStore. For one Redis server of version 7 or newer, not for a cluster; docs/redis.md says how to set it.
 
-    A scrub rewrites the append-only file; snapshots and replicas that were made before it keep what was erased.
+    A parked session vanishes by itself after `ttl_s`, which is longer than any may be parked. A batch is
+    written record by record, each of them wholly or not at all. Scrubbing rewrites the append-only file; snapshots,
+    backups and replicas keep what they have.
     """
 
     durable = True
 
-    def __init__(self, url: str, *, prefix: str, ttl_s: float, timeout_s: float) -> None:
-        """A parked session vanishes `ttl_s` after it was written last, even if no service runs. Raises ValueError."""
+    def __init__(self, url: str, *, prefix: str, ttl_s: float, timeout_s: float = 5.0) -> None:
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=MAX_CONNECTIONS,
+                timeout=timeout_s,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                retry=Retry(NoBackoff(), 0),  # a write that is sent again could take effect late
+            )
+        except ValueError:  # whose text may have a part of the password
+            raise StoreError("redis_url: must be redis://[:password@]host:port/db, or rediss:// for TLS") from None
+        self._redis = Redis(connection_pool=pool)
+        given = pool.connection_kwargs
+        self._name = f"the session store redis at {given.get('host', 'localhost')}:{given.get('port', 6379)}"
+        self._secrets = [str(given[name]) for name in ("password", "username") if given.get(name)]
         self._prefix = prefix
-        self._ttl_ms = round(ttl_s * 1_000)
-        self._client = redis_client.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=10
-        )
-        given = self._client.connection_pool.connection_kwargs
-        self._address = f"{given.get('host', 'localhost')}:{given.get('port', 6379)}"  # never the password
-        register = self._client.register_script
-        self._write, self._take = register(scripts.WRITE), register(scripts.TAKE)
-        self._erase, self._forget = register(scripts.ERASE), register(scripts.FORGET)
-        self._renew = register(scripts.RENEW)
-        self._listening: asyncio.Task[None] | None = None
-        self._scrubs_ended = False
+        self._ttl_ms = _milliseconds(ttl_s)
+        self._timeout_s = timeout_s
+        self._owner = ""
+        self._wants = RedisWants(self._redis, f"{prefix}wanted:", timeout_s)
+        self._turn = asyncio.Lock()
+        self._connection_number = 0
+        self._in_order = False  # nothing that was sent can still arrive
+        self._scrubs_ended = asyncio.Event()
         self._closed = False
-        self._numbers = itertools.count()  # of writes
 
     async def open(self, owner: str, on_wanted: Callable[[Wanted], None]) -> None:
         self._owner = owner
-        await self._do(self._client.ping())
-        await self._check_settings()
-        self._listening = asyncio.create_task(self._listen(on_wanted))
+        async with self._explained():
+            await self._check_settings()
+            await self._wants.open(owner, on_wanted)
+        await self.probe()
 
     async def renew(self, lease_s: float) -> bool:
-        return bool(await self._do(self._renew(args=[self._prefix, self._owner, round(lease_s * 1_000)])))
+        async with self._explained(), self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.set(self._key("owner", self._owner), 1, px=_milliseconds(lease_s), get=True)
+            pipeline.pexpire(self._key("connection", self._owner), self._ttl_ms)
+            had_lived, _ = await pipeline.execute()
+            return had_lived is not None
 
     async def bury(self, owners: Iterable[str]) -> None:
-        keys = [f"{self._prefix}lease:{owner}" for owner in owners]
-        if keys:
-            await self._do(self._client.delete(*keys))
+        if dead := [self._key("owner", owner) for owner in owners]:
+            async with self._explained():
+                await self._redis.delete(*dead)
 
     async def write(self, records: Sequence[SessionRecord]) -> frozenset[SessionKey]:
-        written = await self._in_one_go((self._write, self._written(record)) for record in records)
-        return frozenset(record.key for record, done in zip(records, written, strict=True) if not done)
+        calls = [(record.key, record.fence, self._written(record)) for record in records]
+        replies = await self._change(redis_scripts.WRITE, calls)
+        return frozenset(record.key for record, written in zip(records, replies, strict=True) if not written)
 
     async def read(self, key: SessionKey) -> SessionRecord | None:
-        return _record_from(await self._do(self._client.hmget(self._session(key), "record", "fence", "owner")))
+        async with self._explained():
+            found = await _reply(self._redis.hmget(self._session(key), ["record", "fence", "owner"]))
+        return _record_from(found) if found[0] is not None else None
 
     async def take(self, key: SessionKey, fence: int) -> SessionRecord | None:
-        return _record_from(await self._do(self._take(args=[*self._named(key), fence, self._owner])))
+        more = (self._owner, self._key("owner", ""))
+        (found,) = await self._change(redis_scripts.TAKE, [(key, fence, more)])
+        return _record_from(found) if found else None
 
     async def erase(self, fences: Mapping[SessionKey, int], *, scrub: bool = False) -> None:
-        await self._in_one_go((self._erase, [*self._named(key), fence]) for key, fence in fences.items())
+        await self._change(redis_scripts.ERASE, [(key, fence, ()) for key, fence in fences.items()])
         if scrub:
-            await self._scrub()
+            async with self._explained(SCRUB_TIMEOUT_S):
+                await self._scrub()
 
     async def want(self, owner: str, wanted: Wanted) -> None:
-        channel, text = f"{self._prefix}wanted:{owner}", msgpack.packb((*wanted.key, wanted.deleted))
-        await self._do(self._client.publish(channel, text))
+        async with self._explained():
+            await self._wants.tell(owner, wanted)
 
     async def find(self, key: SessionKey) -> StoredSession | None:
-        return next(iter(await self._stored([_member(key)])), None)
+        async with self._explained():
+            return (await self._find([key]))[0]
 
     async def after(self, key: SessionKey, sessions: int) -> list[StoredSession]:
+        ids = self._key("ids", key.tenant)
         found: list[StoredSession] = []
-        start = b"(" + _member(key)
-        while len(found) < sessions:
-            command = self._client.zrangebylex(
-                f"{self._prefix}ids", start, b"(" + key.tenant.encode() + b"\1", 0, sessions
-            )
-            members: list[bytes] = await self._do(command)
-            if not members:
+        while (missing := sessions - len(found)) > 0:
+            async with self._explained():
+                page = await _reply(self._redis.zrangebylex(ids, b"(" + key.session_id.encode(), b"+", 0, missing))
+                keys = [SessionKey(key.tenant, session_id.decode()) for session_id in page]
+                stored = await self._find(keys)
+            await self._forget_lost(keys, stored)
+            found += [session for session in stored if session]
+            if len(keys) < missing:
                 break
-            found += await self._stored(members)
-            start = b"(" + members[-1]
-        return found[:sessions]
-
-    async def totals(self, tenant: str | None = None) -> Totals:
-        if tenant is None:
-            count = await self._do(self._client.zcard(f"{self._prefix}ids"))
-            return Totals(count, sum(map(int, await self._do(self._client.hvals(f"{self._prefix}bytes")))))
-        low, high = b"[" + tenant.encode() + b"\0", b"(" + tenant.encode() + b"\1"
-        count = await self._do(self._client.zlexcount(f"{self._prefix}ids", low, high))
-        return Totals(count, int(await self._do(self._client.hget(f"{self._prefix}bytes", tenant)) or 0))
-
-    async def parked_totals(self) -> Totals:
-        count = await self._do(self._client.zcard(f"{self._prefix}parked"))
-        return Totals(count, int(await self._do(self._client.get(f"{self._prefix}parked_bytes")) or 0))
+            key = keys[-1]
+        return found
 
     async def longest_parked(
         self, sessions: int, *, tenant: str | None = None, used_before_s: float | None = None
     ) -> list[StoredSession]:
-        def wanted(stored: StoredSession) -> bool:
-            summary = stored.summary
-            return tenant in (None, summary.key.tenant) and (used_before_s is None or summary.used_s < used_before_s)
-
-        found = [stored for stored in await self._of_the_dead() if wanted(stored)]
-        start = 0
-        highest = "+inf" if used_before_s is None else f"({used_before_s}"
+        used = self._key("used") if tenant is None else self._key("used", tenant)
+        end = "+inf" if used_before_s is None else f"({used_before_s!r}"
+        found: list[StoredSession] = []
+        looked_at = 0
         while len(found) < sessions:
-            command = self._client.zrangebyscore(f"{self._prefix}parked", "-inf", highest, start, WALK)
-            members: list[bytes] = await self._do(command)
-            if not members:
+            async with self._explained():
+                page = await _reply(self._redis.zrangebyscore(used, "-inf", end, looked_at, PAGE_SESSIONS))
+                keys = [_key_from(name) for name in page]
+                stored = await self._find(keys)
+            await self._forget_lost(keys, stored)
+            found += [session for session in stored if session and not session.owner_lives]
+            if len(keys) < PAGE_SESSIONS:
                 break
-            start += len(members)
-            found += [stored for stored in await self._stored(members) if wanted(stored)]
-        return sorted(found, key=lambda stored: stored.summary.used_s)[:sessions]
+            looked_at += sum(session is not None for session in stored)
+        return found[:sessions]
+
+    async def totals(self, tenant: str | None = None) -> Totals:
+        return await self._totals(tenant, "sessions", "size_bytes")
+
+    async def parked_totals(self) -> Totals:
+        return await self._totals(None, "parked", "parked_bytes")
 
     async def probe(self) -> None:
-        await self._do(self._client.set(f"{self._prefix}probe", ""))
+        async with self._explained(), self._turn:
+            await self._begin_connection()
 
     def end_scrubs(self) -> None:
-        self._scrubs_ended = True
+        self._scrubs_ended.set()
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        self._closed = True
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait([self._listening], timeout=LOOK_UP_S + LISTEN_AGAIN_S)
+        if self._closed:
+            return
         with suppress(StoreError, TimeoutError):  # then the lease runs out by itself
             async with asyncio.timeout(timeout_s):
                 await self.bury([self._owner])
-        await self._client.aclose()
+        self._closed = True
+        await self._wants.close()
+        await self._redis.aclose()
 
-    async def _check_settings(self) -> None:
-        """Raises StoreError where sessions may be evicted; other settings only weaken what survives its own death."""
-        try:
-            given = await self._do(self._client.config_get("maxmemory-policy", "appendonly", "appendfsync"))
-        except StoreError as error:
-            if not isinstance(error.__cause__, ResponseError):
-                raise
-            log.warning("the settings of Redis at %s cannot be read; see docs/redis.md", self._address)
-            return
-        settings = {_text(name): _text(value) for name, value in given.items()}
-        if (policy := settings.get("maxmemory-policy")) != "noeviction":
-            raise StoreError(f"Redis at {self._address} has the maxmemory-policy {policy}, and so may drop sessions")
-        if (settings.get("appendonly"), settings.get("appendfsync")) != ("yes", "always"):
-            log.warning("Redis at %s may forget what it has confirmed when it dies; see docs/redis.md", self._address)
+    async def _change(self, script: str, calls: Sequence[tuple[SessionKey, int, tuple[Any, ...]]]) -> list[Any]:
+        """Run the script for each, in the order of the calls of this method."""
+        if not calls:
+            return []
+        async with self._explained(), self._turn:
+            if not self._in_order:
+                await self._begin_connection()
+            self._in_order = False
+            replies: list[Any] = []
+            for start in range(0, len(calls), PIPELINE_SESSIONS):
+                replies += await self._run(script, calls[start : start + PIPELINE_SESSIONS])
+            self._in_order = True
+            return replies
+
+    async def _begin_connection(self) -> None:
+        """What was sent before, and has not arrived yet, is refused from now on."""
+        self._in_order = False
+        self._connection_number += 1
+        await self._redis.set(self._key("connection", self._owner), self._connection_number, px=self._ttl_ms)
+        self._in_order = True
+
+    async def _run(self, script: str, calls: Sequence[tuple[SessionKey, int, tuple[Any, ...]]]) -> list[Any]:
+        digest = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.script_load(script)  # each time, for Redis may have been started again
+            for key, fence, more in calls:
+                keys = self._keys(key)
+                arguments = (_name_of(key), key.session_id.encode(), self._connection_number, fence, *more)
+                pipeline.evalsha(digest, len(keys), *keys, *arguments)
+            _, *replies = await pipeline.execute(raise_on_error=False)  # for that error would tell whole commands
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
+        return replies
+
+    async def _find(self, keys: Sequence[SessionKey]) -> list[StoredSession | None]:
+        sessions = [self._session(key) for key in keys]
+        found = await _reply(self._redis.eval(redis_scripts.FIND, len(sessions), *sessions, self._key("owner", "")))
+        return [_stored(key, *values) if values else None for key, values in zip(keys, found, strict=True)]
+
+    async def _forget_lost(self, keys: Sequence[SessionKey], stored: Sequence[StoredSession | None]) -> None:
+        """Those whose time has run out are in the indexes still, and in the totals."""
+        lost = [key for key, session in zip(keys, stored, strict=True) if session is None]
+        await self._change(redis_scripts.ERASE, [(key, -1, ()) for key in lost])
+
+    async def _totals(self, tenant: str | None, *fields: str) -> Totals:
+        key = self._key("totals") if tenant is None else self._key("totals", tenant)
+        async with self._explained():
+            return Totals(*(int(value or 0) for value in await _reply(self._redis.hmget(key, fields))))
 
     async def _scrub(self) -> None:
-        if self._scrubs_ended:
-            raise StoreError("the service ends soon: the append-only file keeps old bytes")
-        if _text(dict(await self._do(self._client.config_get("appendonly"))).get("appendonly", "no")) != "yes":
+        if not (await self._persistence())["aof_enabled"]:
             return
-        with suppress(StoreError):  # one is under way, and another is scheduled
-            await self._do(self._client.bgrewriteaof())
+        await self._end_of_rewrite()  # that may have read the session
+        await self._redis.bgrewriteaof()
+        if (await self._end_of_rewrite())["aof_last_bgrewrite_status"] != "ok":
+            raise StoreError(f"{self._name} could not rewrite its append-only file, which keeps old bytes")
+
+    async def _end_of_rewrite(self) -> dict[str, Any]:
+        while not self._scrubs_ended.is_set():
+            state = await self._persistence()
+            if not state["aof_rewrite_in_progress"] and not state["aof_rewrite_scheduled"]:
+                return state
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SCRUB_POLL_S):
+                    await self._scrubs_ended.wait()
+        raise StoreError(f"{self._name} scrubs no more, for this server ends: its append-only file keeps old bytes")
+
+    async def _persistence(self) -> dict[str, Any]:
+        return await self._redis.info("persistence")
+
+    async def _check_settings(self) -> None:
+        """Raises StoreError if Redis may drop sessions; warns if a crash may."""
         try:
-            async with asyncio.timeout(SCRUB_TIMEOUT_S):
-                while await self._rewrites():  # noqa: ASYNC110 - of which Redis gives no notice
-                    await asyncio.sleep(LISTEN_AGAIN_S)
-        except TimeoutError:
-            raise StoreError(f"Redis at {self._address} does not end its rewrite") from None
+            given = await self._redis.config_get("maxmemory-policy", "appendonly", "appendfsync")
+        except ResponseError as error:
+            log.warning("%s does not tell its settings, so that nobody knows what it promises: %s", self._name, error)
+            return
+        if given["maxmemory-policy"] != "noeviction":
+            raise StoreError(
+                f"{self._name} has maxmemory-policy {given['maxmemory-policy']}: it must be noeviction, for otherwise "
+                "Redis drops sessions when its memory is full"
+            )
+        if given["appendonly"] != "yes":
+            log.warning("%s has appendonly no: its crash or restart loses sessions that were durable", self._name)
+        elif given["appendfsync"] != "always":
+            log.warning(
+                "%s has appendfsync %s: a loss of power loses the last durable steps", self._name, given["appendfsync"]
+            )
 
-    async def _rewrites(self) -> bool:
-        state = await self._do(self._client.info("persistence"))
-        return bool(state["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"])
+    @asynccontextmanager
+    async def _explained(self, timeout_s: float | None = None) -> AsyncIterator[None]:
+        if self._closed:
+            raise StoreError(f"{self._name} is closed")
+        try:
+            async with asyncio.timeout(timeout_s or self._timeout_s):
+                yield
+        except (RedisError, OSError) as error:  # a TimeoutError is an OSError
+            raise StoreError(f"{self._name} failed: {self._reason(error)}") from None
 
-    async def _listen(self, on_wanted: Callable[[Wanted], None]) -> None:
-        while not self._closed:  # the client of Redis may swallow a cancellation
-            with suppress(RedisError, OSError):
-                async with self._client.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(f"{self._prefix}wanted:{self._owner}")
-                    while not self._closed:
-                        if message := await channel.get_message(timeout=LOOK_UP_S):
-                            tenant, session_id, deleted = msgpack.unpackb(message["data"])
-                            on_wanted(Wanted(SessionKey(tenant, session_id), deleted))
-            await asyncio.sleep(LISTEN_AGAIN_S)
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, AuthenticationError):
+            return "it refuses the password"
+        reason = str(error) or f"no answer within {self._timeout_s:g} s"
+        for secret in self._secrets:
+            reason = reason.replace(secret, "…")
+        return reason
 
-    async def _of_the_dead(self) -> list[StoredSession]:
-        """Sessions whose owners' leases have run out, of all owners that were ever seen with one."""
-        owners: list[bytes] = list(await self._do(self._client.smembers(f"{self._prefix}owners")))
-        found: list[StoredSession] = []
-        for owner in owners:
-            if await self._do(self._client.exists(f"{self._prefix}lease:{_text(owner)}")):
-                continue
-            members: list[bytes] = list(await self._do(self._client.smembers(f"{self._prefix}of:{_text(owner)}")))
-            if not members:
-                await self._do(self._client.srem(f"{self._prefix}owners", owner))
-            found += await self._stored(members)
-        return found
+    def _written(self, record: SessionRecord) -> tuple[Any, ...]:
+        r = record
+        summary = msgpack.packb((*r.model, r.next_step, r.opened_s, r.used_s, r.size_bytes))
+        return (int(r.is_new), r.owner, r.size_bytes, repr(r.used_s), self._ttl_ms, summary, encode_record(r))
 
-    async def _stored(self, members: Sequence[bytes]) -> list[StoredSession]:
-        """Of those that are there; the others leave the indexes."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for member in members:
-                pipeline.hmget(f"{self._prefix}session:".encode() + member, "summary", "fence", "owner")
-            rows = await self._do(pipeline.execute())
-        owners = sorted({_text(owner) for summary, _, owner in rows if summary is not None and owner})
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for owner in owners:
-                pipeline.exists(f"{self._prefix}lease:{owner}")
-            lives = dict(zip(owners, await self._do(pipeline.execute()), strict=True))
-        for member, (summary, *_) in zip(members, rows, strict=True):
-            if summary is None:
-                await self._do(self._forget(args=[self._prefix, member, member.partition(b"\0")[0]]))
-        return [
-            StoredSession(_summary_from(summary), int(fence), _text(owner), bool(lives.get(_text(owner))))
-            for summary, fence, owner in rows
-            if summary is not None
-        ]
+    def _key(self, *parts: str) -> str:
+        return self._prefix + ":".join(parts)
 
     def _session(self, key: SessionKey) -> bytes:
-        return f"{self._prefix}session:".encode() + _member(key)
+        return self._key("session", "").encode() + _name_of(key)
 
-    def _named(self, key: SessionKey) -> list[Any]:
-        return [self._prefix, _member(key), key.tenant]
-
-    def _written(self, record: SessionRecord) -> list[Any]:
-        size_bytes, new = record.size_bytes, int(record.is_new)
-        summary = (record.key, record.model, record.next_step, record.opened_s, record.used_s, size_bytes)
+    def _keys(self, key: SessionKey) -> list[str | bytes]:
+        """In the order that the scripts know."""
         return [
-            *self._named(record.key),
-            record.fence,
-            record.owner,
-            new,
-            record.used_s,
-            size_bytes,
-            self._ttl_ms,
-            msgpack.packb(summary),
-            encode_record(record),
-            self._owner,
-            next(self._numbers),
+            self._session(key),
+            self._key("ids", key.tenant),
+            self._key("used"),
+            self._key("used", key.tenant),
+            self._key("counted"),
+            self._key("totals"),
+            self._key("totals", key.tenant),
+            self._key("connection", self._owner),
         ]
 
-    async def _in_one_go(self, calls: Iterable[tuple[Any, list[Any]]]) -> list[Any]:
-        """One script for each, sent together."""
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for script, arguments in calls:
-                await script(args=arguments, client=pipeline)
-            return list(await self._do(pipeline.execute()))
 
-    async def _do(self, command: Awaitable[Result] | Any) -> Any:
-        with self._explained():
-            return await command
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (RedisError, OSError) as error:
-            raise StoreError(f"Redis at {self._address} failed: {error}") from error
+def _name_of(key: SessionKey) -> bytes:
+    """One name for both parts, whatever is in them."""
+    tenant = key.tenant.encode()
+    return b"%d:%s:%s" % (len(tenant), tenant, key.session_id.encode())
 
 
-def _summary_from(value: bytes) -> SessionSummary:
-    key, model, *others = msgpack.unpackb(value)
-    return SessionSummary(SessionKey(*key), ModelKey(*model), *others)
+def _key_from(name: bytes) -> SessionKey:
+    size, _, both = name.partition(b":")
+    return SessionKey(both[: int(size)].decode(), both[int(size) + 1 :].decode())
 
 
-def _member(key: SessionKey) -> bytes:
-    return f"{key.tenant}\0{key.session_id}".encode()
-
-
-def _record_from(found: Sequence[bytes] | None) -> SessionRecord | None:
-    """Of record, fence and owner, which are all there or none. Raises RecordUnreadable."""
-    if found is None or found[0] is None:
-        return None
+def _record_from(found: Sequence[bytes]) -> SessionRecord:
+    """Of record, fence and owner. Raises RecordUnreadable."""
     record, fence, owner = found
-    return replace(decode_record(record), fence=int(fence), owner=_text(owner))
+    return replace(decode_record(record), fence=int(fence), owner=owner.decode())
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _stored(key: SessionKey, summary: bytes, fence: bytes, owner: bytes, lives: int) -> StoredSession:
+    try:
+        name, version, *others = msgpack.unpackb(summary)
+        described = SessionSummary(key, ModelKey(name, version), *others)
+    except (TypeError, ValueError, msgpack.UnpackException) as error:
+        raise RecordUnreadable(f"the summary of a stored session is damaged: {error}") from error
+    return StoredSession(described, int(fence), owner.decode(), bool(lives))
+
+
+async def _reply(command: Awaitable[Any] | Any) -> Any:
+    """Its types say more than what it answers: bytes."""
+    return await command
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1_000))

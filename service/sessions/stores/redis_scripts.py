@@ -1,96 +1,111 @@
-"""What Redis does by itself, each script as one: no other command comes between its lines.
+"""What Redis does with one session in one piece: Lua."""
 
-Under a prefix: `session:<member>` a hash of fence, owner, record, summary, used_s and size; `ids`, `parked` sorted
-sets; `of:<owner>` sets; `sizes`, `bytes`, `owner_of` hashes; `parked_bytes` a counter; `lease:<owner>` keys with a time
-to live. A member is `<tenant>\\0<session id>`. Totals are counted here, for to count takes a walk through all sessions.
-"""
+from __future__ import annotations
 
-INDEX = """
-local p, member, tenant = ARGV[1], ARGV[2], ARGV[3]
-local key = p .. 'session:' .. member
+# All of a session's keys and names; `counted` remembers what the totals have of it, should its hash run out.
+_SESSION = """
+local session, ids, used, tenant_used, counted, totals, tenant_totals, connection = unpack(KEYS)
+local name, id, connection_number, fence = unpack(ARGV, 1, 4)
 
--- Where the session stands in all indexes from now on; without an owner it is gone.
-local function index(owner, used_s, size)
-    local before = tonumber(redis.call('HGET', p .. 'sizes', member) or '0')
-    local former = redis.call('HGET', p .. 'owner_of', member)
-    if former and former ~= '' then redis.call('SREM', p .. 'of:' .. former, member) end
-    if redis.call('ZREM', p .. 'parked', member) == 1 then
-        redis.call('DECRBY', p .. 'parked_bytes', before)
-    end
-    redis.call('HINCRBY', p .. 'bytes', tenant, (owner and size or 0) - before)
-    if not owner then
-        redis.call('ZREM', p .. 'ids', member)
-        redis.call('HDEL', p .. 'sizes', member)
-        redis.call('HDEL', p .. 'owner_of', member)
-        return
-    end
-    redis.call('ZADD', p .. 'ids', 0, member)
-    redis.call('HSET', p .. 'sizes', member, size)
-    redis.call('HSET', p .. 'owner_of', member, owner)
-    if owner == '' then
-        redis.call('ZADD', p .. 'parked', used_s, member)
-        redis.call('INCRBY', p .. 'parked_bytes', size)
-    else
-        redis.call('SADD', p .. 'of:' .. owner, member)
-        redis.call('SADD', p .. 'owners', owner)
+-- What an earlier connection of this owner sent, and nobody waits for any more, may arrive late.
+if redis.call('GET', connection) ~= connection_number then
+    return redis.error_reply('STALE this connection is not the newest of its owner')
+end
+
+local function add(sessions, value)
+    local parked, size = value:match('(%d):(%d+)')
+    for _, key in ipairs({totals, tenant_totals}) do
+        local function raise(field, amount)
+            return redis.call('HINCRBY', key, field, string.format('%d', amount))  -- never -0
+        end
+        raise('size_bytes', sessions * size)
+        raise('parked', sessions * parked)
+        raise('parked_bytes', sessions * parked * size)
+        if raise('sessions', sessions) == 0 then
+            redis.call('DEL', key)
+        end
     end
 end
+
+local function count(size, owner)
+    local value = (owner == '' and 1 or 0) .. ':' .. size
+    local before = redis.call('HGET', counted, name)
+    if before ~= value then
+        if before then add(-1, before) end
+        add(1, value)
+        redis.call('HSET', counted, name, value)
+    end
+end
+
+local function forget()
+    local before = redis.call('HGET', counted, name)
+    if before then add(-1, before) end
+    redis.call('HDEL', counted, name)
+    redis.call('ZREM', ids, id)
+    redis.call('ZREM', used, name)
+    redis.call('ZREM', tenant_used, name)
+    redis.call('UNLINK', session)
+end
+
+local found = redis.call('HGET', session, 'fence')
 """
 
-# prefix, member, tenant, fence, owner, is_new, used_s, size, ttl_ms, summary, record, writer, number of the write. One
-# that was given up may come late, behind a newer one of the same writer; then it changes nothing.
+# 1, or 0 if it is not for this owner to write.
 WRITE = (
-    INDEX
+    _SESSION
     + """
-local fence = redis.call('HGET', key, 'fence')
-if fence and fence ~= ARGV[4] or not fence and ARGV[6] ~= '1' then return 0 end
-local writer, number = unpack(redis.call('HMGET', key, 'writer', 'number'))
-if writer == ARGV[12] and tonumber(number) > tonumber(ARGV[13]) then return 1 end
-redis.call('HSET', key, 'fence', ARGV[4], 'owner', ARGV[5], 'used_s', ARGV[7], 'size', ARGV[8],
-    'summary', ARGV[10], 'record', ARGV[11], 'writer', ARGV[12], 'number', ARGV[13])
-if ARGV[5] == '' then redis.call('PEXPIRE', key, ARGV[9]) else redis.call('PERSIST', key) end
-index(ARGV[5], ARGV[7], tonumber(ARGV[8]))
+local is_new, owner, size, used_s, ttl_ms, summary, record = unpack(ARGV, 5)
+if found ~= fence and (found or is_new == '0') then
+    return 0
+end
+redis.call('HSET', session, 'fence', fence, 'owner', owner, 'summary', summary, 'record', record)
+if owner == '' then redis.call('PEXPIRE', session, ttl_ms) else redis.call('PERSIST', session) end
+redis.call('ZADD', ids, 0, id)
+redis.call('ZADD', used, used_s, name)
+redis.call('ZADD', tenant_used, used_s, name)
+count(size, owner)
 return 1
 """
 )
 
-# prefix, member, tenant, fence, owner
+# Record, fence and owner; or nothing.
 TAKE = (
-    INDEX
+    _SESSION
     + """
-local fence, owner, used_s, size = unpack(redis.call('HMGET', key, 'fence', 'owner', 'used_s', 'size'))
-if fence ~= ARGV[4] then return false end
-if owner ~= '' and owner ~= ARGV[5] and redis.call('EXISTS', p .. 'lease:' .. owner) == 1 then return false end
-redis.call('HINCRBY', key, 'fence', 1)
-redis.call('HSET', key, 'owner', ARGV[5])
-redis.call('PERSIST', key)
-index(ARGV[5], used_s, tonumber(size))
-return redis.call('HMGET', key, 'record', 'fence', 'owner')
+local me, lease = unpack(ARGV, 5)
+local owner = redis.call('HGET', session, 'owner')
+if found ~= fence or (owner ~= '' and owner ~= me and redis.call('EXISTS', lease .. owner) == 1) then
+    return false
+end
+redis.call('HINCRBY', session, 'fence', 1)  -- not in Lua, whose numbers are floats
+redis.call('HSET', session, 'owner', me)
+redis.call('PERSIST', session)
+count(redis.call('HGET', counted, name):match(':(%d+)'), me)
+return redis.call('HMGET', session, 'record', 'fence', 'owner')
 """
 )
 
-# prefix, member, tenant, fence
+# Also of a session whose hash has run out, whatever the fence.
 ERASE = (
-    INDEX
+    _SESSION
     + """
-if redis.call('HGET', key, 'fence') ~= ARGV[4] then return 0 end
-redis.call('UNLINK', key)
-index(nil)
-return 1
+if not found or found == fence then
+    forget()
+end
 """
 )
 
-# prefix, member, tenant: what has vanished by its time to live leaves the indexes, too
-FORGET = (
-    INDEX
-    + """
-if redis.call('EXISTS', key) == 0 then index(nil) end
-"""
-)
-
-# prefix, owner, lease_ms
-RENEW = """
-local had_lived = redis.call('EXISTS', ARGV[1] .. 'lease:' .. ARGV[2])
-redis.call('SET', ARGV[1] .. 'lease:' .. ARGV[2], '', 'PX', ARGV[3])
-return had_lived
+# For each session: nothing, or summary, fence, owner and whether that lives.
+FIND = """
+local lease, all = ARGV[1], {}
+for index, session in ipairs(KEYS) do
+    local found = redis.call('HMGET', session, 'summary', 'fence', 'owner')
+    if found[1] then
+        found[4] = redis.call('EXISTS', lease .. found[3])
+        all[index] = found
+    else
+        all[index] = false
+    end
+end
+return all
 """
