@@ -14,6 +14,7 @@ from rnnserve.errors import (
     FieldInvalid,
     ResumePointLost,
     RnnserveError,
+    SessionMoved,
     SessionNotFound,
     StreamClosed,
     TimedOut,
@@ -32,6 +33,7 @@ from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions
 
 SESSION_ID_KEY = "rnnserve-session-id"
 RESUME_TIMEOUT_S = 60.0
+MOVED_PAUSE_S = 0.5  # whoever has the session now writes so in its store
 
 Durability = Literal["none", "process", "stored"]
 """What a session survives: nothing, the end of its stream, or also a crash of the server."""
@@ -230,15 +232,19 @@ class Session:
 
     def cut(self, error: RnnserveError) -> Turn[pb.StreamStepsRequest, Answer]:
         """The call has ended: opens the session again, unless that is hopeless. Then `failure` says why."""
+        # Perhaps by an open of ours that was given up and came late; if by another caller, the open will say so.
+        was_moved = isinstance(error, SessionMoved) and self._state == "open"
         self.lose()
         if self._closing and isinstance(error, SessionNotFound):
             self._erased = True
             return Turn()
-        pause_s = self._resumption.pause_s(error.retry_after_s) if self._resumes_after(error) else None
+        resumes = self.durability != "none" if was_moved else self._resumes_after(error)
+        pause_s = self._resumption.pause_s(MOVED_PAUSE_S if was_moved else error.retry_after_s) if resumes else None
         if pause_s is None:
             self.failure = self.failure or error
             return Turn()
-        self._interrupt(error)
+        if not was_moved:
+            self._interrupt(error)
         return Turn(requests=[self.open()], reconnect_after_s=pause_s)
 
     def lose(self) -> None:

@@ -69,7 +69,8 @@ def not_open() -> StreamClosed:
 def _error_without_details(code: grpc.StatusCode, details: str, target: str) -> RnnserveError:
     if code is grpc.StatusCode.UNAVAILABLE:
         return Unreachable(_why_unreachable(details, target), reason="UNREACHABLE", code=code.name)
-    if code is grpc.StatusCode.CANCELLED and details == code.name:  # by neither of us: the stream was reset on its way
+    was_cancelled = code is grpc.StatusCode.CANCELLED and details == code.name
+    if was_cancelled or "RST_STREAM" in details:  # by neither of us: the stream was reset on its way
         return Unreachable(f"the call to {target} was cut off", reason="UNREACHABLE", code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return timed_out(target)

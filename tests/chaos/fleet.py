@@ -18,18 +18,22 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rnnserve import Client, ResumePoint, RnnserveError, SessionMoved, Stream
+from rnnserve import Client, Notice, ResumePoint, RnnserveError, SessionMoved, Stream, TryAgain
 from tests.chaos import broken
 from tests.support.bundles import accumulated, write_accumulator, write_test_repository
 from tests.support.envoy import envoy
@@ -146,8 +150,10 @@ class Services(Fleet):
     def recover(self) -> None:
         until_s = time.monotonic() + TIMEOUT_S
         for server in self._servers:
-            with Client(server.target, timeout_s=2.0) as client:
-                while client.health("session-store") != "serving":
+            with grpc.insecure_channel(server.target) as channel:
+                health: Any = HealthStub(channel)
+                store = HealthCheckRequest(service="session-store")
+                while health.Check(store, wait_for_ready=True).status != HealthCheckResponse.SERVING:
                     if time.monotonic() > until_s:
                         raise RuntimeError("a service did not recover")
                     time.sleep(0.05)
@@ -211,13 +217,13 @@ def run_plan(fleet: Fleet, seed: int) -> Outcome:
     names = list(fleet.faults)
     outcome = Outcome(seed, names[seed % len(names)])
     fleet.recover()
-    values = [[float(drawn.randint(1, 9)) for _ in range(STEPS)] for _ in range(STREAMS)]
     worked = [Worked() for _ in range(STREAMS)]
     strike_at, over = drawn.randrange(STEPS // 4, STEPS // 2), threading.Event()
     with ThreadPoolExecutor(STREAMS) as threads:
-        arguments = [(fleet.target, seed, n, values[n], worked[n], over) for n in range(STREAMS)]
-        changes_hands = seed % 3 == 0
-        done = [threads.submit(_work, *given, moves=changes_hands and given[2] == 0) for given in arguments]
+        done = [
+            threads.submit(_work, fleet.target, seed, number, worked[number], over, moves=seed % 3 == 0 == number)
+            for number in range(STREAMS)
+        ]
         while any(len(one.rows) < strike_at and one.error is None for one in worked):
             time.sleep(0.001)
         before, struck_s = [len(one.rows) for one in worked], time.monotonic()
@@ -231,74 +237,73 @@ def run_plan(fleet: Fleet, seed: int) -> Outcome:
         outcome.hit = any(one.interrupted for one in worked)
     for number, one in enumerate(worked):
         outcome.steps += len(one.rows)
-        outcome.violations += [f"stream {number}: {problem}" for problem in _problems(one, values[number])]
+        outcome.violations += [f"stream {number}: {problem}" for problem in _problems(one, seed, number)]
     return outcome
 
 
-def _work(
-    target: str, seed: int, number: int, values: list[float], worked: Worked, over: threading.Event, *, moves: bool
-) -> None:
-    """All steps; the last quarter only when the fault is over. If it moves, another client takes it over half-way."""
+def _value(seed: int, number: int, index: int) -> float:
+    """Of a step of a stream."""
+    return float((seed * 31 + number * 17 + index * index * 7) % 9 + 1)
 
-    def told(notice: object) -> None:
-        worked.interrupted |= getattr(notice, "reason", "") in ("interrupted", "draining")
+
+def _work(target: str, seed: int, number: int, worked: Worked, over: threading.Event, *, moves: bool) -> None:
+    """Steps until the fault is over, and at least so many. If it moves, another client takes it over half-way."""
+
+    def told(notice: Notice) -> None:
+        worked.interrupted |= notice.reason in ("interrupted", "draining")
+
+    def step(stream: Stream, end: int | None) -> None:
+        for answer in stream.steps(_inputs(seed, number, stream.next_step, end, over), ahead=4):
+            worked.rows.append((answer.step, tuple(answer.output.tolist())))
+            worked.times_s.append(time.monotonic())
 
     try:
         with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as client:
             stream = client.stream("accumulator", session=f"fleet-{seed}-{number}", on_notice=told)
             stream.open()
-            half = len(values) // 2
-            _step(stream, values[: half if moves else None], worked, over)
-            if not moves:
-                stream.close()
-                return
-            point = stream.resume_point
-            with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as other:
-                _take_over(other, point, values, worked, over)
-            try:
-                stream.step(np.ones(1, np.float32))
-            except SessionMoved:
-                return
-            except RnnserveError as error:
-                if error.reason != "SESSION_NOT_FOUND":  # closed by the other one by now
-                    raise
+            step(stream, STEPS // 2 if moves else None)
+            if moves:
+                _move(stream, target, worked, step)
             else:
-                raise AssertionError("a stream went on although another client had taken its session over")
+                stream.close()
     except BaseException as error:
         worked.error = error
 
 
-def _take_over(client: Client, point: ResumePoint, values: list[float], worked: Worked, over: threading.Event) -> None:
-    stream = client.stream("accumulator", resume=point)
+def _inputs(
+    seed: int, number: int, first: int, end: int | None, over: threading.Event
+) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    for index in itertools.count(first):
+        if index == end or (index >= STEPS and over.is_set()):
+            return
+        time.sleep(PACE_S)
+        yield np.array([_value(seed, number, index)], np.float32)
+
+
+def _move(former: Stream, target: str, worked: Worked, step: Callable[[Stream, int | None], None]) -> None:
+    """To another client; the former one must learn of it, also if it was cut off meanwhile."""
+    with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as other:
+        stream = _taken_over(other, former.resume_point)
+        worked.rows += [(answer.step, tuple(answer.output.tolist())) for answer in stream.missed]
+        step(stream, None)
+        with suppress(SessionMoved):
+            former.step(np.ones(1, np.float32))
+            raise AssertionError("a stream went on although another client had taken its session over")
+        stream.close()
+
+
+def _taken_over(client: Client, point: ResumePoint) -> Stream:
+    """Tried for as long as there is hope."""
     until_s = time.monotonic() + TIMEOUT_S
     while True:
+        stream = client.stream("accumulator", resume=point)
         try:
             stream.open()
-            break
-        except RnnserveError as error:
-            if error.retry_after_s is None and error.reason not in ("UNREACHABLE", "TIMED_OUT"):
-                raise
+            return stream
+        except TryAgain:
             if time.monotonic() > until_s:
                 raise
             time.sleep(0.1)
-            stream = client.stream("accumulator", resume=point)
-    worked.rows += [(answer.step, tuple(answer.output.tolist())) for answer in stream.missed]
-    _step(stream, values[stream.next_step :], worked, over)
-    stream.close()
-
-
-def _step(stream: Stream, values: list[float], worked: Worked, over: threading.Event) -> None:
-    def inputs() -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
-        first = stream.next_step
-        for index, value in enumerate(values, start=first):
-            if index == STEPS * 3 // 4:
-                over.wait(TIMEOUT_S)
-            time.sleep(PACE_S)
-            yield np.array([value], np.float32)
-
-    for answer in stream.steps(inputs(), ahead=4):
-        worked.rows.append((answer.step, tuple(answer.output.tolist())))
-        worked.times_s.append(time.monotonic())
 
 
 def _longest_gap_s(one: Worked, since_s: float) -> float:
@@ -307,15 +312,13 @@ def _longest_gap_s(one: Worked, since_s: float) -> float:
     return max((after - before for before, after in itertools.pairwise(times_s)), default=0.0)
 
 
-def _problems(one: Worked, values: list[float]) -> list[str]:
-    expected = list(enumerate(accumulated(values)))
+def _problems(one: Worked, seed: int, number: int) -> list[str]:
     if one.error is not None:
         return [f"failed: {one.error!r}"]
-    return [] if one.rows == expected else [f"{len(one.rows)} answers, of which {_wrong(one.rows, expected)} are wrong"]
-
-
-def _wrong(rows: Sequence[object], expected: Sequence[object]) -> int:
-    return sum(row not in expected for row in rows) + abs(len(rows) - len(expected))
+    count = max(STEPS, len(one.rows))
+    expected = list(enumerate(accumulated([_value(seed, number, index) for index in range(count)])))
+    wrong = sum(row != right for row, right in itertools.zip_longest(one.rows, expected))
+    return [f"{wrong} of {count} answers are wrong, missing or repeated"] if wrong else []
 
 
 def _made(folder: Path) -> Path:

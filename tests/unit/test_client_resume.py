@@ -558,7 +558,6 @@ def test_what_the_session_survives_is_resumed(error: RnnserveError) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        SessionMoved("elsewhere"),
         Evicted("gone for good", metadata={"resumable": "false"}),
         StreamClosed("cancelled", code="CANCELLED"),
         RnnserveError("unknown"),
@@ -568,6 +567,16 @@ def test_what_it_does_not_survive_is_raised(error: RnnserveError) -> None:
     session, _ = opened(Server("process"))
     assert session.cut(error).reconnect_after_s is None
     assert session.failure is error
+
+
+def test_a_stream_that_was_moved_asks_once_whether_another_caller_has_the_session() -> None:
+    session, _ = opened(Server("process"))
+    moved = SessionMoved("elsewhere")
+    turn = session.cut(moved)  # perhaps by an open of our own that came late
+    assert turn.reconnect_after_s is not None
+    assert not turn.requests[0].open.take_over
+    assert session.cut(moved).reconnect_after_s is None
+    assert session.failure is moved
 
 
 @pytest.mark.parametrize("durability", ["none", "process"])
