@@ -150,6 +150,7 @@ class SessionRegistry:
         BundleMismatch, StoreUnavailable, SessionLimit, FieldInvalid; then nothing has changed.
         """
         self._check(opening, manifest)
+        await self.may_answer()  # or what is in memory may be another's by now
         session = await self._found(opening, manifest)
         is_new = session is None
         if session is None:

@@ -203,6 +203,22 @@ async def test_after_a_pause_past_the_lease_nothing_is_answered_before_it_is_kno
     a.running.cancel()
 
 
+async def test_an_open_after_a_pause_finds_the_session_where_it_is_now(machine: Machine) -> None:
+    a, b = await machine.start("a", lease_s=SHORT_LEASE_S), await machine.start("b", lease_s=SHORT_LEASE_S)
+    await a.begin("s", 1)
+    await a.registry.checkpoints.write_changed()
+    a.pause()
+    session, stream = await b.open(opening("s", resume=True))
+    await b.step(session, stream, 2)
+    opening_again = asyncio.create_task(a.open(opening("s", resume=True)))
+    await asyncio.sleep(0)
+    a.running = asyncio.create_task(a.registry.run())  # it wakes up
+    async with asyncio.timeout(TIMEOUT_S):
+        session, stream = await opening_again
+    assert await a.step(session, stream, 3) == 6.0
+    a.running.cancel()
+
+
 async def test_what_a_dead_process_had_is_taken_at_once_when_it_is_buried(machine: Machine) -> None:
     a, b = await machine.start("a"), await machine.start("b")
     await a.begin("s", 1)
