@@ -210,6 +210,8 @@ async def test_an_open_after_a_pause_finds_the_session_where_it_is_now(machine: 
     a.pause()
     session, stream = await b.open(opening("s", resume=True))
     await b.step(session, stream, 2)
+    b.registry.leave(session, stream)
+    await b.registry.checkpoints.write_changed()
     opening_again = asyncio.create_task(a.open(opening("s", resume=True)))
     await asyncio.sleep(0)
     a.running = asyncio.create_task(a.registry.run())  # it wakes up
