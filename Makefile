@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test chaos soak check proto clean
+.PHONY: setup serve demo train test chaos chaos-fleet soak check proto clean
 
 setup: $(READY)
 
@@ -38,6 +38,10 @@ test: $(READY)
 
 chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make chaos SEED=7` for those of a seed
 	$(BIN)/python -m tests.chaos --plans 200 $(if $(SEED),--seed $(SEED))
+
+chaos-fleet: $(READY)  ## the same for processes: 200 on three workers, 200 on two services with Redis behind Envoy
+	$(BIN)/python -m tests.chaos.fleet --on workers --plans 200 $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.chaos.fleet --on services --plans 200 $(if $(SEED),--seed $(SEED))
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))
