@@ -17,7 +17,7 @@ RENEWALS = 3  # within a lease
 class Lease:
     """Renewed again and again; it runs out where the process is paused, and others may take its sessions then.
 
-    While the store is down nobody can take anything, so the lease is held all the same.
+    While the store is down nobody can take anything: each time that it does not answer, the lease goes on in memory.
     """
 
     def __init__(
@@ -27,13 +27,12 @@ class Lease:
         self._lapsed = lapsed
         self._lease_s = lease_s
         self._until_s = 0.0  # of time.monotonic(), which goes on in a process that is paused
-        self._store_down = False
         self._renewed = asyncio.Event()
 
     @property
     def held(self) -> bool:
         """Whether nobody else can have taken a session of ours."""
-        return self._store_down or time.monotonic() < self._until_s
+        return time.monotonic() < self._until_s
 
     async def begin(self) -> None:
         """The first lease. Raises StoreUnavailable."""
@@ -56,14 +55,14 @@ class Lease:
     async def _renew_once(self) -> None:
         began_s = time.monotonic()
         try:
-            had_lived = await self._renew(self._lease_s)
+            async with asyncio.timeout(self._lease_s / RENEWALS):  # no wait for the store outlasts the lease
+                had_lived = await self._renew(self._lease_s)
             if not had_lived:
                 log.warning("the lease of %g s has run out; what others have taken meanwhile is theirs", self._lease_s)
                 await self._lapsed()
-        except StoreUnavailable:
-            # One that was paused comes here late, and first has to ask whose its sessions are.
-            self._store_down = self._store_down or began_s < self._until_s
+        except (StoreUnavailable, TimeoutError):
+            if self.held:  # one that was paused comes here late, and first has to ask whose its sessions are
+                self._until_s = time.monotonic() + self._lease_s
         else:
-            self._store_down = False
             self._until_s = began_s + self._lease_s
             self._renewed.set()
