@@ -26,8 +26,11 @@ class BundleError(ValueError):
     """A bundle that must not be served. `field` names the part that is wrong."""
 
     def __init__(self, folder: Path, field: str, problem: str) -> None:
-        super().__init__(f"bundle {folder}: {field}: {problem}")
+        super().__init__(folder, field, problem)  # as they are, so that it can pass from process to process
         self.folder, self.field, self.problem = folder, field, problem
+
+    def __str__(self) -> str:
+        return f"bundle {self.folder}: {self.field}: {self.problem}"
 
 
 @dataclass(frozen=True)

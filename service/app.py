@@ -8,15 +8,20 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
+from models.bundle import Bundle
+from models.manifest import ModelKey
 from rnnserve.v1 import model_service_pb2, real_time_service_pb2, sequence_service_pb2, session_service_pb2
 from rnnserve.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
 from rnnserve.v1.real_time_service_pb2_grpc import add_RealTimeServiceServicer_to_server
@@ -32,10 +37,13 @@ from service.api.real_time import RealTimeService
 from service.api.sequences import SequenceService
 from service.api.sessions import SessionService
 from service.catalog.catalog import Catalog, load_catalog
+from service.catalog.loading import Change, Loader
+from service.engine import lane_process
 from service.engine.executor import TorchExecutor
 from service.engine.sequence_lane import Lane, SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
+from service.sessions.checkpoints import Checkpointer
 from service.sessions.copies import SessionCopies
 from service.sessions.limits import SessionLimits
 from service.sessions.registry import SessionRegistry
@@ -66,13 +74,24 @@ SHUTDOWN_S = 0.25
 ENDING_S = 2.0  # of the time for a drain: for last words, the sessions' last checkpoint and the end itself
 REDIS_SLACK_S = 600.0  # a service that is down for so long still finds what was parked
 STORE_HEALTH = "session-store"
+SEQUENCE_SERVICE = SERVICES[1]
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
 class Service:
     """All parts, put together."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, lane: Lane | None = None, owner: str = "") -> None:
-        """`lane` is that of all workers, `owner` our name among them; alone we have a lane of our own."""
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        *,
+        owner: str = "",
+        lane: Lane | None = None,
+        change: Callable[[Change], Awaitable[None]] | None = None,
+    ) -> None:
+        """`owner` is our name in a store that others use, too; `lane` that of all workers, and `change` changes the
+        models of them all. Alone we have a lane of our own, and change ours."""
         self.settings = settings
         self.catalog = catalog
         self._shares_port = lane is not None
@@ -84,7 +103,9 @@ class Service:
             max_tick_sessions=settings.max_tick_sessions,
             metrics=self.metrics,
         )
-        self.lane = lane or own_lane(settings, self.metrics)
+        spawn = partial(lane_process.spawn, settings.sequence_threads, settings.sequence_niceness)
+        self.lane = lane or sequence_lane(settings, self.metrics, spawn)
+        self.loader = Loader(catalog, self.lane, self)
         refusals = Refusals(self.metrics)
         limits = Limits(
             max_message_bytes=settings.max_message_bytes,
@@ -120,7 +141,7 @@ class Service:
         add_SequenceServiceServicer_to_server(
             SequenceService(catalog, self.lane, limits, refusals, self.metrics), self.server
         )
-        add_ModelServiceServicer_to_server(ModelService(catalog), self.server)
+        add_ModelServiceServicer_to_server(ModelService(catalog, change or self.loader.change), self.server)
         add_SessionServiceServicer_to_server(SessionService(self.sessions, copies, limits), self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self.server)
@@ -153,7 +174,8 @@ class Service:
         await self.sessions.bury(dead)
         port = self._bind()
         loops = [asyncio.create_task(part.run()) for part in (self.engine, self.lane, self.sessions)]
-        loops.append(asyncio.create_task(self._report_store_health()))
+        for name, part in ((STORE_HEALTH, self.sessions.checkpoints), (SEQUENCE_SERVICE, self.lane)):
+            loops.append(asyncio.create_task(self._report_health(name, part)))
         try:
             await self.lane.warm_up([bundle.folder for bundle in self.catalog])
             await self.server.start()
@@ -181,12 +203,37 @@ class Service:
         """All that is served, for the log."""
         return ", ".join(f"{bundle.manifest.name}/{bundle.manifest.version}" for bundle in self.catalog)
 
+    async def add_model(self, bundle: Bundle) -> None:
+        """Serve it from now on."""
+        manifest = bundle.manifest
+        if manifest.network.streamable:
+            self.engine.add(manifest.key, TorchExecutor(bundle.predictor))
+        self.sessions.serve(manifest)
+        self.catalog.add(bundle)
+        await self._report_model(manifest.key)
+
+    async def remove_model(self, model: ModelKey) -> None:
+        """Serve it no more."""
+        self.catalog.remove(model)
+        self.sessions.retire(model)
+        self.engine.remove(model)
+        await self._report_model(model)
+
+    def streams_of(self, model: ModelKey) -> int:
+        """How many live ones there are."""
+        return self.sessions.live_of(model)
+
+    async def _report_model(self, model: ModelKey) -> None:
+        """To the metrics and to whoever asks for its health, which is one for all its versions."""
+        self.metrics.model_loaded(model, model in self.catalog)
+        names = {bundle.manifest.name for bundle in self.catalog}
+        await self.health.set(f"models/{model.name}", SERVING if model.name in names else NOT_SERVING)
+
     async def _set_health(self) -> None:
         for bundle in self.catalog:
-            self.metrics.model_loaded(bundle.manifest.key)
-        names = {f"models/{bundle.manifest.name}" for bundle in self.catalog}
-        for name in ("", *SERVICES, STORE_HEALTH, *sorted(names)):
-            await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._report_model(bundle.manifest.key)
+        for name in ("", *SERVICES, STORE_HEALTH):
+            await self.health.set(name, SERVING)
 
     async def _until(self, stop: asyncio.Event, loops: list[asyncio.Task[None]]) -> None:
         """Wait for the signal; a loop that ends before it takes the service down loudly."""
@@ -212,21 +259,18 @@ class Service:
         except StoreError as error:
             raise StartError(f"session_store: {error}") from None
 
-    async def _report_store_health(self) -> None:
-        changed = self.sessions.checkpoints.available_changed
+    async def _report_health(self, name: str, part: Lane | Checkpointer) -> None:
+        """Of what is down at times."""
         while True:
-            await changed.wait()
-            changed.clear()
-            status = health_pb2.HealthCheckResponse
-            available = self.sessions.checkpoints.available
-            await self.health.set(STORE_HEALTH, status.SERVING if available else status.NOT_SERVING)
+            await part.available_changed.wait()
+            part.available_changed.clear()
+            await self.health.set(name, SERVING if part.available else NOT_SERVING)
 
 
-def own_lane(settings: Settings, metrics: Metrics) -> SequenceLane:
-    """The lane for whole sequences, as it is set."""
+def sequence_lane(settings: Settings, metrics: Metrics, spawn: Callable[[], Executor]) -> SequenceLane:
+    """The lane for whole sequences, as it is set, to be computed in what `spawn` starts."""
     return SequenceLane(
-        threads=settings.sequence_threads,
-        niceness=settings.sequence_niceness,
+        spawn,
         max_queued=settings.max_queued_sequences,
         max_batch=settings.max_batch_sequences,
         max_batch_steps=settings.max_batch_steps,

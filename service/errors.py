@@ -17,7 +17,8 @@ ServingError
 ├── AlreadyExists
 │   └── SessionExists
 ├── NotPossible          this model or this server can never do it
-│   └── ModelNotStreamable   BundleMismatch, NotEnabled
+│   ├── ModelNotStreamable   BundleMismatch, NotEnabled
+│   └── BundleInvalid        ModelInUse
 ├── Exhausted            a limit is reached; later there may be room
 │   ├── SessionLimit
 │   └── QueueFull
@@ -37,6 +38,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 MAX_TEXT = 256  # characters; the transport refuses an end of call of more than 8 kB, and with it the reason
 
@@ -81,6 +83,20 @@ def _reason(kind: type[ServingError]) -> str:
 def reasons() -> list[str]:
     """Every reason that a client can be told."""
     return sorted(_reason(kind) for group in ServingError.__subclasses__() for kind in group.__subclasses__())
+
+
+def packed(error: ServingError) -> dict[str, object]:
+    """For another process; `unpacked` is its inverse."""
+    return {
+        "kind": type(error).__name__, "message": error.message, "field": error.field,
+        "retry_after_s": error.retry_after_s, **error.metadata,
+    }  # fmt: skip
+
+
+def unpacked(fields: dict[str, Any]) -> ServingError:
+    """What another process has packed."""
+    kinds = {kind.__name__: kind for group in ServingError.__subclasses__() for kind in group.__subclasses__()}
+    return kinds[fields["kind"]](**{name: value for name, value in fields.items() if name != "kind"})
 
 
 class Invalid(ServingError):
@@ -193,6 +209,14 @@ class BundleMismatch(NotPossible):
 
 class NotEnabled(NotPossible):
     """This server is set not to do it: `setting` in the metadata says by which setting."""
+
+
+class BundleInvalid(NotPossible):
+    """What the repository has under that name and version must not be served."""
+
+
+class ModelInUse(NotPossible):
+    """The model has live streams: `streams` in the metadata says how many there are at least."""
 
 
 class Exhausted(ServingError):

@@ -1,66 +1,95 @@
-"""`python -m service.lane FD SOCKET`, started by the supervisor: whole sequences of all workers, in one queue."""
+"""`python -m service.lane FD`, started by the supervisor: whole sequences of all workers, in one queue."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import socket
 import sys
-from pathlib import Path
+from functools import partial
 
 from prometheus_client import generate_latest
 
-from service.addresses import StartError
-from service.app import own_lane, stop_on_signals
-from service.catalog.catalog import CatalogError, load_catalog
-from service.control import Channel
+from models.bundle import Bundle
+from models.manifest import ModelKey
+from service.app import sequence_lane, stop_on_signals
+from service.catalog.catalog import Catalog, CatalogError
+from service.catalog.loading import Change, Loader
+from service.control import Message
+from service.engine import lane_process
 from service.engine.remote_lane import LaneServer
+from service.member import Member, Tasks
 from service.metrics import Metrics
-from service.settings import SettingsError, read_settings
+from service.settings import SettingsError
+
+
+class LaneModels:
+    """A ModelUser without streams: the catalog is all that it has."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def add_model(self, bundle: Bundle) -> None:
+        self._catalog.add(bundle)
+
+    async def remove_model(self, model: ModelKey) -> None:
+        self._catalog.remove(model)
+
+    def streams_of(self, model: ModelKey) -> int:  # noqa: ARG002
+        return 0
+
+
+class LaneProcess:
+    """Serves the workers, and answers what the supervisor asks."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._metrics = Metrics()
+        begin_thread = partial(lane_process.begin_thread, member.settings.sequence_threads)
+        self._lane = sequence_lane(member.settings, self._metrics, begin_thread)
+        self._loader = Loader(member.catalog, self._lane, LaneModels(member.catalog))
+        self._tasks = Tasks()
+
+    async def run(self) -> None:
+        """Until SIGTERM, or the end of the supervisor."""
+        stop, catalog = stop_on_signals(), self._member.catalog
+        running = asyncio.create_task(self._lane.run())
+        try:
+            await self._lane.warm_up([bundle.folder for bundle in catalog])
+            async with await LaneServer(self._lane, catalog.find).serve(self._member.lane):
+                self._member.serving()
+                ends = [asyncio.create_task(stop.wait()), asyncio.create_task(self._listen())]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            running.cancel()
+            self._lane.close()
+
+    async def _listen(self) -> None:
+        while message := await self._member.channel.receive():
+            self._heed(message)
+
+    def _heed(self, message: Message) -> None:
+        channel = self._member.channel
+        match message:
+            case {"ask": "alive"}:
+                channel.send(alive=True, live=0)
+            case {"ask": "metrics"}:
+                channel.send(metrics=generate_latest(self._metrics.registry).decode())
+            case {"change": dict(fields), "do": str(step)}:
+                self._tasks.begin(self._member.take_part(self._loader, Change(**fields), step))
 
 
 async def main() -> None:
-    """Until SIGTERM, or the end of the supervisor. Raises CatalogError."""
-    descriptor, address, *arguments = sys.argv[1:]
-    settings = read_settings(arguments)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    bundles = {bundle.folder: bundle for bundle in load_catalog(settings.model_repository)}
-    metrics = Metrics()
-    stop = stop_on_signals()
-    lane = own_lane(settings, metrics)
-    running = asyncio.create_task(lane.run())
-    try:
-        await lane.warm_up(list(bundles))
-        channel = await Channel.of(socket.socket(fileno=int(descriptor)))
-        async with await LaneServer(lane, bundles.__getitem__).serve(Path(address)):
-            channel.send(serving=0, models="")
-            await _until(stop, channel, metrics)
-    finally:
-        running.cancel()
-        lane.close()
-
-
-async def _until(stop: asyncio.Event, channel: Channel, metrics: Metrics) -> None:
-    async def listen() -> None:
-        while message := await channel.receive():
-            if message == {"ask": "metrics"}:
-                channel.send(metrics=generate_latest(metrics.registry).decode())
-            elif message.get("ask") == "alive":
-                channel.send(alive=True, live=0)
-
-    ends = [asyncio.create_task(stop.wait()), asyncio.create_task(listen())]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    """Raises CatalogError, SettingsError."""
+    member = await Member.begin()
+    os.nice(member.settings.sequence_niceness)
+    await LaneProcess(member).run()
 
 
 if __name__ == "__main__":
     try:
         asyncio.run(main())
-    except (StartError, CatalogError, SettingsError) as error:
+    except (CatalogError, SettingsError) as error:
         print(f"rnnserve: {error}", file=sys.stderr)
         sys.exit(2)
     logging.shutdown()

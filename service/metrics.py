@@ -108,8 +108,11 @@ class Metrics:
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
 
-    def model_loaded(self, model: ModelKey) -> None:
-        self._models.labels(*model).set(1)
+    def model_loaded(self, model: ModelKey, loaded: bool) -> None:
+        if loaded:
+            self._models.labels(*model).set(1)
+        else:
+            self._models.remove(*model)
 
     def session_opened(self, model: ModelKey) -> None:
         self._opened.labels(*model).inc()

@@ -33,10 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
 def announced(folder: Path, **where: object) -> Iterator[None]:
     """`server.json` says so, for as long as it is true. Raises StartError."""
     file = folder / "server.json"
-    try:
-        write_whole(file, json.dumps(where))
-    except OSError as error:
-        raise StartError(f"state_dir: {file} cannot be written: {error.strerror}") from None
+    _write(file, where)
     try:
         yield
     finally:
@@ -52,12 +49,15 @@ def former_owners(folder: Path) -> list[str]:
 
 
 def keep_owners(folder: Path, owners: list[str]) -> None:
-    """For the next start. Raises OSError."""
-    write_whole(folder / OWNERS_FILE, json.dumps(owners))
+    """For the next start. Raises StartError."""
+    _write(folder / OWNERS_FILE, owners)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Readers see all of it or none. Raises OSError."""
+def _write(file: Path, value: object) -> None:
+    """Readers see all of it or nothing."""
     draft = file.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(file)
+    try:
+        draft.write_text(json.dumps(value))
+        draft.replace(file)
+    except OSError as error:
+        raise StartError(f"state_dir: {file} cannot be written: {error.strerror}") from None

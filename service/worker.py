@@ -1,35 +1,42 @@
-"""`python -m service.worker FD OWNER LANE`, started by the supervisor: one of several processes that serve streams."""
+"""`python -m service.worker FD`, started by the supervisor: one of several processes that serve streams."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
 from prometheus_client import generate_latest
 
 from service.addresses import StartError
 from service.app import Service, stop_on_signals
-from service.catalog.catalog import CatalogError, load_catalog
-from service.control import Channel, Message
+from service.catalog.catalog import CatalogError
+from service.catalog.loading import Change
+from service.control import Message
 from service.engine.remote_lane import RemoteLane
-from service.settings import Settings, SettingsError, read_settings
+from service.errors import unpacked
+from service.member import Member, Tasks
+from service.settings import SettingsError
 
 
 class Worker:
     """Serves as the whole service does alone, and answers what the supervisor asks."""
 
-    def __init__(self, settings: Settings, channel: Channel, owner: str, lane: Path) -> None:
-        catalog = load_catalog(settings.model_repository)
-        self._channel = channel
-        self._service = Service(settings, catalog, RemoteLane(lane), owner)
-        self._calls: set[asyncio.Task[None]] = set()
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self._channel = member.channel
+        self._service = Service(
+            member.settings, member.catalog, owner=member.owner, lane=RemoteLane(member.lane), change=self._change
+        )
+        self._tasks = Tasks()
+        self._changes: dict[int, asyncio.Future[None]] = {}
+        self._numbers = itertools.count()
 
     async def run(self) -> None:
         """Until SIGTERM, or the end of the supervisor. Raises StartError."""
@@ -41,8 +48,8 @@ class Worker:
         listening.cancel()
 
     @contextmanager
-    def _serving(self, port: int) -> Iterator[None]:
-        self._channel.send(serving=port, models=self._service.model_names())
+    def _serving(self, port: int) -> Iterator[None]:  # noqa: ARG002 - the supervisor knows it
+        self._member.serving()
         yield
 
     async def _listen(self) -> None:
@@ -58,26 +65,36 @@ class Worker:
             case {"ask": "metrics"}:
                 self._send_metrics()
             case {"dead": [*owners]}:
-                call = asyncio.create_task(self._service.sessions.bury(owners))
-                self._calls.add(call)
-                call.add_done_callback(self._calls.discard)
+                self._tasks.begin(self._service.sessions.bury(owners))
+            case {"change": dict(fields), "do": str(step)}:
+                self._tasks.begin(self._member.take_part(self._service.loader, Change(**fields), step))
+            case {"changed": int(number), "refusal": refusal}:
+                self._settle(self._changes.pop(number), refusal)
+
+    async def _change(self, change: Change) -> None:
+        """In all processes of the service, or in none. Raises why one of them refused it."""
+        number, changed = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._changes[number] = changed
+        self._channel.send(make=number, change=change._asdict())
+        await changed
+
+    def _settle(self, changed: asyncio.Future[None], refusal: dict[str, Any] | None) -> None:
+        if changed.cancelled():  # the caller has gone
+            return
+        if refusal is None:
+            changed.set_result(None)
+        else:
+            changed.set_exception(unpacked(refusal))
 
     def _send_metrics(self) -> None:
         self._channel.send(metrics=generate_latest(self._service.metrics.registry).decode())
 
 
 async def main() -> None:
-    """Raises StartError, CatalogError."""
-    descriptor, owner, lane, *arguments = sys.argv[1:]
-    settings = read_settings(arguments)
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    torch.set_num_threads(settings.step_threads)
-    channel = await Channel.of(socket.socket(fileno=int(descriptor)))
-    await Worker(settings, channel, owner, Path(lane)).run()
+    """Raises StartError, CatalogError, SettingsError."""
+    member = await Member.begin()
+    torch.set_num_threads(member.settings.step_threads)
+    await Worker(member).run()
 
 
 if __name__ == "__main__":

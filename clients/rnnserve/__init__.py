@@ -7,6 +7,7 @@ from rnnserve.async_client import AsyncClient
 from rnnserve.async_stream import AsyncStream
 from rnnserve.client import Client
 from rnnserve.errors import (
+    BundleInvalid,
     BundleMismatch,
     DataTypeMismatch,
     Draining,
@@ -19,6 +20,7 @@ from rnnserve.errors import (
     LaneLost,
     MessageMalformed,
     MessageTooLarge,
+    ModelInUse,
     ModelNotFound,
     ModelNotStreamable,
     NotEnabled,
@@ -55,6 +57,7 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncStream",
+    "BundleInvalid",
     "BundleMismatch",
     "Client",
     "DataTypeMismatch",
@@ -69,6 +72,7 @@ __all__ = [
     "MessageMalformed",
     "MessageTooLarge",
     "Model",
+    "ModelInUse",
     "ModelNotFound",
     "ModelNotStreamable",
     "NotEnabled",

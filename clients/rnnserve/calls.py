@@ -80,6 +80,19 @@ class Calls:
         response = yield from self._call(lambda stubs: stubs.models.ListSamples, request)
         return samples_from(response.samples)
 
+    def load_model(self, name: str, version: int) -> Program[Model]:
+        """Tried again, for it changes nothing then."""
+        request = model_service_pb2.LoadModelRequest(model=name, version=version)
+        response = yield from self._call(lambda stubs: stubs.models.LoadModel, request)
+        return model_from(response.model)
+
+    def unload_model(self, name: str, version: int, *, end_streams: bool) -> Program[int]:
+        """Not tried again: version 0 would be another one then."""
+        request = model_service_pb2.UnloadModelRequest(model=name, version=version, end_streams=end_streams)
+        response = yield Call(lambda stubs: stubs.models.UnloadModel, request, self.timeout_s)
+        unloaded: int = response.version
+        return unloaded
+
     def sessions(self) -> Program[list[SessionInfo]]:
         """All sessions, page by page."""
         found: list[SessionInfo] = []

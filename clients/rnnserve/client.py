@@ -81,6 +81,21 @@ class Client:
         """The held-out recordings that ship with a model; may be empty. Raises ModelNotFound."""
         return self._run(self._calls.samples(name, version))
 
+    def load_model(self, name: str, version: int = 0) -> Model:
+        """Has the server serve a model of its repository; 0 = the newest there. One that is served already stays so.
+
+        Raises ModelNotFound, BundleInvalid.
+        """
+        return self._run(self._calls.load_model(name, version))
+
+    def unload_model(self, name: str, version: int = 0, *, end_streams: bool = False) -> int:
+        """Has the server serve a version of a model no more, and returns it; 0 = the newest that is served.
+
+        Its parked sessions can be resumed once it is served again. Raises ModelNotFound, and ModelInUse if it has live
+        streams: `end_streams` ends them, with ModelNotFound, and parks their sessions.
+        """
+        return self._run(self._calls.unload_model(name, version, end_streams=end_streams))
+
     def sessions(self) -> list[SessionInfo]:
         """All sessions of the server, live and parked, by id."""
         return self._run(self._calls.sessions())

@@ -13,6 +13,8 @@ RnnserveError
 ├── Evicted               the server gave the session up; .metadata["resumable"] says whether it can be resumed
 ├── ResumePointLost       the session is there, but the answers or the steps in between no longer are
 ├── BundleMismatch        the session was computed by another build of the model
+├── BundleInvalid         what the server's repository has of the model must not be served
+├── ModelInUse            the model has live streams; .metadata["streams"] says how many at least
 ├── NotEnabled            the server is set not to do it; .metadata["setting"] names the setting
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
@@ -148,6 +150,14 @@ class BundleMismatch(RnnserveError):
     """The session was computed by another build of the model, which the server no longer has."""
 
 
+class BundleInvalid(RnnserveError):
+    """What the server's repository has of the model must not be served."""
+
+
+class ModelInUse(RnnserveError):
+    """The model has live streams."""
+
+
 class NotEnabled(RnnserveError):
     """The server is set not to do it."""
 
@@ -229,6 +239,8 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         Evicted,
         ResumePointLost,
         BundleMismatch,
+        BundleInvalid,
+        ModelInUse,
         NotEnabled,
         StepOutOfOrder,
         SessionLimit,

@@ -1,7 +1,8 @@
-"""ModelService: what is served."""
+"""ModelService: what is served, and its changes."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from models.bundle import Bundle
@@ -10,6 +11,7 @@ from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
 from service.api.codec import encode_tensor
 from service.catalog.catalog import Catalog
+from service.catalog.loading import Change
 from service.errors import FieldInvalid
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ MAX_PAGE_SIZE = 100
 class ModelService(ModelServiceServicer):
     """See the contract."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, change: Callable[[Change], Awaitable[None]]) -> None:
+        """`change` makes it in all processes of the service, or raises a ServingError and makes it in none."""
         self._catalog = catalog
+        self._change = change
 
     async def ListModels(
         self,
@@ -55,6 +59,26 @@ class ModelService(ModelServiceServicer):
     ) -> pb.ListSamplesResponse:
         """As they ship with the bundle."""
         return pb.ListSamplesResponse(samples=_samples(self._catalog.find(request.model, request.version)))
+
+    async def LoadModel(
+        self,
+        request: pb.LoadModelRequest,
+        context: ServicerContext[pb.LoadModelRequest, pb.LoadModelResponse],  # noqa: ARG002
+    ) -> pb.LoadModelResponse:
+        """Version 0 is the newest on the disk."""
+        model = self._catalog.stored(request.model, request.version)
+        await self._change(Change(*model, served=True))
+        return pb.LoadModelResponse(model=describe(self._catalog.find(*model)))
+
+    async def UnloadModel(
+        self,
+        request: pb.UnloadModelRequest,
+        context: ServicerContext[pb.UnloadModelRequest, pb.UnloadModelResponse],  # noqa: ARG002
+    ) -> pb.UnloadModelResponse:
+        """Version 0 is the newest that is served."""
+        model = self._catalog.find(request.model, request.version).manifest.key
+        await self._change(Change(*model, served=False, end_streams=request.end_streams))
+        return pb.UnloadModelResponse(version=model.version)
 
 
 def _samples(bundle: Bundle) -> list[pb.Sample]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from models.bundle import Bundle, BundleError, load_bundle
 from models.manifest import ModelKey
 from service.errors import ModelNotFound
+
+VERSION = re.compile("[1-9][0-9]{0,9}")
 
 
 class CatalogError(ValueError):
@@ -17,12 +20,40 @@ class CatalogError(ValueError):
 class Catalog:
     """The loaded bundles, by name and version."""
 
-    def __init__(self, bundles: list[Bundle]) -> None:
+    def __init__(self, repository: Path, bundles: list[Bundle]) -> None:
+        self._repository = repository
         self._bundles = {bundle.manifest.key: bundle for bundle in bundles}
 
     def __iter__(self) -> Iterator[Bundle]:
         """By name, then by version."""
         return iter(self._bundles[key] for key in sorted(self._bundles))
+
+    def __contains__(self, model: object) -> bool:
+        """Whether the model of that key is served."""
+        return model in self._bundles
+
+    def add(self, bundle: Bundle) -> None:
+        """Serve it from now on."""
+        self._bundles[bundle.manifest.key] = bundle
+
+    def remove(self, model: ModelKey) -> Bundle:
+        """Serve it no more."""
+        return self._bundles.pop(model)
+
+    def folder(self, model: ModelKey) -> Path:
+        """Where the bundle of a model is, or would be."""
+        return self._repository / model.name / str(model.version)
+
+    def stored(self, name: str, version: int) -> ModelKey:
+        """A model in the repository, served or not; version 0 is the newest. Raises ModelNotFound."""
+        found = [key for folder in _folders(self._repository) if (key := _key_of(folder)) and key.name == name]
+        fitting = [key for key in found if version in (0, key.version)]
+        if not fitting:
+            wanted = f"{name}/{version}" if version else name
+            raise ModelNotFound(
+                f"the repository has no model {wanted!r}", field="version" if found else "model", model=name
+            )
+        return max(fitting)
 
     def find(self, name: str, version: int) -> Bundle:
         """Version 0 is the newest. Raises ModelNotFound."""
@@ -40,14 +71,16 @@ class Catalog:
         return self._bundles[ModelKey(name, version or max(versions))]
 
 
-def load_catalog(repository: Path) -> Catalog:
-    """Load and verify every `<name>/<version>/` of a repository.
+def load_catalog(repository: Path, only: Collection[ModelKey] | None = None) -> Catalog:
+    """Load and verify every `<name>/<version>/` of a repository, or those models only.
 
     Raises CatalogError if the repository has no bundle or a bundle is wrong: what is half right is not served.
     """
-    folders = sorted(folder for folder in repository.glob("*/*") if folder.is_dir())
-    if not folders:
+    folders = _folders(repository)
+    if not folders and only is None:
         raise CatalogError(f"model_repository: {repository} holds no bundle <name>/<version>/")
+    if only is not None:
+        folders = [repository / name / str(version) for name, version in only]
     bundles, problems = [], []
     for folder in folders:
         try:
@@ -56,4 +89,13 @@ def load_catalog(repository: Path) -> Catalog:
             problems.append(str(error))
     if problems:
         raise CatalogError("\n".join(problems))
-    return Catalog(bundles)
+    return Catalog(repository, bundles)
+
+
+def _folders(repository: Path) -> list[Path]:
+    return sorted(folder for folder in repository.glob("*/*") if folder.is_dir())
+
+
+def _key_of(folder: Path) -> ModelKey | None:
+    """None if the folder's name is no version."""
+    return ModelKey(folder.parent.name, int(folder.name)) if VERSION.fullmatch(folder.name) else None

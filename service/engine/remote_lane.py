@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
+from models.manifest import ModelKey
 from service.engine.executor import Floats
-from service.engine.sequence_lane import RETRY_AFTER_S, Lane
-from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
+from service.engine.sequence_lane import Lane, lost
+from service.errors import ExecutionFailed, ServingError, packed, unpacked
 
 log = logging.getLogger(__name__)
 
 LENGTH_BYTES = 8
 CONNECT_AGAIN_S = 0.1
-REFUSALS: dict[str, type[ServingError]] = {kind.__name__: kind for kind in (QueueFull, ExecutionFailed, LaneLost)}
 
 
 class RemoteLane:
@@ -36,19 +36,24 @@ class RemoteLane:
     def __init__(self, address: Path) -> None:
         self._address = address
         self._writer: asyncio.StreamWriter | None = None
+        self.available = True  # the lane serves before we begin
+        self.available_changed = asyncio.Event()
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[list[Floats]]] = {}
 
     async def warm_up(self, folders: list[Path]) -> None:
-        """The lane's process has done that before workers start."""
+        """The lane's process does that before the workers need it."""
+
+    async def forget(self, folder: Path) -> None:
+        """The lane's process does that when no worker needs it any more."""
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
         if self._writer is None:
-            raise _lost()
+            raise lost()
         number, call = next(self._numbers), asyncio.get_running_loop().create_future()
         self._calls[number] = call
         try:
-            await _send(self._writer, number, str(bundle.folder), [_packed(x) for x in sequences], wait)
+            await _send(self._writer, number, bundle.manifest.key, [_packed(x) for x in sequences], wait)
             result: list[Floats] = await call
             return result
         except asyncio.CancelledError:
@@ -57,7 +62,7 @@ class RemoteLane:
                     await _send(self._writer, number, None, None, False)
             raise
         except OSError:
-            raise _lost() from None
+            raise lost() from None
         finally:
             del self._calls[number]
 
@@ -65,17 +70,24 @@ class RemoteLane:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):
                 reader, self._writer = await asyncio.open_unix_connection(str(self._address))
+                self._set_available(True)
                 while True:
                     self._settle(*await _receive(reader))
             self._writer = None
+            self._set_available(False)
             for call in self._calls.values():
                 if not call.done():
-                    call.set_exception(_lost())
+                    call.set_exception(lost())
             await asyncio.sleep(CONNECT_AGAIN_S)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def _set_available(self, available: bool) -> None:
+        if available != self.available:
+            self.available = available
+            self.available_changed.set()
 
     def _settle(self, number: int, outputs: Any, refusal: Any) -> None:
         call = self._calls.get(number)
@@ -84,16 +96,16 @@ class RemoteLane:
         if refusal is None:
             call.set_result([_unpacked(output) for output in outputs])
         else:
-            kind, message, retry_after_s, metadata = refusal
-            call.set_exception(REFUSALS[kind](message, retry_after_s=retry_after_s, **metadata))
+            call.set_exception(unpacked(refusal))
 
 
 class LaneServer:
     """Lets every worker use one lane."""
 
-    def __init__(self, lane: Lane, bundle_in: Callable[[Path], Bundle]) -> None:
+    def __init__(self, lane: Lane, find: Callable[[str, int], Bundle]) -> None:
+        """`find` gives the bundle of a name and version, or raises a ServingError."""
         self._lane = lane
-        self._bundle_in = bundle_in
+        self._find = find
 
     async def serve(self, address: Path) -> asyncio.Server:
         """Listen there; a socket that a former process left goes."""
@@ -104,12 +116,12 @@ class LaneServer:
         calls: dict[int, asyncio.Task[None]] = {}
         try:
             while True:
-                number, folder, sequences, wait = await _receive(reader)
-                if folder is None:
+                number, model, sequences, wait = await _receive(reader)
+                if model is None:
                     if number in calls:
                         calls[number].cancel()
                     continue
-                calls[number] = asyncio.create_task(self._answer(writer, number, Path(folder), sequences, wait))
+                calls[number] = asyncio.create_task(self._answer(writer, number, ModelKey(*model), sequences, wait))
                 calls[number].add_done_callback(partial(_forget, calls, number))
         except (OSError, asyncio.IncompleteReadError):
             for call in calls.values():  # of a worker that is dead
@@ -118,28 +130,23 @@ class LaneServer:
             writer.close()
 
     async def _answer(
-        self, writer: asyncio.StreamWriter, number: int, folder: Path, sequences: list[Any], wait: bool
+        self, writer: asyncio.StreamWriter, number: int, model: ModelKey, sequences: list[Any], wait: bool
     ) -> None:
         with suppress(OSError):
             try:
-                bundle, unpacked = self._bundle_in(folder), [_unpacked(x) for x in sequences]
-                outputs = await self._lane.predict(bundle, unpacked, wait=wait)
-            except tuple(REFUSALS.values()) as error:
-                refusal = (type(error).__name__, error.message, error.retry_after_s, error.metadata)
-                await _send(writer, number, None, refusal)
+                inputs = [_unpacked(sequence) for sequence in sequences]
+                outputs = await self._lane.predict(self._find(*model), inputs, wait=wait)
+            except ServingError as error:
+                await _send(writer, number, None, packed(error))
             except Exception:
                 log.exception("a sequence failed")
-                await _send(writer, number, None, ("ExecutionFailed", "the sequence could not be computed", None, {}))
+                await _send(writer, number, None, packed(ExecutionFailed("the sequence could not be computed")))
             else:
                 await _send(writer, number, [_packed(output) for output in outputs], None)
 
 
 def _forget(calls: dict[int, asyncio.Task[None]], number: int, _: asyncio.Task[None]) -> None:
     calls.pop(number, None)
-
-
-def _lost() -> LaneLost:
-    return LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)
 
 
 def _packed(array: NDArray[np.generic]) -> tuple[str, tuple[int, ...], bytes]:

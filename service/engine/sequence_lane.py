@@ -1,4 +1,4 @@
-"""The lane for whole sequences: a process of its own, so that it never holds up a live step.
+"""The lane for whole sequences, which are computed where they never hold up a live step.
 
 Sequences wait in a bounded queue; those of one model that wait together share a padded forward.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import multiprocessing
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
+Argument = TypeVar("Argument")
 
 
 class LaneMetrics(Protocol):
@@ -46,8 +47,16 @@ class LaneMetrics(Protocol):
 class Lane(Protocol):
     """Runs whole sequences, in this service's own process for them or in that of all workers."""
 
+    available: bool
+    """Whether there is such a process now."""
+    available_changed: asyncio.Event
+
     async def warm_up(self, folders: list[Path]) -> None:
-        """Load the bundles of these folders, so that the first request need not wait."""
+        """Load the bundles of these folders, so that the first request need not wait. Raises BundleError, LaneLost."""
+        ...
+
+    async def forget(self, folder: Path) -> None:
+        """The bundle of this folder is used no more. Raises LaneLost."""
         ...
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
@@ -79,16 +88,15 @@ class SequenceLane:
 
     def __init__(
         self,
+        spawn: Callable[[], Executor],
         *,
-        threads: int,
-        niceness: int,
         max_queued: int,
         max_batch: int,
         max_batch_steps: int,
         metrics: LaneMetrics,
     ) -> None:
-        self._threads = threads
-        self._niceness = niceness
+        """`spawn` starts what computes them; again if that dies."""
+        self._spawn = spawn
         self._max_queued = max_queued
         self._max_batch = max_batch
         self._max_batch_steps = max_batch_steps
@@ -97,19 +105,31 @@ class SequenceLane:
         self._in_flight = 0
         self._room = asyncio.Condition()
         self._job_added = asyncio.Event()
-        self._process = self._spawn()
-
-    def _spawn(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            1,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=lane_process.start,
-            initargs=(self._threads, self._niceness),
-        )
+        self._process = spawn()
+        self.available = True  # one that dies is replaced at once
+        self.available_changed = asyncio.Event()
 
     async def warm_up(self, folders: list[Path]) -> None:
         """Start the process and load the bundles of these folders, so that the first request need not wait."""
-        await asyncio.get_running_loop().run_in_executor(self._process, lane_process.load, folders)
+        await self._in_process(lane_process.load, folders)
+
+    async def forget(self, folder: Path) -> None:
+        """As Lane has it."""
+        await self._in_process(lane_process.forget, folder)
+
+    async def _in_process(self, work: Callable[[Argument], None], argument: Argument) -> None:
+        process = self._process
+        try:
+            await asyncio.get_running_loop().run_in_executor(process, work, argument)
+        except BrokenProcessPool:
+            self._replace(process)
+            raise lost() from None
+
+    def _replace(self, process: Executor) -> None:
+        """It has died; whoever finds out first starts another."""
+        if process is self._process:
+            log.error("the process for whole sequences died; starting another")
+            self._process = self._spawn()
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
         """Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) about the whole of it.
@@ -139,9 +159,7 @@ class SequenceLane:
 
     def close(self) -> None:
         """End the process at once, whatever it computes."""
-        for process in list((self._process._processes or {}).values()):  # `kill_workers` from Python 3.14 on
-            process.kill()
-        self._process.shutdown(cancel_futures=True)
+        lane_process.end(self._process)
 
     async def _enter(self, count: int, *, wait: bool) -> None:
         async with self._room:
@@ -174,13 +192,15 @@ class SequenceLane:
         return batch
 
     async def _run(self, batch: list[_Job]) -> None:
-        start_s = time.perf_counter()
+        start_s, process = time.perf_counter(), self._process
         bundle, sequences = batch[0].bundle, [job.sequence for job in batch]
         try:
             outputs = await asyncio.get_running_loop().run_in_executor(
-                self._process, lane_process.run, bundle.folder, sequences
+                process, lane_process.run, bundle.folder, sequences
             )
         except Exception as error:
+            if isinstance(error, BrokenProcessPool):
+                self._replace(process)
             await self._fail(batch, error)
             return
         self._metrics.batch(bundle.manifest.key, len(batch), time.perf_counter() - start_s)
@@ -195,9 +215,7 @@ class SequenceLane:
     async def _fail(self, batch: list[_Job], error: Exception) -> None:
         """A batch fails one by one, so that only the guilty sequence does; a dead process fails what it held."""
         if isinstance(error, BrokenProcessPool):
-            log.error("the process for whole sequences died; starting another")
-            self._process = self._spawn()
-            refusal: ServingError = LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)
+            refusal: ServingError = lost()
         elif len(batch) > 1:
             log.warning("a batch failed; its sequences are tried one by one", exc_info=error)
             for job in batch:
@@ -209,3 +227,8 @@ class SequenceLane:
         for job in batch:
             if not job.result.done():
                 job.result.set_exception(refusal)
+
+
+def lost() -> LaneLost:
+    """The refusal of what the process held when it died."""
+    return LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)

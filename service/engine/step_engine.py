@@ -48,12 +48,20 @@ class StepEngine:
     def __init__(
         self, executors: Mapping[ModelKey, StepExecutor], *, max_tick_sessions: int, metrics: TickMetrics
     ) -> None:
-        self._executors = executors
+        self._executors = dict(executors)
         self._metrics = metrics
         self._batcher: Batcher[ModelKey] = Batcher(max_tick_sessions)
         self._results: dict[StepJob, asyncio.Future[StepsResult]] = {}
         self._job_added = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ticks")
+
+    def add(self, model: ModelKey, executor: StepExecutor) -> None:
+        """Step sessions of this model, too."""
+        self._executors[model] = executor
+
+    def remove(self, model: ModelKey) -> None:
+        """Step none of it any more: what still waits fails."""
+        self._executors.pop(model, None)
 
     def initial_row(self, model: ModelKey) -> Floats:
         """The state of a session before its first step."""
@@ -83,18 +91,21 @@ class StepEngine:
             await self._job_added.wait()
             while self._batcher:
                 model, jobs = self._batcher.take()
-                if jobs:
-                    outcomes = await loop.run_in_executor(self._thread, self._tick, model, jobs)
+                executor = self._executors.get(model)
+                if jobs and executor:
+                    outcomes = await loop.run_in_executor(self._thread, self._tick, model, executor, jobs)
                     self._settle(model, jobs, outcomes)
+                elif jobs:
+                    self._settle(model, jobs, [ExecutionFailed("the model is served no more")] * len(jobs))
             self._job_added.clear()
 
     def close(self) -> None:
         """Let the thread end after its tick."""
         self._thread.shutdown()
 
-    def _tick(self, model: ModelKey, jobs: list[StepJob]) -> Sequence[Outcome]:
+    def _tick(self, model: ModelKey, executor: StepExecutor, jobs: list[StepJob]) -> Sequence[Outcome]:
         start_s = time.perf_counter()
-        outcomes = step_together(self._executors[model], jobs)
+        outcomes = step_together(executor, jobs)
         self._metrics.tick(model, len(jobs), time.perf_counter() - start_s)
         return outcomes
 

@@ -16,6 +16,7 @@ from service.engine.step_engine import StepEngine
 from service.errors import (
     BundleMismatch,
     FieldInvalid,
+    ModelNotFound,
     ModelNotStreamable,
     ResumePointLost,
     SessionExists,
@@ -90,7 +91,7 @@ class SessionRegistry:
         self._sharing = sharing
         self._engine = engine
         self._store = store
-        self._manifests = manifests
+        self._manifests = dict(manifests)
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
@@ -146,8 +147,8 @@ class SessionRegistry:
     async def open(self, opening: Opening, manifest: Manifest, owner: Owner) -> tuple[Session, list[HeldAnswer]]:
         """The session for a stream, new or resumed, and the answers that it has missed.
 
-        Raises ModelNotStreamable, SessionExists, SessionMoved, SessionNotFound, Evicted, ResumePointLost,
-        BundleMismatch, StoreUnavailable, SessionLimit, FieldInvalid; then nothing has changed.
+        Raises ModelNotFound, ModelNotStreamable, SessionExists, SessionMoved, SessionNotFound, Evicted,
+        ResumePointLost, BundleMismatch, StoreUnavailable, SessionLimit, FieldInvalid; then nothing has changed.
         """
         self._check(opening, manifest)
         await self.may_answer()  # or what is in memory may be another's by now
@@ -155,8 +156,12 @@ class SessionRegistry:
         is_new = session is None
         if session is None:
             await self._stored.make_room(opening.key.tenant)
+            if manifest.key not in self._manifests:  # it was unloaded meanwhile
+                raise _not_served(manifest.key)
             session = self._begun_meanwhile(opening, manifest) or self._new(opening, manifest)
             is_new = session.key not in self._table.in_memory
+        else:
+            self.served(session.record())  # its model may have been loaded anew since
         was_live = session.owner is not None
         live = self._table.live + self.live_elsewhere
         if not was_live and opening.begin_with is None and live >= self._limits.max_streams:
@@ -254,6 +259,22 @@ class SessionRegistry:
             raise self._table.departed.error(key)
         return record
 
+    def serve(self, manifest: Manifest) -> None:
+        """Its model has sessions from now on."""
+        self._manifests[manifest.key] = manifest
+
+    def retire(self, model: ModelKey) -> None:
+        """The model has no streams any more: those that there are end, and their sessions are parked."""
+        del self._manifests[model]
+        for session in list(self._table.in_memory.values()):
+            if session.model == model and (owner := session.owner):
+                self.leave(session, owner)
+                owner.lose(_not_served(model))
+
+    def live_of(self, model: ModelKey) -> int:
+        """How many sessions of the model have a stream here."""
+        return self._table.live_of(model)
+
     def served(self, state: SessionState | SessionRecord) -> Manifest:
         """Of the bundle that a state belongs to. Raises BundleMismatch."""
         served = self._manifests.get(state.model)
@@ -262,9 +283,9 @@ class SessionRegistry:
             or served.weights_sha256 != state.weights_sha256
             or state.row.shape != self._engine.initial_row(state.model).shape
         ):
+            name = state.model.name
             raise BundleMismatch(
-                f"the session's state belongs to other weights of model {state.model.name!r} than are served",
-                model=state.model.name,
+                f"the session's state belongs to other weights of model {name!r} than are served", model=name
             )
         return served
 
@@ -432,6 +453,11 @@ class SessionRegistry:
     def _refused(self, session: Session) -> None:
         """The store has it with another fence: another process has taken it."""
         self._table.lose(session)
+
+
+def _not_served(model: ModelKey) -> ModelNotFound:
+    name, version = model
+    return ModelNotFound(f"version {version} of model {name!r} is served no more", field="model", model=name)
 
 
 @contextmanager

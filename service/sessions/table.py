@@ -58,6 +58,10 @@ class SessionTable:
         """How many have a stream."""
         return self._live.total()
 
+    def live_of(self, model: ModelKey) -> int:
+        """How many of the model have a stream."""
+        return self._live[model]
+
     def add_parked(self, summaries: Sequence[SessionSummary]) -> None:
         """What the store has from before, the longest unused first."""
         for summary in summaries:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rnnserve.replay import Replay
@@ -21,6 +23,7 @@ SERVER_BREAKS = (
     "late-takeover",
 )
 BREAKS = (*SERVER_BREAKS, "no-replay", "forgotten-reset")
+FLEET_BREAKS = ("no-fence", "trusted-memory")
 
 
 def put(owner: object, name: str, replacement: object) -> None:
@@ -60,6 +63,28 @@ def break_server(name: str) -> None:
             """In the next round."""
 
         put(registry.SessionRegistry, "write_now", later)
+
+
+def break_processes(name: str) -> None:
+    """All that are started from now on, by what Python itself imports at its start."""
+    folder = Path(__file__).parent
+    os.environ |= {VARIABLE: name, "PYTHONPATH": f"{folder / 'broken_site'}{os.pathsep}{folder.parents[1]}"}
+
+
+def break_owner(name: str) -> None:
+    """In a process that shares its store with others."""
+    from service.sessions.shared import SharedSessions
+    from service.sessions.stores import redis_scripts, shared_sqlite
+
+    if name == "no-fence":  # what is written is not compared with what is there
+        put(shared_sqlite, "WRITE", shared_sqlite.WRITE.replace(" WHERE fence = excluded.fence", ""))
+        put(redis_scripts, "WRITE", redis_scripts.WRITE.replace("if found ~= fence and", "if false and"))
+    elif name == "trusted-memory":  # a parked session that it still has in memory is its own
+
+        async def keep(self: SharedSessions, session: Session) -> bool:
+            return True
+
+        put(SharedSessions, "keep", keep)
 
 
 def break_client(name: str) -> None:

@@ -2,7 +2,8 @@
 
 On workers: three under a supervisor, over one SQLite file. On services: two over one Redis, behind a real Envoy. Each
 plan is one fault in the midst of several streams of whole numbers, which the server sums exactly; it counts if it broke
-off a stream that waited for an answer, or, where the fault is none of the streams', if they went on while it lasted.
+off a stream that waited for an answer, or, where the fault is none of the streams', if they went on while it lasted. In
+every third plan several clients want one of the sessions at once, and one must have it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ STREAMS = 4
 STEPS = 60
 PACE_S = 0.01
 CALM_S = 0.4  # while a fault of a store or the lane lasts
+PAUSE_S = 2.5  # of a process; longer than its lease and than its clients wait
+STALE_S = 0.1  # in which a process that wakes up may still try to write
 TIMEOUT_S = 40.0
-SETTINGS = {"checkpoint_interval_s": 0.05, "session_lease_s": 1, "worker_timeout_s": 1, "drain_timeout_s": 2}
+RIVALS = 3
+SETTINGS = {"checkpoint_interval_s": 0.05, "session_lease_s": 1, "worker_timeout_s": 4, "drain_timeout_s": 2}
 
 
 class Fleet(ABC):
@@ -68,7 +72,7 @@ class Fleet(ABC):
 class Workers(Fleet):
     """Three under a supervisor, over one SQLite file."""
 
-    interrupting = frozenset({"kill a worker", "stop a worker", "rolling restart"})
+    interrupting = frozenset({"kill a worker", "stop a worker", "wake a worker, kill the others", "rolling restart"})
 
     def __init__(self, server: RunningServer) -> None:
         self._server = server
@@ -79,6 +83,7 @@ class Workers(Fleet):
         return {
             "kill a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGKILL),
             "stop a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGSTOP),
+            "wake a worker, kill the others": self._wake,
             "kill the lane": self._kill_the_lane,
             "rolling restart": self._roll,
         }
@@ -94,9 +99,7 @@ class Workers(Fleet):
         raise RuntimeError("the workers did not recover")
 
     def _pids(self, kind: str) -> list[int]:
-        children = Path(f"/proc/{self._server.process.pid}/task/{self._server.process.pid}/children").read_text()
-        lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children.split()}
-        return [pid for pid, line in lines.items() if f"service.{kind}" in line]
+        return self._server.children(f"service.{kind}")
 
     def _all_serve(self) -> bool:
         """Each listens: the supervisor's page counts those that do."""
@@ -108,6 +111,14 @@ class Workers(Fleet):
             rows = [line.split() for file in files for line in file.read_text().splitlines()[1:]]
             found += any(r[1].endswith(listening) and r[3] == "0A" and f"socket:[{r[9]}]" in names for r in rows)
         return found == 3
+
+    def _wake(self, drawn: random.Random) -> None:
+        pids = self._pids("worker")
+        paused = pids.pop(drawn.randrange(len(pids)))
+        _pause(paused)
+        time.sleep(drawn.uniform(0.0, STALE_S))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
     def _kill_the_lane(self, drawn: random.Random) -> None:
         (pid,) = self._pids("lane")
@@ -125,7 +136,7 @@ class Workers(Fleet):
 class Services(Fleet):
     """Two over one Redis, behind Envoy."""
 
-    interrupting = frozenset({"kill a service", "stop a service"})
+    interrupting = frozenset({"kill a service", "pause a service", "wake a service, kill the other"})
 
     def __init__(self, folder: Path, repository: Path, stack: ExitStack) -> None:
         self._redis: RedisServer = stack.enter_context(start_redis(_made(folder / "redis")))
@@ -142,7 +153,8 @@ class Services(Fleet):
     def faults(self) -> dict[str, Callable[[random.Random], None]]:
         return {
             "kill a service": self._kill,
-            "stop a service": self._stop,
+            "pause a service": lambda drawn: _pause(self._servers[drawn.randrange(2)].process.pid),
+            "wake a service, kill the other": self._wake,
             "kill Redis": self._kill_redis,
             "stop Redis": self._stop_redis,
         }
@@ -168,15 +180,17 @@ class Services(Fleet):
         self._ports[number:] = [server.port, *self._ports[number + 1 :]]
 
     def _kill(self, drawn: random.Random) -> None:
+        self._start_again(drawn.randrange(2))
+
+    def _wake(self, drawn: random.Random) -> None:
         number = drawn.randrange(2)
+        _pause(self._servers[number].process.pid)
+        time.sleep(drawn.uniform(0.0, STALE_S))
+        self._start_again(1 - number)
+
+    def _start_again(self, number: int) -> None:
         self._servers[number].kill()
         self._start(number)
-
-    def _stop(self, drawn: random.Random) -> None:
-        process = self._servers[drawn.randrange(2)].process
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(2 * SETTINGS["session_lease_s"])
-        process.send_signal(signal.SIGCONT)
 
     def _kill_redis(self, drawn: random.Random) -> None:
         self._redis.kill()
@@ -189,14 +203,26 @@ class Services(Fleet):
         self._redis.go_on()
 
 
+def _pause(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(PAUSE_S)
+    os.kill(pid, signal.SIGCONT)
+
+
 @dataclass
 class Worked:
     """What came of a stream."""
 
+    seed: int
+    number: int
     rows: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     interrupted: bool = False
     error: BaseException | None = None
+
+    def value(self, index: int) -> float:
+        """Of a step; small, so that the sums of sums stay exact (below 2^24) over some thousand steps."""
+        return float((self.seed * 31 + self.number * 17 + index * index * 7) % 3)
 
 
 @dataclass
@@ -212,18 +238,15 @@ class Outcome:
 
 
 def run_plan(fleet: Fleet, seed: int) -> Outcome:
-    """One fault in the midst of several streams; every third time one of them changes hands meanwhile."""
+    """One fault in the midst of several streams; every third time one of them changes hands meanwhile, in a race."""
     drawn = random.Random(seed)
     names = list(fleet.faults)
     outcome = Outcome(seed, names[seed % len(names)])
     fleet.recover()
-    worked = [Worked() for _ in range(STREAMS)]
+    worked = [Worked(seed, number) for number in range(STREAMS)]
     strike_at, over = drawn.randrange(STEPS // 4, STEPS // 2), threading.Event()
     with ThreadPoolExecutor(STREAMS) as threads:
-        done = [
-            threads.submit(_work, fleet.target, seed, number, worked[number], over, moves=seed % 3 == 0 == number)
-            for number in range(STREAMS)
-        ]
+        done = [threads.submit(_work, fleet.target, one, over, moves=seed % 3 == 0 == one.number) for one in worked]
         while any(len(one.rows) < strike_at and one.error is None for one in worked):
             time.sleep(0.001)
         before, struck_s = [len(one.rows) for one in worked], time.monotonic()
@@ -235,31 +258,26 @@ def run_plan(fleet: Fleet, seed: int) -> Outcome:
     outcome.recovery_s = max(_longest_gap_s(one, struck_s) for one in worked)
     if outcome.fault in fleet.interrupting:
         outcome.hit = any(one.interrupted for one in worked)
-    for number, one in enumerate(worked):
+    for one in worked:
         outcome.steps += len(one.rows)
-        outcome.violations += [f"stream {number}: {problem}" for problem in _problems(one, seed, number)]
+        outcome.violations += [f"stream {one.number}: {problem}" for problem in _problems(one)]
     return outcome
 
 
-def _value(seed: int, number: int, index: int) -> float:
-    """Of a step of a stream; small, so that the sums of sums stay exact (below 2^24) over some thousand steps."""
-    return float((seed * 31 + number * 17 + index * index * 7) % 3)
-
-
-def _work(target: str, seed: int, number: int, worked: Worked, over: threading.Event, *, moves: bool) -> None:
+def _work(target: str, worked: Worked, over: threading.Event, *, moves: bool) -> None:
     """Steps until the fault is over, and at least so many. If it moves, another client takes it over half-way."""
 
     def told(notice: Notice) -> None:
         worked.interrupted |= notice.reason in ("interrupted", "draining")
 
     def step(stream: Stream, end: int | None) -> None:
-        for answer in stream.steps(_inputs(seed, number, stream.next_step, end, over), ahead=4):
+        for answer in stream.steps(_inputs(worked, stream.next_step, end, over), ahead=4):
             worked.rows.append((answer.step, tuple(answer.output.tolist())))
             worked.times_s.append(time.monotonic())
 
     try:
         with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as client:
-            stream = client.stream("accumulator", session=f"fleet-{seed}-{number}", on_notice=told)
+            stream = client.stream("accumulator", session=f"fleet-{worked.seed}-{worked.number}", on_notice=told)
             stream.open()
             step(stream, STEPS // 2 if moves else None)
             if moves:
@@ -271,25 +289,37 @@ def _work(target: str, seed: int, number: int, worked: Worked, over: threading.E
 
 
 def _inputs(
-    seed: int, number: int, first: int, end: int | None, over: threading.Event
+    worked: Worked, first: int, end: int | None, over: threading.Event
 ) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
     for index in itertools.count(first):
         if index == end or (index >= STEPS and over.is_set()):
             return
         time.sleep(PACE_S)
-        yield np.array([_value(seed, number, index)], np.float32)
+        yield np.full(1, worked.value(index), np.float32)
 
 
 def _move(former: Stream, target: str, worked: Worked, step: Callable[[Stream, int | None], None]) -> None:
-    """To another client; the former one must learn of it, also if it was cut off meanwhile."""
-    with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as other:
-        stream = _taken_over(other, former.resume_point)
-        worked.rows += [(answer.step, tuple(answer.output.tolist())) for answer in stream.missed]
-        step(stream, None)
-        with suppress(SessionMoved):
-            former.step(np.ones(1, np.float32))
-            raise AssertionError("a stream went on although another client had taken its session over")
-        stream.close()
+    """To one of several clients that want it at once; all others must learn of it, also those cut off meanwhile."""
+    with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as threads:
+        clients = [
+            stack.enter_context(Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S)) for _ in range(RIVALS)
+        ]
+        rivals = list(threads.map(lambda client: _taken_over(client, former.resume_point), clients))
+        winners = [stream for stream in rivals if _has_it(stream, worked)]
+        if len(winners) != 1 or _has_it(former, worked):
+            raise AssertionError(f"{len(winners)} clients have the session, or its former one has it again")
+        step(winners[0], None)
+        winners[0].close()
+
+
+def _has_it(stream: Stream, worked: Worked) -> bool:
+    """Whether it can go on; then what it has missed, and one more answer, are worked."""
+    try:
+        answer = stream.step(np.full(1, worked.value(stream.next_step), np.float32))
+    except SessionMoved:
+        return False
+    worked.rows += [(row.step, tuple(row.output.tolist())) for row in (*stream.missed, answer)]
+    return True
 
 
 def _taken_over(client: Client, point: ResumePoint) -> Stream:
@@ -312,11 +342,11 @@ def _longest_gap_s(one: Worked, since_s: float) -> float:
     return max((after - before for before, after in itertools.pairwise(times_s)), default=0.0)
 
 
-def _problems(one: Worked, seed: int, number: int) -> list[str]:
+def _problems(one: Worked) -> list[str]:
     if one.error is not None:
         return [f"failed: {one.error!r}"]
     count = max(STEPS, len(one.rows))
-    expected = list(enumerate(accumulated([_value(seed, number, index) for index in range(count)])))
+    expected = list(enumerate(accumulated([one.value(index) for index in range(count)])))
     wrong = sum(row != right for row, right in itertools.zip_longest(one.rows, expected))
     return [f"{wrong} of {count} answers are wrong, missing or repeated"] if wrong else []
 
@@ -345,10 +375,12 @@ def main() -> int:
     parser.add_argument("--on", choices=("workers", "services"), default="workers")
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first plan / 100000")
-    parser.add_argument("--break", dest="break_name", choices=broken.BREAKS, default="", help="break the code first")
+    parser.add_argument(
+        "--break", dest="break_name", choices=broken.FLEET_BREAKS, default="", help="break the code first"
+    )
     given = parser.parse_args()
     if given.break_name:
-        os.environ[broken.VARIABLE] = given.break_name
+        broken.break_processes(given.break_name)
     console = Console(width=None if sys.stdout.isatty() else 120)
     outcomes: list[Outcome] = []
     with (

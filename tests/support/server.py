@@ -63,6 +63,11 @@ class RunningServer:
                     return int(child)
         raise RuntimeError("the server has no process for whole sequences")
 
+    def children(self, module: str) -> list[int]:
+        """The processes of its supervisor that run this module, such as "service.worker", now. Linux only."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in pids if f"\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+
     def log(self) -> str:
         return self.log_file.read_text()
 

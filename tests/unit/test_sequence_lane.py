@@ -2,7 +2,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,29 @@ import pytest
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
+from service.engine import lane_process
 from service.engine.sequence_lane import SequenceLane
 from service.errors import ExecutionFailed, LaneLost, QueueFull
 from tests.support.fakes import CountingMetrics
 from tests.support.reference import Reference, assert_close
 
 
-def make_lane(metrics: CountingMetrics, *, max_queued: int = 8, max_batch: int = 4) -> SequenceLane:
-    return SequenceLane(
-        threads=1, niceness=0, max_queued=max_queued, max_batch=max_batch, max_batch_steps=100, metrics=metrics
-    )
+def spawn() -> Executor:
+    return lane_process.spawn(threads=1, niceness=0)
+
+
+def make_lane(
+    metrics: CountingMetrics, spawn: Callable[[], Executor] = spawn, *, max_queued: int = 8, max_batch: int = 4
+) -> SequenceLane:
+    return SequenceLane(spawn, max_queued=max_queued, max_batch=max_batch, max_batch_steps=100, metrics=metrics)
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[ProcessPoolExecutor]:
+def process() -> Iterator[Executor]:
     """One real process for all lanes here; a lane takes work only inside `running`."""
-    owner = make_lane(CountingMetrics())
-    yield owner._process
-    owner.close()
+    process = spawn()
+    yield process
+    lane_process.end(process)
 
 
 @pytest.fixture
@@ -38,10 +43,8 @@ def metrics() -> CountingMetrics:
 
 
 @pytest.fixture
-def lane(process: ProcessPoolExecutor, metrics: CountingMetrics) -> SequenceLane:
-    lane = make_lane(metrics)
-    lane._process = process
-    return lane
+def lane(process: Executor, metrics: CountingMetrics) -> SequenceLane:
+    return make_lane(metrics, lambda: process)
 
 
 @pytest.fixture(scope="module")

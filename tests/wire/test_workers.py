@@ -26,27 +26,32 @@ SUMS = accumulated(VALUES)
 TIMEOUT_S = 60.0
 
 
+SETTINGS = {
+    "workers": 2, "checkpoint_interval_s": 0.1, "session_lease_s": 1, "worker_timeout_s": 1, "drain_timeout_s": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Whatever is done to its processes, they are started again."""
+    with start_server(repository, tmp_path_factory.mktemp("workers"), **SETTINGS) as server:
+        yield server
+
+
 @pytest.fixture
-def server(repository: Path, tmp_path: Path) -> Iterator[RunningServer]:
-    settings = {"workers": 2, "checkpoint_interval_s": 0.1, "session_lease_s": 1, "worker_timeout_s": 1}
-    with start_server(repository, tmp_path, **settings) as server:
+def short_lived(repository: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    """For what ends it."""
+    with start_server(repository, tmp_path, **SETTINGS) as server:
         yield server
 
 
 def workers(server: RunningServer) -> list[int]:
-    """Process ids of those that the supervisor has now. Linux only."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "service.worker" in command_line(int(pid))]
+    return server.children("service.worker")
 
 
-def lane(server: RunningServer) -> int:
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    (pid,) = [int(pid) for pid in children if "service.lane" in command_line(int(pid))]
-    return pid
-
-
-def command_line(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+def lanes(server: RunningServer) -> list[int]:
+    """One, but while it is started again."""
+    return server.children("service.lane")
 
 
 def page(server: RunningServer) -> dict[str, float]:
@@ -108,12 +113,12 @@ def test_streams_go_on_when_a_worker_is_killed_and_it_is_started_again(
     server: RunningServer, streaming: Streaming
 ) -> None:
     before = workers(server)
-    applied = counted(server, "rnnserve_steps_total")
+    applied, restarts = (counted(server, f"rnnserve_{what}_total") for what in ("steps", "process_restarts"))
     os.kill(before[0], signal.SIGKILL)
     streaming.go_on()
     eventually(lambda: len(workers(server)) == 2 and before[0] not in workers(server))
     assert counted(server, "rnnserve_steps_total") >= applied
-    eventually(lambda: counted(server, "rnnserve_process_restarts_total") == 1)
+    eventually(lambda: counted(server, "rnnserve_process_restarts_total") == restarts + 1)
     eventually(lambda: counted(server, "rnnserve_sessions") == STREAMS)
 
 
@@ -141,7 +146,7 @@ def test_a_lane_that_dies_fails_what_it_held_and_no_more(server: RunningServer) 
     sequence = np.ones((20, 3), np.float32)
     with Client(server.target) as client:
         client.predict("bidirectional", [sequence])
-        os.kill(lane(server), signal.SIGKILL)
+        os.kill(lanes(server)[0], signal.SIGKILL)
 
         def answers() -> bool:
             try:
@@ -153,14 +158,16 @@ def test_a_lane_that_dies_fails_what_it_held_and_no_more(server: RunningServer) 
         eventually(answers)
 
 
-def test_a_drain_ends_all_processes_and_loses_nothing(server: RunningServer, repository: Path, tmp_path: Path) -> None:
-    with Client(server.target) as client:
+def test_a_drain_ends_all_processes_and_loses_nothing(
+    short_lived: RunningServer, repository: Path, tmp_path: Path
+) -> None:
+    with Client(short_lived.target) as client:
         stream = client.stream("accumulator")
         stream.open()
         for index in range(10):
             stream.step([VALUES[index]])
-        pids = workers(server)
-        assert server.stop() == 0
+        pids = workers(short_lived)
+        assert short_lived.stop() == 0
         stream.abort()
         point = stream.resume_point
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -171,11 +178,11 @@ def test_a_drain_ends_all_processes_and_loses_nothing(server: RunningServer, rep
         stream.close()
 
 
-def test_workers_end_with_their_supervisor(server: RunningServer) -> None:
-    pids = workers(server)
-    server.kill()
+def test_workers_end_with_their_supervisor(short_lived: RunningServer) -> None:
+    pids = workers(short_lived)
+    short_lived.kill()
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-    with Client(server.target, timeout_s=1.0) as client, pytest.raises(Unreachable):
+    with Client(short_lived.target, timeout_s=1.0) as client, pytest.raises(Unreachable):
         client.models()
 
 

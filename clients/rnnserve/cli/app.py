@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rnnserve import Answer, Model, RnnserveError
-from rnnserve.cli import copies, show
+from rnnserve.cli import copies, loading, show
 from rnnserve.cli import demo as story
 from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
 from rnnserve.cli.live import StreamView
@@ -186,6 +186,8 @@ def sessions(
             stdout.print("there are no sessions")
 
 
+app.command()(loading.load)
+app.command()(loading.unload)
 app.command("export")(copies.export)
 app.command("import")(copies.import_)
 app.command("fork")(copies.fork)

@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1frnnserve/v1/model_service.proto\x12\x0brnnserve.v1\x1a\x18rnnserve/v1/tensor.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\"4\n\x12ListSamplesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\";\n\x13ListSamplesResponse\x12$\n\x07samples\x18\x01 \x03(\x0b\x32\x13.rnnserve.v1.Sample\"z\n\x06Sample\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12%\n\x06tensor\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05input\"\xb1\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12%\n\x07pattern\x18\x04 \x01(\x0e\x32\x14.rnnserve.v1.Pattern\x12\x1f\n\x04\x63\x65ll\x18\x05 \x01(\x0e\x32\x11.rnnserve.v1.Cell\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x19\n\x11transition_layers\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12)\n\tdirection\x18\t \x01(\x0e\x32\x16.rnnserve.v1.Direction\x12\x12\n\nstreamable\x18\n \x01(\x08\x12\x1a\n\x12why_not_streamable\x18\x0b \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x0c \x03(\t\x12\x0f\n\x07symbols\x18\r \x03(\t\x12\x0f\n\x07outputs\x18\x0e \x01(\r\x12\x0e\n\x06labels\x18\x0f \x03(\t\x12\x32\n\x0emissing_values\x18\x10 \x01(\x0e\x32\x1a.rnnserve.v1.MissingValues\x12\x18\n\x10steps_per_second\x18\x11 \x01(\x01\x12\x12\n\nparameters\x18\x12 \x01(\x04\x12%\n\x07quality\x18\x13 \x01(\x0b\x32\x14.rnnserve.v1.Quality\x12\x30\n\rtraining_data\x18\x14 \x01(\x0b\x32\x19.rnnserve.v1.TrainingData\x12\x16\n\x0eweights_sha256\x18\x15 \x01(\t\"F\n\x07Quality\x12\x0e\n\x06metric\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\r\n\x05split\x18\x03 \x01(\t\x12\r\n\x05items\x18\x04 \x01(\r\"=\n\x0cTrainingData\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07licence\x18\x02 \x01(\t\x12\x0e\n\x06\x63redit\x18\x03 \x01(\t*\xb2\x01\n\x07Pattern\x12\x17\n\x13PATTERN_UNSPECIFIED\x10\x00\x12\x16\n\x12PATTERN_ONE_TO_ONE\x10\x01\x12\x17\n\x13PATTERN_ONE_TO_MANY\x10\x02\x12\x17\n\x13PATTERN_MANY_TO_ONE\x10\x03\x12 \n\x1cPATTERN_MANY_TO_MANY_ALIGNED\x10\x04\x12\"\n\x1ePATTERN_MANY_TO_MANY_UNALIGNED\x10\x05*W\n\x04\x43\x65ll\x12\x14\n\x10\x43\x45LL_UNSPECIFIED\x10\x00\x12\r\n\tCELL_TANH\x10\x01\x12\r\n\tCELL_RELU\x10\x02\x12\x0c\n\x08\x43\x45LL_GRU\x10\x03\x12\r\n\tCELL_LSTM\x10\x04*Z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x1b\n\x17\x44IRECTION_BIDIRECTIONAL\x10\x02*\x81\x01\n\rMissingValues\x12\x1e\n\x1aMISSING_VALUES_UNSPECIFIED\x10\x00\x12\x19\n\x15MISSING_VALUES_REFUSE\x10\x01\x12\x1c\n\x18MISSING_VALUES_HOLD_LAST\x10\x02\x12\x17\n\x13MISSING_VALUES_MEAN\x10\x03\x32\xf8\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.rnnserve.v1.ListModelsRequest\x1a\x1f.rnnserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.rnnserve.v1.GetModelRequest\x1a\x1d.rnnserve.v1.GetModelResponse\x12P\n\x0bListSamples\x12\x1f.rnnserve.v1.ListSamplesRequest\x1a .rnnserve.v1.ListSamplesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1frnnserve/v1/model_service.proto\x12\x0brnnserve.v1\x1a\x18rnnserve/v1/tensor.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.rnnserve.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"5\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\"4\n\x12ListSamplesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\";\n\x13ListSamplesResponse\x12$\n\x07samples\x18\x01 \x03(\x0b\x32\x13.rnnserve.v1.Sample\"z\n\x06Sample\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12%\n\x06tensor\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05input\"2\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"6\n\x11LoadModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.rnnserve.v1.Model\"I\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x13\n\x0b\x65nd_streams\x18\x03 \x01(\x08\"&\n\x13UnloadModelResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\"\xb1\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12%\n\x07pattern\x18\x04 \x01(\x0e\x32\x14.rnnserve.v1.Pattern\x12\x1f\n\x04\x63\x65ll\x18\x05 \x01(\x0e\x32\x11.rnnserve.v1.Cell\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x19\n\x11transition_layers\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12)\n\tdirection\x18\t \x01(\x0e\x32\x16.rnnserve.v1.Direction\x12\x12\n\nstreamable\x18\n \x01(\x08\x12\x1a\n\x12why_not_streamable\x18\x0b \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x0c \x03(\t\x12\x0f\n\x07symbols\x18\r \x03(\t\x12\x0f\n\x07outputs\x18\x0e \x01(\r\x12\x0e\n\x06labels\x18\x0f \x03(\t\x12\x32\n\x0emissing_values\x18\x10 \x01(\x0e\x32\x1a.rnnserve.v1.MissingValues\x12\x18\n\x10steps_per_second\x18\x11 \x01(\x01\x12\x12\n\nparameters\x18\x12 \x01(\x04\x12%\n\x07quality\x18\x13 \x01(\x0b\x32\x14.rnnserve.v1.Quality\x12\x30\n\rtraining_data\x18\x14 \x01(\x0b\x32\x19.rnnserve.v1.TrainingData\x12\x16\n\x0eweights_sha256\x18\x15 \x01(\t\"F\n\x07Quality\x12\x0e\n\x06metric\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\r\n\x05split\x18\x03 \x01(\t\x12\r\n\x05items\x18\x04 \x01(\r\"=\n\x0cTrainingData\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07licence\x18\x02 \x01(\t\x12\x0e\n\x06\x63redit\x18\x03 \x01(\t*\xb2\x01\n\x07Pattern\x12\x17\n\x13PATTERN_UNSPECIFIED\x10\x00\x12\x16\n\x12PATTERN_ONE_TO_ONE\x10\x01\x12\x17\n\x13PATTERN_ONE_TO_MANY\x10\x02\x12\x17\n\x13PATTERN_MANY_TO_ONE\x10\x03\x12 \n\x1cPATTERN_MANY_TO_MANY_ALIGNED\x10\x04\x12\"\n\x1ePATTERN_MANY_TO_MANY_UNALIGNED\x10\x05*W\n\x04\x43\x65ll\x12\x14\n\x10\x43\x45LL_UNSPECIFIED\x10\x00\x12\r\n\tCELL_TANH\x10\x01\x12\r\n\tCELL_RELU\x10\x02\x12\x0c\n\x08\x43\x45LL_GRU\x10\x03\x12\r\n\tCELL_LSTM\x10\x04*Z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44IRECTION_FORWARD\x10\x01\x12\x1b\n\x17\x44IRECTION_BIDIRECTIONAL\x10\x02*\x81\x01\n\rMissingValues\x12\x1e\n\x1aMISSING_VALUES_UNSPECIFIED\x10\x00\x12\x19\n\x15MISSING_VALUES_REFUSE\x10\x01\x12\x1c\n\x18MISSING_VALUES_HOLD_LAST\x10\x02\x12\x17\n\x13MISSING_VALUES_MEAN\x10\x03\x32\x96\x03\n\x0cModelService\x12M\n\nListModels\x12\x1e.rnnserve.v1.ListModelsRequest\x1a\x1f.rnnserve.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.rnnserve.v1.GetModelRequest\x1a\x1d.rnnserve.v1.GetModelResponse\x12P\n\x0bListSamples\x12\x1f.rnnserve.v1.ListSamplesRequest\x1a .rnnserve.v1.ListSamplesResponse\x12J\n\tLoadModel\x12\x1d.rnnserve.v1.LoadModelRequest\x1a\x1e.rnnserve.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.rnnserve.v1.UnloadModelRequest\x1a .rnnserve.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PATTERN']._serialized_start=1262
-  _globals['_PATTERN']._serialized_end=1440
-  _globals['_CELL']._serialized_start=1442
-  _globals['_CELL']._serialized_end=1529
-  _globals['_DIRECTION']._serialized_start=1531
-  _globals['_DIRECTION']._serialized_end=1621
-  _globals['_MISSINGVALUES']._serialized_start=1624
-  _globals['_MISSINGVALUES']._serialized_end=1753
+  _globals['_PATTERN']._serialized_start=1485
+  _globals['_PATTERN']._serialized_end=1663
+  _globals['_CELL']._serialized_start=1665
+  _globals['_CELL']._serialized_end=1752
+  _globals['_DIRECTION']._serialized_start=1754
+  _globals['_DIRECTION']._serialized_end=1844
+  _globals['_MISSINGVALUES']._serialized_start=1847
+  _globals['_MISSINGVALUES']._serialized_end=1976
   _globals['_LISTMODELSREQUEST']._serialized_start=74
   _globals['_LISTMODELSREQUEST']._serialized_end=132
   _globals['_LISTMODELSRESPONSE']._serialized_start=134
@@ -54,12 +54,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTSAMPLESRESPONSE']._serialized_end=436
   _globals['_SAMPLE']._serialized_start=438
   _globals['_SAMPLE']._serialized_end=560
-  _globals['_MODEL']._serialized_start=563
-  _globals['_MODEL']._serialized_end=1124
-  _globals['_QUALITY']._serialized_start=1126
-  _globals['_QUALITY']._serialized_end=1196
-  _globals['_TRAININGDATA']._serialized_start=1198
-  _globals['_TRAININGDATA']._serialized_end=1259
-  _globals['_MODELSERVICE']._serialized_start=1756
-  _globals['_MODELSERVICE']._serialized_end=2004
+  _globals['_LOADMODELREQUEST']._serialized_start=562
+  _globals['_LOADMODELREQUEST']._serialized_end=612
+  _globals['_LOADMODELRESPONSE']._serialized_start=614
+  _globals['_LOADMODELRESPONSE']._serialized_end=668
+  _globals['_UNLOADMODELREQUEST']._serialized_start=670
+  _globals['_UNLOADMODELREQUEST']._serialized_end=743
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=745
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=783
+  _globals['_MODEL']._serialized_start=786
+  _globals['_MODEL']._serialized_end=1347
+  _globals['_QUALITY']._serialized_start=1349
+  _globals['_QUALITY']._serialized_end=1419
+  _globals['_TRAININGDATA']._serialized_start=1421
+  _globals['_TRAININGDATA']._serialized_end=1482
+  _globals['_MODELSERVICE']._serialized_start=1979
+  _globals['_MODELSERVICE']._serialized_end=2385
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on.
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,21 @@ class ModelServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_model__service__pb2.ListSamplesRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_model__service__pb2.ListSamplesResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/rnnserve.v1.ModelService/LoadModel',
+                request_serializer=rnnserve_dot_v1_dot_model__service__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_model__service__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/rnnserve.v1.ModelService/UnloadModel',
+                request_serializer=rnnserve_dot_v1_dot_model__service__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_model__service__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on.
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
     """
 
     def ListModels(self, request, context):
@@ -77,6 +89,22 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Serves a model that is in the server's repository: in all processes of the server, or in none. Changes nothing if it
+        is served already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Serves a model no more: in all processes of the server, or in none. Its parked sessions stay, and can be resumed once
+        it is served again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +123,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=rnnserve_dot_v1_dot_model__service__pb2.ListSamplesRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_model__service__pb2.ListSamplesResponse.SerializeToString,
             ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=rnnserve_dot_v1_dot_model__service__pb2.LoadModelRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_model__service__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=rnnserve_dot_v1_dot_model__service__pb2.UnloadModelRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_model__service__pb2.UnloadModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'rnnserve.v1.ModelService', rpc_method_handlers)
@@ -104,7 +142,8 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on.
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
     """
 
     @staticmethod
@@ -178,6 +217,60 @@ class ModelService:
             '/rnnserve.v1.ModelService/ListSamples',
             rnnserve_dot_v1_dot_model__service__pb2.ListSamplesRequest.SerializeToString,
             rnnserve_dot_v1_dot_model__service__pb2.ListSamplesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.ModelService/LoadModel',
+            rnnserve_dot_v1_dot_model__service__pb2.LoadModelRequest.SerializeToString,
+            rnnserve_dot_v1_dot_model__service__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rnnserve.v1.ModelService/UnloadModel',
+            rnnserve_dot_v1_dot_model__service__pb2.UnloadModelRequest.SerializeToString,
+            rnnserve_dot_v1_dot_model__service__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

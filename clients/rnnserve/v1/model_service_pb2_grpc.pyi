@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on."""
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,10 +41,20 @@ class ModelServiceStub:
     """One model."""
     ListSamples: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListSamplesRequest, _model_service_pb2.ListSamplesResponse]
     """The held-out recordings that ship with a model, to try it on."""
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]
+    """Serves a model that is in the server's repository: in all processes of the server, or in none. Changes nothing if it
+    is served already.
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]
+    """Serves a model no more: in all processes of the server, or in none. Its parked sessions stay, and can be resumed once
+    it is served again.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on."""
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -51,9 +63,19 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """One model."""
     ListSamples: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListSamplesRequest, _model_service_pb2.ListSamplesResponse]  # type: ignore[assignment]
     """The held-out recordings that ship with a model, to try it on."""
+    LoadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Serves a model that is in the server's repository: in all processes of the server, or in none. Changes nothing if it
+    is served already.
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.UnloadModelRequest, _model_service_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Serves a model no more: in all processes of the server, or in none. Its parked sessions stay, and can be resumed once
+    it is served again.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells what models there are, what they read and answer, how good they are, and what they were trained on."""
+    """Tells what models there are, what they read and answer, how good they are, and what they were trained on; takes them
+    into service and out of it.
+    """
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -78,5 +100,25 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListSamplesResponse, _abc.Awaitable[_model_service_pb2.ListSamplesResponse]]:
         """The held-out recordings that ship with a model, to try it on."""
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _model_service_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.LoadModelResponse, _abc.Awaitable[_model_service_pb2.LoadModelResponse]]:
+        """Serves a model that is in the server's repository: in all processes of the server, or in none. Changes nothing if it
+        is served already.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _model_service_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.UnloadModelResponse, _abc.Awaitable[_model_service_pb2.UnloadModelResponse]]:
+        """Serves a model no more: in all processes of the server, or in none. Its parked sessions stay, and can be resumed once
+        it is served again.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
