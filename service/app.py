@@ -172,12 +172,12 @@ class Service:
         self.metrics.count_tasks(lambda: len(asyncio.all_tasks(event_loop)))
         await self._start_sessions()
         await self.sessions.bury(dead)
-        port = self._bind()
         loops = [asyncio.create_task(part.run()) for part in (self.engine, self.lane, self.sessions)]
         for name, part in ((STORE_HEALTH, self.sessions.checkpoints), (SEQUENCE_SERVICE, self.lane)):
             loops.append(asyncio.create_task(self._report_health(name, part)))
         try:
             await self.lane.warm_up([bundle.folder for bundle in self.catalog])
+            port = self._bind()  # only now, for clients that connect would wait until we serve
             await self.server.start()
             await self._set_health()
             with serving(port):

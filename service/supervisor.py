@@ -214,10 +214,9 @@ class Supervisor:
             return
         async with self._rolling, self._changes.none_meanwhile():
             log.info("restarting all processes, one after the other")
-            lane = self._children[LANE]
             self._lanes += 1
             self._changes.models = None
-            await self._replace(LANE)
+            lane = await self._replace(LANE)
             for worker in self._workers:
                 former = await self._replace(worker.name)
                 await self._leave(former)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rnnserve import Client, Notice, ResumePoint, RnnserveError, SessionMoved, Stream, TryAgain
+from rnnserve import Client, Notice, ResumePoint, RnnserveError, SessionMoved, Stream, TimedOut, TryAgain
 from tests.chaos import broken
 from tests.support.bundles import accumulated, write_accumulator, write_test_repository
 from tests.support.envoy import envoy
@@ -82,7 +83,7 @@ class Workers(Fleet):
     def faults(self) -> dict[str, Callable[[random.Random], None]]:
         return {
             "kill a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGKILL),
-            "stop a worker": lambda drawn: os.kill(drawn.choice(self._pids("worker")), signal.SIGSTOP),
+            "stop a worker": self._stop,
             "wake a worker, kill the others": self._wake,
             "kill the lane": self._kill_the_lane,
             "rolling restart": self._roll,
@@ -111,6 +112,13 @@ class Workers(Fleet):
             rows = [line.split() for file in files for line in file.read_text().splitlines()[1:]]
             found += any(r[1].endswith(listening) and r[3] == "0A" and f"socket:[{r[9]}]" in names for r in rows)
         return found == 3
+
+    def _stop(self, drawn: random.Random) -> None:
+        """Until the supervisor kills it."""
+        pid = drawn.choice(self._pids("worker"))
+        os.kill(pid, signal.SIGSTOP)
+        while pid in self._pids("worker"):
+            time.sleep(0.05)
 
     def _wake(self, drawn: random.Random) -> None:
         pids = self._pids("worker")
@@ -305,7 +313,7 @@ def _move(former: Stream, target: str, worked: Worked, step: Callable[[Stream, i
             stack.enter_context(Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S)) for _ in range(RIVALS)
         ]
         rivals = list(threads.map(lambda client: _taken_over(client, former.resume_point), clients))
-        winners = [stream for stream in rivals if _has_it(stream, worked)]
+        winners = [stream for stream in rivals if stream and _has_it(stream, worked)]
         if len(winners) != 1 or _has_it(former, worked):
             raise AssertionError(f"{len(winners)} clients have the session, or its former one has it again")
         step(winners[0], None)
@@ -322,15 +330,17 @@ def _has_it(stream: Stream, worked: Worked) -> bool:
     return True
 
 
-def _taken_over(client: Client, point: ResumePoint) -> Stream:
-    """Tried for as long as there is hope."""
+def _taken_over(client: Client, point: ResumePoint) -> Stream | None:
+    """Tried for as long as there is hope; None if a later one was faster."""
     until_s = time.monotonic() + TIMEOUT_S
     while True:
         stream = client.stream("accumulator", resume=point)
         try:
             stream.open()
             return stream
-        except TryAgain:
+        except SessionMoved:
+            return None
+        except (TryAgain, TimedOut):
             if time.monotonic() > until_s:
                 raise
             time.sleep(0.1)
@@ -344,7 +354,7 @@ def _longest_gap_s(one: Worked, since_s: float) -> float:
 
 def _problems(one: Worked) -> list[str]:
     if one.error is not None:
-        return [f"failed: {one.error!r}"]
+        return [f"failed: {''.join(traceback.format_exception(one.error))}"]
     count = max(STEPS, len(one.rows))
     expected = list(enumerate(accumulated([one.value(index) for index in range(count)])))
     wrong = sum(row != right for row, right in itertools.zip_longest(one.rows, expected))
