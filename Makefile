@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test chaos chaos-fleet soak check proto clean
+.PHONY: setup serve demo train test compose-test chaos chaos-fleet soak check proto clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+compose-test: $(READY)  ## containers that are restarted, killed and drained under streams; needs Docker with compose, and root
+	docker compose build rnnserve
+	$(BIN)/python -m pytest tests/scenarios/test_compose.py tests/scenarios/test_compose_scale.py
 
 chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make chaos SEED=7` for those of a seed
 	$(BIN)/python -m tests.chaos --plans 200 $(if $(SEED),--seed $(SEED))
