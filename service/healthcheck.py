@@ -15,9 +15,9 @@ SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse(status=SERVING)
 def main() -> bool:
     """Whether it serves."""
     with grpc.insecure_channel(f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', '50051')}") as channel:
-        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
         try:
-            return bool(check(b"", timeout=TIMEOUT_S) == SERVING)
+            return check(b"", timeout=TIMEOUT_S) == SERVING
         except grpc.RpcError as error:
             print(error.code().name, file=sys.stderr)
             return False
