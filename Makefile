@@ -36,8 +36,8 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
-compose-test: $(READY)  ## containers that are restarted, killed and drained under streams; needs Docker with compose, and root
-	docker compose build rnnserve
+compose-test: $(READY)  ## containers killed and drained under streams; needs Docker with compose, and root
+	docker build --quiet --tag rnnserve:0.1.0 --build-arg TORCH_INDEX=$(TORCH_INDEX) $(if $(WHEELS_IMAGE),--build-arg WHEELS_IMAGE=$(WHEELS_IMAGE)) .
 	$(BIN)/python -m pytest tests/scenarios/test_compose.py tests/scenarios/test_compose_scale.py
 
 chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make chaos SEED=7` for those of a seed
