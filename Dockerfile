@@ -26,5 +26,5 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RNNSER
     RNNSERVE_STATE_DIR=/var/lib/rnnserve
 USER rnnserve
 EXPOSE 50051 9464
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["rnnserve", "health"]
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "service.healthcheck"]
 CMD ["python", "-m", "service"]

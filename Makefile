@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test chaos chaos-fleet soak check proto clean
+.PHONY: setup serve demo train test compose-test chaos chaos-fleet soak check proto clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+compose-test: $(READY)  ## containers killed and drained under streams; needs Docker with compose, and root
+	docker build --quiet --tag rnnserve:0.1.0 --build-arg TORCH_INDEX=$(TORCH_INDEX) $(if $(WHEELS_IMAGE),--build-arg WHEELS_IMAGE=$(WHEELS_IMAGE)) .
+	$(BIN)/python -m pytest tests/scenarios/test_compose.py tests/scenarios/test_compose_scale.py
 
 chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make chaos SEED=7` for those of a seed
 	$(BIN)/python -m tests.chaos --plans 200 $(if $(SEED),--seed $(SEED))

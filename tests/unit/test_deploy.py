@@ -15,6 +15,7 @@ from service.settings import Settings
 from tests.support.server import ROOT
 
 KUBERNETES_VERSION = "1.33"
+CLUSTER_DNS_CACHE_S = 30  # of CoreDNS, as it is usually set
 MANIFESTS = [*sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")), ROOT / "deploy" / "envoy" / "kubernetes.yaml"]
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent))
 
@@ -72,6 +73,53 @@ def test_a_pod_has_the_time_for_its_drain(pod: dict[str, Any]) -> None:
     before_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     drain_s = float(environment(container)["RNNSERVE_DRAIN_TIMEOUT_S"])
     assert before_s + drain_s < pod["terminationGracePeriodSeconds"]
+
+
+def test_a_rollout_waits_until_envoy_can_know_the_new_pod() -> None:
+    assert manifest("Deployment", "rnnserve")["spec"]["minReadySeconds"] > CLUSTER_DNS_CACHE_S
+
+
+def test_an_apply_leaves_the_number_of_pods_to_the_scaler() -> None:
+    assert "replicas" not in manifest("Deployment", "rnnserve")["spec"]
+
+
+def test_a_pod_that_is_to_go_is_no_longer_named_and_envoy_heeds_that() -> None:
+    assert not manifest("Service", "rnnserve-services")["spec"].get("publishNotReadyAddresses")
+    (cluster,) = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())["static_resources"]["clusters"]
+    assert cluster["ignore_health_on_host_removal"] is True
+
+
+@pytest.mark.parametrize("name", ["rnnserve", "rnnserve-envoy"])
+def test_pods_of_a_deployment_are_neither_evicted_nor_lost_all_at_once(name: str) -> None:
+    selector = {"matchLabels": {"app": name}}
+    assert manifest("PodDisruptionBudget", name)["spec"] == {"maxUnavailable": 1, "selector": selector}
+    template = manifest("Deployment", name)["spec"]["template"]
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"] == selector
+    assert template["metadata"]["labels"] == selector["matchLabels"]
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "StatefulSet"])
+def test_no_container_may_more_than_it_must(kind: str) -> None:
+    found = [d for file in MANIFESTS for d in documents(file) if d["kind"] == kind]
+    assert found
+    for spec in (document["spec"]["template"]["spec"] for document in found):
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["automountServiceAccountToken"] is False
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+            assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_envoy_says_where_it_is_asked_whether_it_serves(compose: dict[str, Any]) -> None:
+    (listener,) = yaml.safe_load((ROOT / "deploy/envoy/envoy.yaml").read_text())["static_resources"]["listeners"]
+    check, _ = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
+    (header,) = check["typed_config"]["headers"]
+    path = header["string_match"]["exact"]
+    (container,) = manifest("Deployment", "rnnserve-envoy")["spec"]["template"]["spec"]["containers"]
+    assert container["readinessProbe"]["httpGet"]["path"] == path
+    assert f"GET {path} " in compose["services"]["envoy"]["healthcheck"]["test"][-1]
 
 
 def test_kubernetes_sets_no_variables_that_the_service_would_refuse(pod: dict[str, Any]) -> None:

@@ -1,0 +1,200 @@
+"""Three services over Redis behind Envoy, in containers: streams go on while one dies, drains and comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from threading import Event
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rnnserve import Client, Notice
+from rnnserve.tensors import Array
+from tests.support.containers import compose_works
+from tests.support.server import ROOT, free_port
+
+PROJECT = "rnnserve-scale-test"
+UP = ("up", "--detach", "--wait", "--scale", "service=3", "envoy", "prometheus")  # builds the image where there is none
+STREAMS = 8
+STEPS = 150
+PACE_S = 0.01
+CHANGED_S = 60.0
+TIMEOUT_S = 900
+
+Compose = Callable[..., str]
+
+
+pytestmark = [
+    pytest.mark.xdist_group("compose"),
+    pytest.mark.timeout(TIMEOUT_S),
+    pytest.mark.skipif(not compose_works(), reason="no Docker engine with compose runs here"),
+    pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may kill what runs in a container"),
+]
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def compose(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
+    """The services, Redis, Prometheus, and Envoy on a free port."""
+    override = tmp_path_factory.mktemp("compose") / "ports.yml"
+    override.write_text(
+        f'services: {{envoy: {{ports: !override ["127.0.0.1:{port}:50051"]}}, prometheus: {{ports: !reset []}}}}\n'
+    )
+    files = ("--file", str(ROOT / "docker-compose.yml"), "--file", str(override))
+
+    def run(*words: str) -> str:
+        return docker("compose", "--project-name", PROJECT, *files, "--profile", "scale", *words)
+
+    try:
+        run(*UP)
+        yield run
+    finally:
+        run("down", "--volumes")
+
+
+def docker(*words: str) -> str:
+    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def described(container: str, what: str) -> str:
+    return docker("inspect", "--format", f"{{{{{what}}}}}", container).strip()
+
+
+def page(container: str, address: str) -> str:
+    host = described(container, "range .NetworkSettings.Networks}}{{.IPAddress}}{{end")
+    with urllib.request.urlopen(f"http://{host}:{address}", timeout=5.0) as answer:
+        return str(answer.read().decode())
+
+
+def live_sessions(container: str) -> int:
+    families = list(text_string_to_metric_families(page(container, "9464/metrics")))
+    return int(sum(sample.value for f in families if f.name == "rnnserve_sessions" for sample in f.samples))
+
+
+def services_by_load(compose: Compose) -> list[str]:
+    """The one with the most streams first."""
+    containers: Mapping[str, int] = {name: live_sessions(name) for name in compose("ps", "--quiet", "service").split()}
+    assert len(containers) == 3
+    return sorted(containers, key=lambda name: -containers[name])
+
+
+def until(true: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + CHANGED_S
+    while not true():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
+@dataclass
+class Worked:
+    """What a client has seen of its stream."""
+
+    steps: list[int] = field(default_factory=list)
+    outputs: list[Array] = field(default_factory=list)
+    reasons: set[str] = field(default_factory=set)
+
+
+def work(port: int, recording: Array, one: Worked, over: Event) -> None:
+    """A stream of the recording, again and again until all is over."""
+
+    def inputs() -> Iterator[Array]:
+        for index in count():
+            if index >= STEPS and over.is_set():
+                return
+            time.sleep(PACE_S)
+            yield recording[index % len(recording)]
+
+    def told(notice: Notice) -> None:
+        one.reasons.add(notice.reason)
+
+    with (
+        Client(f"127.0.0.1:{port}", resume_timeout_s=CHANGED_S) as client,
+        client.stream("activity", on_notice=told) as stream,
+    ):
+        for answer in stream.steps(inputs()):
+            one.steps.append(answer.step)
+            one.outputs.append(answer.output)
+
+
+def go_on_over(port: int, event: Callable[[], None]) -> set[str]:
+    """Whether all answers are those of a stream that nothing has happened to; what the clients were told."""
+    with Client(f"127.0.0.1:{port}") as client:
+        recording = np.asarray(client.samples("activity")[0].input, np.float32)
+    worked, over = [Worked() for _ in range(STREAMS)], Event()
+    with ThreadPoolExecutor(STREAMS) as threads:
+        done = [threads.submit(work, port, recording, one, over) for one in worked]
+        try:
+            until(lambda: all(len(one.steps) > STEPS // 3 for one in worked) or any(one.done() for one in done))
+            event()
+            answered = [len(one.steps) for one in worked]
+            until(lambda: all(len(one.steps) > then for one, then in zip(worked, answered, strict=True)))
+        finally:
+            over.set()
+        for one_done in done:
+            one_done.result(CHANGED_S)
+    longest = max(len(one.steps) for one in worked)
+    with Client(f"127.0.0.1:{port}") as client, client.stream("activity") as stream:
+        expected = [answer.output for answer in stream.steps(recording[i % len(recording)] for i in range(longest))]
+    for one in worked:
+        assert one.steps == list(range(len(one.steps)))
+        assert np.allclose(one.outputs, expected[: len(one.steps)], atol=1e-6)
+    return set().union(*(one.reasons for one in worked))
+
+
+def test_prometheus_scrapes_each_service(compose: Compose) -> None:
+    prometheus = compose("ps", "--quiet", "prometheus").strip()
+    query = '9090/api/v1/query?query=up{job="rnnserve-services"}'
+
+    def up() -> int:
+        return sum(result["value"][1] == "1" for result in json.loads(page(prometheus, query))["data"]["result"])
+
+    until(lambda: up() == 3)
+
+
+def test_streams_go_on_elsewhere_when_a_service_is_killed(compose: Compose, port: int) -> None:
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(services_by_load(compose)[0])
+        os.kill(int(described(killed[0], ".State.Pid")), signal.SIGKILL)
+
+    assert "interrupted" in go_on_over(port, kill)
+    until(lambda: described(killed[0], ".RestartCount") == "1")
+    compose(*UP)
+
+
+def test_streams_go_on_while_a_service_drains_and_new_ones_reach_it_when_it_is_back(
+    compose: Compose, port: int
+) -> None:
+    drained: list[str] = []
+
+    def drain() -> None:
+        drained.append(services_by_load(compose)[0])
+        docker("stop", drained[0])
+
+    assert go_on_over(port, drain) & {"draining", "interrupted"}
+    assert described(drained[0], ".State.ExitCode") == "0"
+    docker("start", drained[0])
+    compose(*UP)
+
+    def is_reached() -> bool:
+        with Client(f"127.0.0.1:{port}") as client, client.stream("activity"):
+            return live_sessions(drained[0]) > 0
+
+    until(is_reached)
