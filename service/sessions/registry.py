@@ -392,7 +392,11 @@ class SessionRegistry:
             if self._sharing is None or opening.resume or opening.require_durable:
                 raise
             return  # it may be a new one; if it is not, the store will refuse it
-        if record is None or opening.key in self._table.in_memory:
+        if record is None:
+            return
+        if session := self._table.in_memory.get(opening.key):  # loaded meanwhile
+            if session.stored:
+                session.fence = record.fence  # for it was taken once more, by us
             return
         session = self._session(record)
         session.stored = True

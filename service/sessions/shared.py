@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from service.errors import ServingError, SessionMoved, SessionNotFound, StoreUnavailable
 from service.sessions.checkpoints import Checkpointer
@@ -16,7 +17,7 @@ from service.sessions.session import Owner, Session
 from service.sessions.shared_evictions import SharedEvictions
 from service.sessions.stored import Check
 from service.sessions.stores.shared import SharedStore, StoredSession, Wanted
-from service.sessions.stores.store import StoreError
+from service.sessions.stores.store import RecordUnreadable, StoreError
 from service.sessions.table import SessionInfo, SessionTable
 
 ASK_AGAIN_S = 0.02
@@ -72,10 +73,24 @@ class SharedSessions:
         async with self._patience():
             while record := await self._checkpoints.read(key):
                 check(record)
-                if taken := await self._checkpoints.ask(self._store.take(key, record.fence)):
+                if taken := await self._take(key, record.fence):
                     return taken
                 await self._ask_to_let_go(record.owner, Wanted(key, deleted=False))
             return None
+
+    async def _take(self, key: SessionKey, fence: int) -> SessionRecord | None:
+        """Whoever wants it may be gone by the time that it is ours."""
+        taking = asyncio.ensure_future(self._checkpoints.ask(self._store.take(key, fence)))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._begin(self._give_back(taking))
+            raise
+
+    async def _give_back(self, taking: Awaitable[SessionRecord | None]) -> None:
+        with suppress(StoreUnavailable, RecordUnreadable):  # then it stays ours until somebody wants it here
+            if taken := await taking:
+                await self._checkpoints.ask(self._store.write([replace(taken, owner="")]))
 
     async def end(self, key: SessionKey) -> bool:
         was_there = False
@@ -151,6 +166,10 @@ class SharedSessions:
             work = self._checkpoints.write_changed()
         if owner is not None:
             owner.lose(error)
+        self._begin(work)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Without waiting for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

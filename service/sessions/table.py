@@ -102,7 +102,9 @@ class SessionTable:
             self._erasure.add(session.key, session.fence)
 
     def lose(self, session: Session) -> None:
-        """Another process has it; its stream here ends."""
+        """Another process has it; its stream here ends. Nothing happens to one that is over already."""
+        if session.ended:
+            return
         owner = session.owner
         self._forget(session)
         if owner is not None:

@@ -21,7 +21,7 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.sessions.limits import SessionLimits
-from service.sessions.record import SessionKey
+from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.registry import Opening, SessionRegistry
 from service.sessions.session import Session
 from service.sessions.shared import Sharing
@@ -149,6 +149,42 @@ async def test_a_live_session_changes_hands_with_every_step_that_was_applied(mac
     assert isinstance(await until_lost(former), SessionMoved)
 
 
+async def test_whoever_gives_up_while_a_session_is_taken_leaves_it_to_others(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c = await machine.start("a"), await machine.start("b"), await machine.start("c")
+    await a.park("s", 1, 2)
+    take, is_asked, may_go_on = b.store.take, asyncio.Event(), asyncio.Event()
+
+    async def slow_take(key: SessionKey, fence: int) -> SessionRecord | None:
+        taken = await take(key, fence)
+        is_asked.set()
+        await may_go_on.wait()
+        return taken
+
+    monkeypatch.setattr(b.store, "take", slow_take)
+    given_up = asyncio.create_task(b.open(opening("s", resume=True)))
+    await is_asked.wait()
+    given_up.cancel()
+    may_go_on.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        session, stream = await c.open(opening("s", resume=True))
+    assert await c.step(session, stream, 3) == 6.0
+
+
+async def test_two_streams_that_want_a_parked_session_at_once_leave_it_writable(machine: Machine) -> None:
+    a, b = await machine.start("a"), await machine.start("b")
+    await a.park("s", 1, 2)
+    await asyncio.gather(*(b.open(opening("s", resume=True)) for _ in range(4)))
+    session, stream = await b.open(opening("s", resume=True))
+    await b.step(session, stream, 3)
+    await b.registry.checkpoints.write_changed()
+    assert stream.lost is None
+    record = await b.store.read(named("s"))
+    assert record is not None
+    assert record.row.tolist() == [6.0]
+
+
 async def test_without_its_token_a_session_of_another_process_is_not_even_asked_for(machine: Machine) -> None:
     a, b = await machine.start("a"), await machine.start("b")
     session, stream = await a.begin("s", 1)
@@ -200,6 +236,30 @@ async def test_after_a_pause_past_the_lease_nothing_is_answered_before_it_is_kno
         await answering
     assert isinstance(lost.lost, SessionMoved)
     assert await a.step(kept, stream, 3) == 5.0
+    a.running.cancel()
+
+
+async def test_a_session_is_lost_once_also_where_a_write_hears_of_it_before_whoever_asks(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await machine.start("a", lease_s=SHORT_LEASE_S), await machine.start("b", lease_s=SHORT_LEASE_S)
+    session, former = await a.begin("s", 1)
+    await a.registry.checkpoints.write_changed()
+    a.pause()
+    await b.open(opening("s", resume=True))
+    await a.step(session, former, 2)
+    take = a.store.take
+
+    async def take_behind_a_write(key: SessionKey, fence: int) -> SessionRecord | None:
+        await a.registry.checkpoints.write_changed()
+        return await take(key, fence)
+
+    monkeypatch.setattr(a.store, "take", take_behind_a_write)
+    a.running = asyncio.create_task(a.registry.run())  # it wakes up
+    async with asyncio.timeout(TIMEOUT_S):
+        await a.registry.may_answer()
+    assert isinstance(former.lost, SessionMoved)
+    assert not a.running.done()
     a.running.cancel()
 
 
