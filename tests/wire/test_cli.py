@@ -166,6 +166,24 @@ def test_sessions_are_listed_told_about_and_erased(run: Run, server: RunningServ
     assert (gone.exit_code, "SESSION_NOT_FOUND" in gone.stderr) == (1, True)
 
 
+def test_a_model_is_taken_out_of_service_and_back(run: Run, server: RunningServer) -> None:
+    with Client(server.target) as client, client.stream("vanilla", version=1):
+        refused = run("unload", "vanilla", "--version", "1")
+        assert (refused.exit_code, "MODEL_IN_USE" in refused.stderr, "--end-streams" in refused.stderr) == (
+            1,
+            True,
+            True,
+        )
+    assert run("unload", "vanilla", "--version", "2").stdout == "vanilla/2 is served no more\n"
+    try:
+        assert "vanilla v2" not in run("models").stdout
+    finally:
+        assert run("load", "vanilla").stdout == "vanilla/2 is served\n"
+    assert lines_of_json(run("--json", "unload", "stacked")) == [{"name": "stacked", "version": 1}]
+    (loaded,) = lines_of_json(run("--json", "load", "stacked"))
+    assert (loaded["name"], loaded["version"]) == ("stacked", 1)
+
+
 async def test_a_program_sees_the_same(server: RunningServer) -> None:
     async with AsyncClient(server.target) as client:
         async with client.stream("accumulator", session="seen-by-a-program") as stream:

@@ -16,6 +16,7 @@ REFUSED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 
 _ADVICE: dict[type[errors.RnnserveError], str] = {
     errors.ModelNotFound: "`rnnserve models` lists what is served",
+    errors.ModelInUse: "`rnnserve unload NAME --end-streams` ends them",
     errors.ModelNotStreamable: "`rnnserve predict` sends whole sequences",
     errors.UnknownSymbol: "`rnnserve models NAME` lists the characters that it knows",
     errors.ShapeMismatch: "`rnnserve models NAME` lists the features of a step",
