@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import uvloop
@@ -54,7 +55,7 @@ def all_servers(stores: Sequence[str]) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         targets = {"echo": stack.enter_context(echo_server())}
         for store in stores:
-            settings = {"session_store": store}
+            settings: dict[str, Any] = {"session_store": store}
             if store == "redis":
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 with on_core(SERVER_CORE):
