@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import grpc
 import numpy as np
 
 from rnnserve.v1.real_time_service_pb2 import OpenSession, Steps, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
 if TYPE_CHECKING:
@@ -65,3 +70,18 @@ class LiveStream:
 
     async def close(self) -> None:
         await self._call.done_writing()
+
+
+@asynccontextmanager
+async def opened(targets: Sequence[str], streams: int, connections: int) -> AsyncIterator[list[LiveStream]]:
+    """So many streams, spread over so many connections, spread over the targets."""
+    async with AsyncExitStack() as stack:
+        stubs = []
+        for number in range(connections):
+            own = [("grpc.use_local_subchannel_pool", 1)]  # or channels to a target would share a connection
+            channel = grpc.aio.insecure_channel(targets[number % len(targets)], options=own)
+            stubs.append(RealTimeServiceStub(await stack.enter_async_context(channel)))
+        opened = [LiveStream(stubs[number % connections]) for number in range(streams)]
+        await asyncio.gather(*(stream.open() for stream in opened))
+        yield opened
+        await asyncio.gather(*(stream.close() for stream in opened))

@@ -8,30 +8,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-
-import grpc
+from collections.abc import Sequence
 
 from benchmarks.live import LiveStream, Load
-from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
 
 LEAD_S = 0.1
-
-
-@asynccontextmanager
-async def opened(targets: Sequence[str], streams: int, connections: int) -> AsyncIterator[list[LiveStream]]:
-    """So many streams, spread over so many connections, spread over the targets."""
-    async with AsyncExitStack() as stack:
-        stubs = []
-        for number in range(connections):
-            own = [("grpc.use_local_subchannel_pool", 1)]  # or channels to a target would share a connection
-            channel = grpc.aio.insecure_channel(targets[number % len(targets)], options=own)
-            stubs.append(RealTimeServiceStub(await stack.enter_async_context(channel)))
-        opened = [LiveStream(stubs[number % connections]) for number in range(streams)]
-        await asyncio.gather(*(stream.open() for stream in opened))
-        yield opened
-        await asyncio.gather(*(stream.close() for stream in opened))
 
 
 async def pace(streams: Sequence[LiveStream], steps_per_s: float, seconds: float, load: Load) -> None:

@@ -23,15 +23,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import uvloop
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.live import LiveStream, Load
+from benchmarks.live import LiveStream, Load, opened
 from benchmarks.processes import CLIENT_CORE, SERVER_CORE, on_core, pinned_server
-from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
 from tests.support.redis_server import start_redis
 
 
@@ -64,25 +62,22 @@ def all_servers(stores: Sequence[str]) -> Iterator[dict[str, str]]:
         yield targets
 
 
-async def one_stream(channel: grpc.aio.Channel, until_s: float, load: Load) -> None:
-    """Step one session until the time is up. Raises RuntimeError if it is not answered."""
-    stream = LiveStream(RealTimeServiceStub(channel))
-    await stream.open()
+async def one_stream(stream: LiveStream, until_s: float, load: Load) -> None:
+    """Step until the time is up. Raises RuntimeError if it is not answered."""
     step = 0
     while (start_s := time.perf_counter()) < until_s:
         await stream.send(step)
         await stream.answer()
         load.latencies_s.append(time.perf_counter() - start_s)
         step += 1
-    await stream.close()
 
 
-async def turn(target: str, streams: int, seconds: float, load: Load) -> None:
+async def turn(target: str, streams: int, seconds: float, load: Load, connections: int = 1) -> None:
     """Load one server for so long."""
-    async with grpc.aio.insecure_channel(target) as channel:
+    async with opened([target], streams, connections) as all_streams:
         start_s = time.perf_counter()
         results = await asyncio.gather(
-            *(one_stream(channel, start_s + seconds, load) for _ in range(streams)), return_exceptions=True
+            *(one_stream(stream, start_s + seconds, load) for stream in all_streams), return_exceptions=True
         )
         load.errors += sum(isinstance(result, BaseException) for result in results)
         load.duration_s += time.perf_counter() - start_s

@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.live import Load
-from benchmarks.open_loop import opened, pace
+from benchmarks.live import Load, opened
+from benchmarks.open_loop import pace
 from benchmarks.processes import CLIENT_CORE, cpu_s, on_core, pinned_server
 from rnnserve import AsyncClient, Notice
 from tests.support.bundles import write_accumulator
