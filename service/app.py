@@ -30,7 +30,7 @@ from rnnserve.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_s
 from service import state_dir
 from service.addresses import StartError, check_address, why_not_bound
 from service.api.calls import CallInterceptor, Refusals
-from service.api.drain import Drain
+from service.api.drain import RETRY_ALONE_S, RETRY_AMONG_OTHERS_S, Drain
 from service.api.limits import Limits
 from service.api.models import ModelService
 from service.api.real_time import RealTimeService
@@ -81,6 +81,8 @@ SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERV
 class Service:
     """All parts, put together."""
 
+    _stopping: asyncio.Task[None]
+
     def __init__(
         self,
         settings: Settings,
@@ -96,7 +98,7 @@ class Service:
         self.catalog = catalog
         self._shares_port = lane is not None
         self.metrics = Metrics()
-        self.drain = Drain()
+        self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()
         self.engine = StepEngine(
             {b.manifest.key: TorchExecutor(b.predictor) for b in catalog if b.manifest.network.streamable},
@@ -135,7 +137,7 @@ class Service:
             sharing=Sharing(owner, settings.session_lease_s) if owner else None,
         )
         copies = SessionCopies(self.sessions, _snapshot_keys(settings), lifetime_s=settings.snapshot_lifetime_s)
-        self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics)
+        self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics, self.drain)
         self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
         add_SequenceServiceServicer_to_server(
@@ -248,6 +250,8 @@ class Service:
         deadline_s = time.monotonic() + total_s
         log.info("draining for up to %g s", total_s)
         await self.health.enter_graceful_shutdown()
+        if self._shares_port:  # who comes back must meet another worker, not us again over a connection that it has
+            self._stopping = asyncio.create_task(self.server.stop(total_s))
         ending_s = min(ENDING_S, total_s / 2)
         await self.drain.run(total_s - ending_s, self.real_time.notify_draining, last_words_s=ending_s / 4)
         await self.sessions.park_all(max(deadline_s - ending_s / 2 - time.monotonic(), SHUTDOWN_S))

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
-from service.api.drain import Drain, draining
+from service.api.drain import Drain
 from service.api.statuses import status_of
 from service.errors import Internal, MessageMalformed, ServingError
 
@@ -106,7 +106,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if isinstance(error, asyncio.CancelledError):
             if not self._drain.ended:
                 raise error
-            return self._refusals.status(draining())
+            return self._refusals.status(self._drain.refusal())
         log.error("unexpected", exc_info=error)
         return self._refusals.status(Internal("an unexpected error; the server's log has it"))
 

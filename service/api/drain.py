@@ -10,13 +10,16 @@ from typing import cast
 
 from service.errors import Draining
 
-RETRY_AFTER_S = 2.0
+RETRY_ALONE_S = 2.0  # until another process is here
+RETRY_AMONG_OTHERS_S = 0.1  # another one serves already
 
 
 class Drain:
     """Tracks the calls that do work. Once begun, it lets them finish until the deadline, then ends them."""
 
-    def __init__(self) -> None:
+    def __init__(self, retry_after_s: float = RETRY_ALONE_S) -> None:
+        """`retry_after_s` is what clients are told."""
+        self._retry_after_s = retry_after_s
         self._calls: set[asyncio.Task[object]] = set()
         self._deadline_s: float | None = None
         self.ended = False
@@ -25,7 +28,7 @@ class Drain:
     def track(self) -> Iterator[None]:
         """Count the current task as a call. Raises Draining once the drain has begun."""
         if self._deadline_s is not None:
-            raise draining()
+            raise self.refusal()
         task = cast("asyncio.Task[object]", asyncio.current_task())  # gRPC runs every call in a task
         self._calls.add(task)
         try:
@@ -52,7 +55,6 @@ class Drain:
         while self._calls and (left_s := deadline_s - time.monotonic()) > 0:
             await asyncio.wait(self._calls, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
 
-
-def draining() -> Draining:
-    """What clients are told."""
-    return Draining("the server is shutting down; another one may serve you", retry_after_s=RETRY_AFTER_S)
+    def refusal(self) -> Draining:
+        """What clients are told."""
+        return Draining("the server is shutting down; another one may serve you", retry_after_s=self._retry_after_s)

@@ -32,7 +32,7 @@ from rnnserve.v1.real_time_service_pb2 import (
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from service.api import codec
 from service.api.calls import Refusals
-from service.api.drain import draining
+from service.api.drain import Drain
 from service.api.identities import check_session_id, check_token
 from service.api.limits import Limits
 from service.api.statuses import duration
@@ -71,12 +71,14 @@ class RealTimeService(RealTimeServiceServicer):
         limits: Limits,
         refusals: Refusals,
         metrics: RealTimeMetrics,
+        drain: Drain,
     ) -> None:
         self._catalog = catalog
         self._sessions = sessions
         self._limits = limits
         self._refusals = refusals
         self._metrics = metrics
+        self._drain = drain
         self._streams: set[_Stream] = set()
         self._draining = False
 
@@ -88,7 +90,7 @@ class RealTimeService(RealTimeServiceServicer):
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
         if self._draining:  # the call began before the drain, but no session did
-            raise draining()
+            raise self._drain.refusal()
         self._limits.check_size(request)
         # A stream that is lost in the midst of its first write could not end with a status, were these not out.
         await context.send_initial_metadata(())
@@ -97,7 +99,7 @@ class RealTimeService(RealTimeServiceServicer):
             with within("open"):
                 missed = await self._open(stream, request)
             if self._draining:
-                raise draining()
+                raise self._drain.refusal()
             self._streams.add(stream)
             await self._serve(stream, missed, requests)
         except asyncio.CancelledError:
@@ -114,9 +116,9 @@ class RealTimeService(RealTimeServiceServicer):
     async def notify_draining(self, time_left_s: float) -> None:
         """Tell every live stream that the server will end it, end those that lose nothing, and open no more."""
         self._draining = True
-        await asyncio.gather(*(self._drain(stream, time_left_s) for stream in self._streams), return_exceptions=True)
+        await asyncio.gather(*(self._end(stream, time_left_s) for stream in self._streams), return_exceptions=True)
 
-    async def _drain(self, stream: _Stream, time_left_s: float) -> None:
+    async def _end(self, stream: _Stream, time_left_s: float) -> None:
         notice = Notice(
             reason=NOTICE_REASON_DRAINING,
             message=f"the server is shutting down; it ends this stream in {time_left_s:g} s",
@@ -125,7 +127,7 @@ class RealTimeService(RealTimeServiceServicer):
         await stream.send(StreamStepsResponse(notice=notice))
         if stream.session.resumable:
             await stream.quiet()
-            stream.lose(draining())
+            stream.lose(self._drain.refusal())
 
     async def _open(self, stream: _Stream, request: StreamStepsRequest) -> list[HeldAnswer]:
         wanted = request.open

@@ -8,6 +8,7 @@ import pytest
 
 from models.recurrent import NetworkSpec
 from rnnserve.v1.real_time_service_pb2 import OpenSession, StreamStepsRequest
+from service.api.drain import Drain
 from service.api.real_time import RealTimeService
 from service.errors import Draining
 from tests.support.bundles import features, manifest
@@ -44,6 +45,7 @@ async def test_a_session_that_is_found_after_the_drain_has_begun_is_parked_again
         "limits": SimpleNamespace(check_size=lambda _: None),
         "refusals": None,
         "metrics": None,
+        "drain": Drain(),
     }
     service, context = RealTimeService(**given), SimpleNamespace(send_initial_metadata=AsyncMock())
     call = asyncio.ensure_future(service.StreamSteps(opening(), context))  # type: ignore[arg-type]

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 
 from rnnserve import Client, LaneLost, SessionLimit, Unreachable
 from tests.support.bundles import accumulated
 from tests.support.server import RunningServer, free_port, start_server
-from tests.support.wire import eventually
+from tests.support.wire import eventually, live_stream, open_, random_steps, refusal_of, resume
 
 pytestmark = pytest.mark.xdist_group("workers")
 
@@ -24,7 +25,7 @@ STREAMS = 6
 VALUES = [float(i % 100 == 0) for i in range(10_000)]  # so that the sums of sums stay exact: below 2^24
 SUMS = accumulated(VALUES)
 TIMEOUT_S = 60.0
-
+TOKEN = b"0123456789abcdef"
 
 SETTINGS = {
     "workers": 2, "checkpoint_interval_s": 0.1, "session_lease_s": 1, "worker_timeout_s": 1, "drain_timeout_s": 3,
@@ -229,6 +230,31 @@ def connections(pid: int, port: int) -> int:
     }
     names = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
     return sum(name.startswith("socket:[") and name[8:-1] in established for name in names)
+
+
+def test_a_worker_that_drains_sends_its_clients_to_another_one_and_finishes_what_it_has(
+    repository: Path, tmp_path: Path
+) -> None:
+    with (
+        start_server(repository, tmp_path, **SETTINGS | {"drain_timeout_s": 60}) as server,
+        grpc.insecure_channel(server.target) as channel,
+        live_stream(channel, open_("vanilla", "stays")) as stays,
+    ):
+        opening = open_("accumulator", "moves", token=TOKEN)
+        with live_stream(channel, opening) as moves:
+            moves.step([[1.0]])
+            (draining,) = [pid for pid in workers(server) if connections(pid, server.port)]
+            os.kill(draining, signal.SIGTERM)
+            assert moves.read().HasField("notice")
+            with pytest.raises(grpc.RpcError) as ended:
+                moves.read()
+        refusal = refusal_of(ended.value)
+        assert (refusal.reason, refusal.retry_after_s) == ("DRAINING", 0.1)
+        with live_stream(channel, resume(opening, answered_step=1)) as again:  # of the same channel
+            assert again.step([[1.0]]).tolist() == [[2.0, 1.0]]
+        assert stays.read().HasField("notice")
+        stays.step(random_steps(1))
+        assert draining in workers(server)
 
 
 def test_the_streams_of_a_client_use_its_connections_in_turn(server: RunningServer) -> None:

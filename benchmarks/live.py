@@ -1,0 +1,87 @@
+"""Live streams close to the wire, so that the client costs little: one of random steps, and what they load."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+import numpy as np
+
+from rnnserve.v1.real_time_service_pb2 import OpenSession, Steps, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
+from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
+
+if TYPE_CHECKING:
+    from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceAsyncStub
+
+FEATURES = 12
+MODEL = "speaker"
+
+
+@dataclass
+class Load:
+    """What one server did in all its turns."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    duration_s: float = 0.0
+    errors: int = 0
+
+    @property
+    def steps_per_s(self) -> float:
+        return len(self.latencies_s) / self.duration_s
+
+    def percentile_ms(self, percent: float) -> float:
+        return float(np.percentile(self.latencies_s, percent)) * 1e3
+
+
+class LiveStream:
+    """One call that sends the same random step again and again. Its session can be resumed, so it is stored."""
+
+    def __init__(self, stub: RealTimeServiceAsyncStub) -> None:
+        values = np.random.default_rng().normal(size=(1, FEATURES)).astype("<f4")
+        self._tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
+        self._call = stub.StreamSteps()
+        self._answered_step = 0
+
+    async def open(self) -> None:
+        opening = OpenSession(model=MODEL, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
+        await self._call.write(StreamStepsRequest(open=opening))
+        await self._call.read()
+
+    async def send(self, step: int) -> None:
+        """The step of this index; acknowledges all answers that have come."""
+        steps = Steps(first_step=step, tensor=self._tensor)
+        await self._call.write(StreamStepsRequest(steps=steps, answered_step=self._answered_step))
+
+    async def answer(self) -> None:
+        """Return when the next one has come. Raises RuntimeError if the server says something else."""
+        response = await self._call.read()
+        while isinstance(response, StreamStepsResponse) and response.HasField("checkpoint"):
+            response = await self._call.read()
+        if not isinstance(response, StreamStepsResponse) or response.answer.next_step <= self._answered_step:
+            raise RuntimeError(f"not an answer: {response}")
+        self._answered_step += 1
+
+    async def close(self) -> None:
+        await self._call.done_writing()
+
+
+@asynccontextmanager
+async def opened(targets: Sequence[str], streams: int, connections: int) -> AsyncIterator[list[LiveStream]]:
+    """So many streams, spread over so many connections, spread over the targets."""
+    async with AsyncExitStack() as stack:
+        stubs = []
+        for number in range(connections):
+            own = [("grpc.use_local_subchannel_pool", 1)]  # or channels to a target would share a connection
+            channel = grpc.aio.insecure_channel(targets[number % len(targets)], options=own)
+            stubs.append(RealTimeServiceStub(await stack.enter_async_context(channel)))
+        opened = [LiveStream(stubs[number % connections]) for number in range(streams)]
+        await asyncio.gather(*(stream.open() for stream in opened))
+        yield opened
+        await asyncio.gather(*(stream.close() for stream in opened))
