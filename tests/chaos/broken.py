@@ -56,7 +56,7 @@ def break_server(name: str) -> None:
 
         put(Session, "record", with_initial_row)
     elif name == "no-erasure":
-        put(Erasure, "add", lambda self, key: None)
+        put(Erasure, "add", lambda self, key, fence: None)
     elif name == "late-takeover":
 
         async def later(self: registry.SessionRegistry, session: Session) -> None:

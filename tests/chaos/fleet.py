@@ -258,9 +258,11 @@ def run_plan(fleet: Fleet, seed: int) -> Outcome:
         while any(len(one.rows) < strike_at and one.error is None for one in worked):
             time.sleep(0.001)
         before, struck_s = [len(one.rows) for one in worked], time.monotonic()
-        fleet.faults[outcome.fault](drawn)
+        try:
+            fleet.faults[outcome.fault](drawn)
+        finally:
+            over.set()
         outcome.hit = any(len(one.rows) > then for one, then in zip(worked, before, strict=True))
-        over.set()
         for work in done:
             work.result(TIMEOUT_S)
     outcome.recovery_s = max(_longest_gap_s(one, struck_s) for one in worked)
