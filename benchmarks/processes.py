@@ -44,3 +44,10 @@ def cpu_s(pid: int) -> float:
         for task in Path(f"/proc/{pid}/task").iterdir():
             used_s += sum(cpu_s(int(child)) for child in (task / "children").read_text().split())
     return used_s
+
+
+def core_s(core: int) -> float:
+    """How long the core has been at work so far, for whomever, in seconds. Raises StopIteration if there is none."""
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = next(f[1:] for f in lines if f[0] == f"cpu{core}")
+    return sum(map(int, (user, nice, system, irq, softirq))) / TICKS_PER_S
