@@ -61,7 +61,7 @@ class Turns:
 
     def share(self, who: str) -> str:
         """Of the core, in all turns."""
-        return f"{self.used_s[who] / self.duration_s:.0%}"
+        return f"{max(0.0, self.used_s[who] / self.duration_s):.0%}"
 
     @property
     def steps(self) -> int:
