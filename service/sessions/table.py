@@ -102,8 +102,8 @@ class SessionTable:
             self._erasure.add(session.key, session.fence)
 
     def lose(self, session: Session) -> None:
-        """Another process has it; its stream here ends. Nothing happens to one that is over already."""
-        if session.ended:
+        """Another process has it; its stream here ends. Nothing happens to one that has left the memory already."""
+        if self.in_memory.get(session.key) is not session:
             return
         owner = session.owner
         self._forget(session)

@@ -365,6 +365,29 @@ async def test_a_parked_session_that_comes_back_to_its_process_at_once_is_its_ow
     assert (stored.owner, stored.owner_lives) == ("a", True)
 
 
+async def test_a_parked_session_that_another_process_takes_at_the_same_moment_comes_back_from_there(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await machine.start("a"), await machine.start("b")
+    session, stream = await a.begin("s", 1)
+    await a.registry.checkpoints.write_changed()
+    a.registry.leave(session, stream)
+    take, takes = a.store.take, 0
+
+    async def late_take(key: SessionKey, fence: int) -> SessionRecord | None:
+        nonlocal takes
+        takes += 1
+        if takes == 1:
+            await a.registry.checkpoints.write_changed()
+            at_b, stream_at_b = await b.open(opening("s", resume=True))
+            await b.step(at_b, stream_at_b, 2)
+        return await take(key, fence)
+
+    monkeypatch.setattr(a.store, "take", late_take)
+    session, stream = await a.open(opening("s", resume=True))
+    assert await a.step(session, stream, 3) == 6.0
+
+
 async def test_a_closed_session_is_gone_for_all(machine: Machine) -> None:
     a, b = await machine.start("a"), await machine.start("b")
     session, stream = await a.open(opening("s"))
