@@ -5,8 +5,9 @@
 - kill: `kill -9` of one of three workers, again and again; from then to the next answer of each of its streams.
 - roll: SIGHUP to three workers; the longest that any stream waits for an answer.
 - cpu: what the processes of a service use for a step, at the same offered load, in turns. `--workers 2` splits the
-  streams, so that fewer share a wakeup and a tick; two services without a supervisor, and all streams on one
-  connection, which one worker has, tell that from the cost of the workers themselves.
+  streams, so that fewer share a wakeup and a tick. What the workers themselves cost tell the others: one worker with
+  half of the streams, as each of two has; two services without a supervisor; all streams on one connection, which one
+  worker has.
 
 In kill and roll the client is ours, each stream has a connection of its own, and each answer proves that no step was
 lost or repeated. In cpu the processes of all services are on one core and the client on another.
@@ -147,11 +148,12 @@ async def roll(server: RunningServer, streams: int) -> list[tuple[str, str]]:
 
 @dataclass
 class Setup:
-    """Servers and how many connections lead there; and what they have used."""
+    """Servers, how many connections lead there, and of how much of the load; and what they have used."""
 
     name: str
     servers: list[RunningServer]
     connections: int
+    part: float = 1.0
     load: Load = field(default_factory=Load)
     cpu_s: float = 0.0
 
@@ -161,9 +163,10 @@ class Setup:
 
     async def turn(self, streams: int, steps_per_s: float, seconds: float) -> None:
         """Load them for so long."""
-        async with opened([server.target for server in self.servers], streams, self.connections) as all_streams:
+        targets, count = [server.target for server in self.servers], int(streams * self.part)
+        async with opened(targets, count, self.connections) as all_streams:
             before_s = self._used_s()
-            await pace(all_streams, steps_per_s, seconds, self.load)
+            await pace(all_streams, steps_per_s * self.part, seconds, self.load)
             self.cpu_s += self._used_s() - before_s
 
     def _used_s(self) -> float:
@@ -179,6 +182,7 @@ def cpu(streams: int, steps_per_s: float, seconds: float, turns: int, connection
             Setup("1 worker", [one], connections),
             Setup("--workers 2", [two], connections),
             Setup("2 services", [left, right], connections),
+            Setup("1 worker, half of the load", [one], connections // 2, 0.5),
             Setup("1 worker", [one], 1),
             Setup("--workers 2", [two], 1),
         ]
@@ -189,7 +193,7 @@ def cpu(streams: int, steps_per_s: float, seconds: float, turns: int, connection
     title = f"CPU of all processes of a service: {streams} streams, {steps_per_s:,.0f} steps/s"
     table = Table("service", "connections", "steps", "CPU per step", "÷ 1 worker", "p99", title=title)
     for setup in setups:
-        base = next(other for other in setups if other.connections == setup.connections)
+        base = next(other for other in setups if other.connections == setup.connections or setup.part < 1)
         table.add_row(
             setup.name, str(setup.connections), f"{len(setup.load.latencies_s):,}", f"{setup.cpu_per_step_us:.0f} µs",
             f"{setup.cpu_per_step_us / base.cpu_per_step_us:.2f}", f"{setup.load.percentile_ms(99):.1f} ms",

@@ -49,6 +49,7 @@ CALM_S = 0.4  # while a fault of a store or the lane lasts
 PAUSE_S = 2.5  # of a process; longer than its lease and than its clients wait
 STALE_S = 0.1  # in which a process that wakes up may still try to write
 TIMEOUT_S = 40.0
+RECOVERY_TIMEOUT_S = 120.0  # of all processes, which are started again after pauses that grow
 RIVALS = 3
 SETTINGS = {"checkpoint_interval_s": 0.05, "session_lease_s": 1, "worker_timeout_s": 4, "drain_timeout_s": 2}
 
@@ -90,7 +91,7 @@ class Workers(Fleet):
         }
 
     def recover(self) -> None:
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + RECOVERY_TIMEOUT_S
         with Client(self.target, timeout_s=2.0) as client:
             while time.monotonic() < until_s:
                 with suppress(RnnserveError, OSError):
@@ -136,7 +137,7 @@ class Workers(Fleet):
     def _roll(self, drawn: random.Random) -> None:
         before = self._server.log().count("all workers are new")
         self._server.process.send_signal(signal.SIGHUP)
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + RECOVERY_TIMEOUT_S
         while self._server.log().count("all workers are new") == before and time.monotonic() < until_s:
             time.sleep(0.05)
 
@@ -168,7 +169,7 @@ class Services(Fleet):
         }
 
     def recover(self) -> None:
-        until_s = time.monotonic() + TIMEOUT_S
+        until_s = time.monotonic() + RECOVERY_TIMEOUT_S
         for server in self._servers:
             with grpc.insecure_channel(server.target) as channel:
                 health: Any = HealthStub(channel)
