@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from service.child import Change, Child, Model, Refusal
+from service.errors import ServingError, packed
 
 
 class Changes:
@@ -19,6 +20,7 @@ class Changes:
         self._turn = asyncio.Condition()
         self._starting = 0
         self._changing = False
+        self._refusal: Refusal = None  # of any change, for now
 
     @asynccontextmanager
     async def none_meanwhile(self) -> AsyncIterator[None]:
@@ -32,10 +34,23 @@ class Changes:
             self._starting -= 1
             await self._tell()
 
+    @asynccontextmanager
+    async def refused_meanwhile(self, error: ServingError) -> AsyncIterator[None]:
+        """The same for what lasts long: whoever wants a change is told so at once."""
+        self._refusal = packed(error)
+        await self._tell()
+        try:
+            async with self.none_meanwhile():
+                yield
+        finally:
+            self._refusal = None
+
     async def make(self, change: Change) -> Refusal:
         """In all processes, or in none."""
         async with self._turn:
-            await self._turn.wait_for(lambda: not self._changing and not self._starting)
+            await self._turn.wait_for(lambda: self._refusal or not (self._changing or self._starting))
+            if self._refusal:
+                return self._refusal
             self._changing = True
         try:
             return await self._make(change)

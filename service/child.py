@@ -53,12 +53,12 @@ class Child:
         """Whether it has begun to, and is not dead."""
         return self.served.is_set() and self.process.returncode is None
 
-    async def start(self, arguments: list[str], **begin: Any) -> None:
+    async def start(self, **begin: Any) -> None:
         """As a fresh interpreter, in a session of its own, so that Ctrl-C reaches us alone; then tell it the rest."""
         module = "service.lane" if self.is_lane else "service.worker"
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", module, str(theirs.fileno()), *arguments]
+            command = [sys.executable, "-m", module, str(theirs.fileno())]
             self.process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], start_new_session=True
             )

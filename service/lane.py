@@ -20,7 +20,6 @@ from service.engine import lane_process
 from service.engine.remote_lane import LaneServer
 from service.member import Member, Tasks
 from service.metrics import Metrics
-from service.settings import SettingsError
 
 
 class LaneModels:
@@ -80,7 +79,7 @@ class LaneProcess:
 
 
 async def main() -> None:
-    """Raises CatalogError, SettingsError."""
+    """Raises CatalogError."""
     member = await Member.begin()
     os.nice(member.settings.sequence_niceness)
     await LaneProcess(member).run()
@@ -89,7 +88,7 @@ async def main() -> None:
 if __name__ == "__main__":
     try:
         asyncio.run(main())
-    except (CatalogError, SettingsError) as error:
+    except CatalogError as error:
         print(f"rnnserve: {error}", file=sys.stderr)
         sys.exit(2)
     logging.shutdown()

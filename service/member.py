@@ -17,7 +17,7 @@ from service.catalog.catalog import Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.control import Channel
 from service.errors import Internal, ServingError, packed
-from service.settings import Settings, read_settings
+from service.settings import Settings, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +34,17 @@ class Member:
 
     @classmethod
     async def begin(cls) -> Member:
-        """`python -m … FD SETTINGS`, and what is said over that FD. Raises SettingsError, CatalogError."""
-        descriptor, *arguments = sys.argv[1:]
-        settings = read_settings(arguments)
+        """`python -m … FD`, and what is said over that FD. Raises CatalogError."""
+        channel = await Channel.of(socket.socket(fileno=int(sys.argv[1])))
+        begin = await channel.receive()
+        if begin is None:
+            sys.exit(1)  # there is no supervisor any more
+        settings = unpacked(begin["settings"])
         logging.basicConfig(
             level=settings.log_level.upper(),
             format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        channel = await Channel.of(socket.socket(fileno=int(descriptor)))
-        begin = await channel.receive()
-        if begin is None:
-            sys.exit(1)  # there is no supervisor any more
         models = begin["models"]
         catalog = load_catalog(settings.model_repository, models and [ModelKey(*model) for model in models])
         return cls(settings, channel, catalog, begin["owner"], Path(begin["lane"]))

@@ -179,6 +179,31 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     return settings
 
 
+class _Given(Settings):
+    """From nowhere else."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def packed(settings: Settings) -> dict[str, object]:
+    """For another process, secrets included; `unpacked` is its inverse."""
+    return settings.model_dump(mode="json") | {"redis_url": settings.redis_url.get_secret_value()}
+
+
+def unpacked(fields: Mapping[str, Any]) -> Settings:
+    """What another process has packed, whatever variables and files say by now."""
+    return _Given(**fields)
+
+
 def _sentence(problem: Mapping[str, Any]) -> str:
     name = ".".join(map(str, problem["loc"])) or "settings"
     if problem["type"] == "extra_forbidden":  # only the file can hold one: flags are refused before

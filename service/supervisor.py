@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from service import state_dir
 from service.addresses import StartError, reserve_shared_port, why_not_bound
 from service.changes import Changes
 from service.child import LANE, Change, Child
+from service.errors import Draining
 from service.merged_metrics import MergedMetrics, Snapshot, Values, counted, registry_of
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import Settings, SettingsError, packed, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ LONGEST_PAUSE_S = 10.0
 CALM_AFTER_S = 60.0  # a process that has served for so long is started again at once
 LAST_WORDS_S = 2.0
 SCRAPE_TIMEOUT_S = 2.0
+ROLLING = Draining("all processes are being restarted; a model can be changed after that", retry_after_s=1.0)
 ONLY_AT_START = (
     "workers", "host", "port", "metrics_port", "state_dir", "session_store", "redis_url", "redis_prefix",
 )  # fmt: skip
@@ -48,16 +50,16 @@ class Supervisor:
         self._settings = settings
         self._folder = folder
         self._lanes = 0  # that have had a socket of their own
-        # The last one wins, so the port that was found for 0 does.
-        self._arguments = [*sys.argv[1:], "--port", str(port), "--workers", "1"]
         self._port = port
         self._children: dict[str, Child] = {}
         self._leaving: list[Child] = []  # that have a successor and end their streams
         self._places: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # who is being replaced
         self._unburied: list[str] = []
+        self._started = asyncio.Event()
         self._stopping = asyncio.Event()
         self._rolling = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self._changes = Changes(lambda: [child for child in self._children.values() if child.serves])
         self._of_dead: Values = {}
@@ -81,13 +83,14 @@ class Supervisor:
         return [*self._children.values(), *self._leaving]
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT, then drain. Raises StartError."""
+        """Until SIGTERM or SIGINT, then drain. Raises StartError, and whatever fails here that should not."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop_or_kill)
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._roll()))
         self._unburied = state_dir.former_owners(self._settings.state_dir)
         try:
             await self._start_all()
+            self._started.set()
             with self._metrics_page() as metrics_port, self._announced(metrics_port):
                 for name in list(self._children):
                     self._begin(self._keep(name))
@@ -97,6 +100,8 @@ class Supervisor:
                 for task in self._tasks:
                     task.cancel()
                 await self._drain()
+            if self._failure is not None:
+                raise self._failure
         finally:
             for child in self._all:
                 if child.process.returncode is None:
@@ -112,7 +117,7 @@ class Supervisor:
         """One that fails, which none should, takes the service down loudly."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.critical("the supervisor failed", exc_info=error)
+            self._failure = error
             self._stopping.set()
 
     def _stop_or_kill(self) -> None:
@@ -135,7 +140,8 @@ class Supervisor:
             owners = [worker.owner for worker in self._all if not worker.is_lane]
             state_dir.keep_owners(self._settings.state_dir, [*self._unburied, *owners, child.owner])
         try:
-            await child.start(self._arguments, lane=str(self._lane_socket), models=self._changes.models)
+            settings = self._settings.model_copy(update={"port": self._port})
+            await child.start(settings=packed(settings), lane=str(self._lane_socket), models=self._changes.models)
             await child.wait_until_serving()
         except BaseException:
             child.kill()
@@ -164,7 +170,7 @@ class Supervisor:
                 self._restarts.labels(name, "stuck" if child.killed else "died").inc()
                 pause_s = await self._start_after(name, pause_s)
 
-    async def _start_after(self, name: str, pause_s: float) -> float:
+    async def _start_after(self, name: str, pause_s: float = 0.0) -> float:
         """Until it serves; then how long the pause will be before the next time."""
         while True:
             await asyncio.sleep(pause_s)
@@ -193,10 +199,13 @@ class Supervisor:
     async def _ask(self) -> None:
         """Whether all are alive; and tell each how many streams the others have."""
         while True:
+            asked_s = time.monotonic()
             await asyncio.sleep(ASK_EVERY_S)
+            paused_s = time.monotonic() - asked_s - ASK_EVERY_S  # when we could hear nobody
             live = sum(child.live for child in self._all)
             for child in self._all:
                 child.channel.send(ask="alive", live_elsewhere=live - child.live)
+                child.heard_s += paused_s
                 silent_s = time.monotonic() - child.heard_s
                 if child.serves and not child.killed and silent_s > self._settings.worker_timeout_s:
                     log.error("%s has not answered for %.1f s", child.name, silent_s)
@@ -206,39 +215,57 @@ class Supervisor:
         worker.channel.send(changed=number, refusal=await self._changes.make(change))
 
     async def _roll(self) -> None:
-        """Everything anew, one process after the other: each has a successor that serves before it drains."""
-        try:
-            self._read_settings()
-        except SettingsError as error:
-            log.error("nothing is restarted: %s", error)
-            return
-        async with self._rolling, self._changes.none_meanwhile():
+        """Everything anew, one process after the other: each has a successor that serves before it drains.
+
+        If the lane or the first worker cannot start anew, all stays as it was.
+        """
+        await self._started.wait()
+        async with self._rolling, self._changes.refused_meanwhile(ROLLING):
             log.info("restarting all processes, one after the other")
-            self._lanes += 1
-            self._changes.models = None
-            lane = await self._replace(LANE)
-            for worker in self._workers:
-                former = await self._replace(worker.name)
-                await self._leave(former)
+            before = self._settings, self._changes.models, self._lanes
+            lane = None
+            first, *others = [worker.name for worker in self._workers]
+            try:
+                self._settings = self._settings_anew()
+                self._changes.models = None
+                self._lanes += 1
+                lane = await self._replace(LANE, self._start)
+                former = await self._replace(first, self._start)
+            except (SettingsError, StartError) as error:
+                log.error("nothing is restarted: %s", error)
+                self._settings, self._changes.models, self._lanes = before
+                if lane is not None:
+                    await self._put_back(lane)
+                return
+            await self._leave(former)
+            for name in others:
+                await self._leave(await self._replace(name, self._start_after))
             await self._leave(lane)  # the last worker that used it has gone
             log.info("all workers are new")
 
-    def _read_settings(self) -> None:
-        """Anew, as the processes will. Raises SettingsError."""
+    def _settings_anew(self) -> Settings:
+        """From flags, variables and the file. Raises SettingsError."""
         settings = read_settings(sys.argv[1:])
         changed = [name for name in ONLY_AT_START if getattr(settings, name) != getattr(self._settings, name)]
         if changed:
             raise SettingsError(f"only a start of the whole service can change {', '.join(changed)}")
-        self._settings = settings
+        return settings
 
-    async def _replace(self, name: str) -> Child:
-        """Whoever was there until its successor serves."""
+    async def _replace(self, name: str, start: Callable[[str], Coroutine[Any, Any, object]]) -> Child:
+        """Whoever was there until its successor serves. Raises what `start` does; then it stays."""
         async with self._places[name]:
             former = self._children[name]
-            await self._start_after(name, 0.0)
+            await start(name)
             self._restarts.labels(name, "rolled").inc()
             self._leaving.append(former)
             return former
+
+    async def _put_back(self, former: Child) -> None:
+        """In its place, from which its successor goes."""
+        successor, self._children[former.name] = self._children[former.name], former
+        self._leaving.remove(former)
+        self._leaving.append(successor)
+        await self._leave(successor)
 
     async def _leave(self, former: Child) -> None:
         former.drain()

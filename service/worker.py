@@ -22,7 +22,6 @@ from service.control import Message
 from service.engine.remote_lane import RemoteLane
 from service.errors import unpacked
 from service.member import Member, Tasks
-from service.settings import SettingsError
 
 
 class Worker:
@@ -31,9 +30,8 @@ class Worker:
     def __init__(self, member: Member) -> None:
         self._member = member
         self._channel = member.channel
-        self._service = Service(
-            member.settings, member.catalog, owner=member.owner, lane=RemoteLane(member.lane), change=self._change
-        )
+        lane = RemoteLane(member.lane, max_waiting=member.settings.max_queued_sequences)
+        self._service = Service(member.settings, member.catalog, owner=member.owner, lane=lane, change=self._change)
         self._tasks = Tasks()
         self._changes: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count()
@@ -91,7 +89,7 @@ class Worker:
 
 
 async def main() -> None:
-    """Raises StartError, CatalogError, SettingsError."""
+    """Raises StartError, CatalogError."""
     member = await Member.begin()
     torch.set_num_threads(member.settings.step_threads)
     await Worker(member).run()
@@ -102,7 +100,7 @@ if __name__ == "__main__":
         import uvloop
 
         uvloop.run(main())
-    except (StartError, CatalogError, SettingsError) as error:
+    except (StartError, CatalogError) as error:
         print(f"rnnserve: {error}", file=sys.stderr)
         sys.exit(2)
     logging.shutdown()

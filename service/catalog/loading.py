@@ -98,7 +98,7 @@ class Loader:
             bundle = await asyncio.to_thread(load_bundle, folder)
             await self._lane.warm_up([folder])
         except BundleError as error:
-            raise BundleInvalid(f"{error.field}: {error.problem}", model=model.name, field=error.field) from None
+            raise BundleInvalid(f"{error.field}: {error.problem}", model=model.name) from None
         return bundle
 
     async def _forget(self, model: ModelKey) -> None:

@@ -21,20 +21,25 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.executor import Floats
-from service.engine.sequence_lane import Lane, lost
+from service.engine.sequence_lane import Lane, full, lost
 from service.errors import ExecutionFailed, ServingError, packed, unpacked
 
 log = logging.getLogger(__name__)
 
 LENGTH_BYTES = 8
 CONNECT_AGAIN_S = 0.1
+AWAY_S = 20.0  # longer than a lane needs to start
 
 
 class RemoteLane:
-    """Asks the lane's process. While it is gone, LaneLost at once."""
+    """Asks the lane's process. What it held when it died is LaneLost; what comes after that waits for the next."""
 
-    def __init__(self, address: Path) -> None:
+    def __init__(self, address: Path, *, max_waiting: int) -> None:
+        """`max_waiting` sequences while it is gone; one more is QueueFull."""
         self._address = address
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._connected = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self.available = True  # the lane serves before we begin
         self.available_changed = asyncio.Event()
@@ -48,7 +53,8 @@ class RemoteLane:
         """The lane's process does that when no worker needs it any more."""
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
-        if self._writer is None:
+        await self._until_connected(len(sequences))
+        if self._writer is None:  # and gone again
             raise lost()
         number, call = next(self._numbers), asyncio.get_running_loop().create_future()
         self._calls[number] = call
@@ -66,14 +72,30 @@ class RemoteLane:
         finally:
             del self._calls[number]
 
+    async def _until_connected(self, count: int) -> None:
+        if self._connected.is_set():
+            return
+        if self._waiting + count > self._max_waiting:
+            raise full(self._waiting, count, self._max_waiting)
+        self._waiting += count
+        try:
+            async with asyncio.timeout(AWAY_S):
+                await self._connected.wait()
+        except TimeoutError:
+            raise lost() from None
+        finally:
+            self._waiting -= count
+
     async def run(self) -> None:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):
                 reader, self._writer = await asyncio.open_unix_connection(str(self._address))
+                self._connected.set()
                 self._set_available(True)
                 while True:
                     self._settle(*await _receive(reader))
             self._writer = None
+            self._connected.clear()
             self._set_available(False)
             for call in self._calls.values():
                 if not call.done():

@@ -166,11 +166,7 @@ class SequenceLane:
             if wait:
                 await self._room.wait_for(lambda: self._in_flight + count <= self._max_queued)
             elif self._in_flight + count > self._max_queued:
-                raise QueueFull(
-                    f"{self._in_flight} sequences wait; with {count} more there would be over {self._max_queued}",
-                    retry_after_s=RETRY_AFTER_S,
-                    limit=self._max_queued,
-                )
+                raise full(self._in_flight, count, self._max_queued)
             self._in_flight += count
         self._metrics.queued(self._in_flight)
 
@@ -227,6 +223,15 @@ class SequenceLane:
         for job in batch:
             if not job.result.done():
                 job.result.set_exception(refusal)
+
+
+def full(waiting: int, more: int, limit: int) -> QueueFull:
+    """The refusal of more sequences than may wait."""
+    return QueueFull(
+        f"{waiting} sequences wait; with {more} more there would be over {limit}",
+        retry_after_s=RETRY_AFTER_S,
+        limit=limit,
+    )
 
 
 def lost() -> LaneLost:

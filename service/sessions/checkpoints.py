@@ -48,7 +48,7 @@ class Checkpointer:
         timeout_s: float,
         metrics: CheckpointMetrics,
         on_written: Callable[[Session, SessionRecord], None],
-        on_refused: Callable[[Session], None],
+        on_refused: Callable[[Session], Awaitable[None]],
     ) -> None:
         self.available = True
         self.available_changed = asyncio.Event()
@@ -145,15 +145,18 @@ class Checkpointer:
             self._changed |= {session: None for session in sessions if not session.ended}
             raise
         self._metrics.checkpoint(len(records), time.perf_counter() - start_s)
+        lost = []
         for session, record in zip(sessions, records, strict=True):
             if session.ended:
                 continue
             if record.key not in refused:
                 self._on_written(session, record)
             elif session.fence == record.fence:
-                self._on_refused(session)
+                lost.append(session)
             else:  # we have taken it anew meanwhile
                 self._changed[session] = None
+        for session in lost:
+            await self._on_refused(session)
 
     async def ask(self, operation: Awaitable[Result]) -> Result:
         """Wait for an answer of the store, for so long at most. Raises StoreUnavailable, RecordUnreadable."""

@@ -276,11 +276,12 @@ class SessionRegistry:
         return self._table.live_of(model)
 
     def served(self, state: SessionState | SessionRecord) -> Manifest:
-        """Of the bundle that a state belongs to. Raises BundleMismatch."""
+        """Of the bundle that a state belongs to. Raises ModelNotFound, BundleMismatch."""
         served = self._manifests.get(state.model)
+        if served is None:
+            raise _not_served(state.model)
         if (
-            served is None
-            or served.weights_sha256 != state.weights_sha256
+            served.weights_sha256 != state.weights_sha256
             or state.row.shape != self._engine.initial_row(state.model).shape
         ):
             name = state.model.name
@@ -454,14 +455,17 @@ class SessionRegistry:
         elif self._store.durable and session.next_step == record.next_step:
             session.owner.became_durable()
 
-    def _refused(self, session: Session) -> None:
-        """The store has it with another fence: another process has taken it."""
-        self._table.lose(session)
+    async def _refused(self, session: Session) -> None:
+        """The store has it with another fence: another process has taken it, or we have, and did not hear so."""
+        if session.stored and await self._stored.keep(session):
+            self.changed(session)
+        else:
+            self._table.lose(session)
 
 
 def _not_served(model: ModelKey) -> ModelNotFound:
     name, version = model
-    return ModelNotFound(f"version {version} of model {name!r} is served no more", field="model", model=name)
+    return ModelNotFound(f"version {version} of model {name!r} is not served", field="model", model=name)
 
 
 @contextmanager

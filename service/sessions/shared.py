@@ -186,7 +186,12 @@ class SharedSessions:
         taken = await self._checkpoints.ask(self._store.take(session.key, session.fence))
         if taken is not None:
             session.fence = taken.fence
-        return taken is not None
+            return True
+        stored = await self._checkpoints.ask(self._store.find(session.key))
+        if stored is None or stored.owner != self._owner:
+            return False
+        session.fence = stored.fence  # of a take of ours whose answer was lost on its way
+        return True
 
 
 def _info(stored: StoredSession) -> SessionInfo:

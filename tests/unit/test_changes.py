@@ -7,6 +7,7 @@ import pytest
 
 from service.changes import Changes
 from service.child import Change, Child, Model, Refusal
+from service.errors import Draining
 
 REFUSAL = {"reason": "MODEL_IN_USE"}
 
@@ -110,3 +111,18 @@ async def test_no_process_starts_while_something_changes() -> None:
     process.may_go_on.set()
     await asyncio.gather(made, starting)
     assert seen == [[("text", 1)]]
+
+
+async def test_what_lasts_long_has_changes_refused_also_those_that_wait_already() -> None:
+    log: list[tuple[str, str]] = []
+    changes = changes_of(Process("lane", log), models=[])
+    async with changes.none_meanwhile():
+        waiting = asyncio.create_task(changes.make(change("a", served=True)))
+        await asyncio.sleep(0)
+        async with changes.refused_meanwhile(Draining("later", retry_after_s=1.0)):
+            for refusal in (await waiting, await changes.make(change("b", served=True))):
+                assert refusal is not None
+                assert (refusal["kind"], refusal["retry_after_s"]) == ("Draining", 1.0)
+    assert log == []
+    assert await changes.make(change("a", served=True)) is None
+    assert changes.models == [("a", 1)]

@@ -1,9 +1,10 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from service.settings import SettingsError, read_settings
+from service.settings import SettingsError, packed, read_settings, unpacked
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +178,16 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         "--drain-timeout-s",
     ):
         assert flag in text
+
+
+def test_what_one_process_is_told_by_another_is_all_that_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = read_settings(
+        ["--redis-url", "redis://:secret@host:1/0", "--state-dir", str(tmp_path), "--workers", "2"]
+    )
+    monkeypatch.setenv("RNNSERVE_WORKERS", "3")
+    monkeypatch.setenv("RNNSERVE_SETTINGS_FILE", "/no/such/file")
+    told = unpacked(json.loads(json.dumps(packed(settings))))
+    assert told.model_dump() == settings.model_dump()
+    assert told.redis_url.get_secret_value() == "redis://:secret@host:1/0"

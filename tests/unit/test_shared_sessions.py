@@ -27,6 +27,7 @@ from service.sessions.session import Session
 from service.sessions.shared import Sharing
 from service.sessions.stores.redis import RedisStore
 from service.sessions.stores.shared_sqlite import SharedSqliteStore
+from service.sessions.stores.store import StoreError
 from tests.support.fakes import CountingMetrics, FakeExecutor, FakeStream, column
 from tests.support.redis_server import RedisServer, needs_redis
 from tests.unit.test_registry import MODEL, OTHER_TOKEN, described, named, opening
@@ -251,6 +252,7 @@ async def test_a_session_is_lost_once_also_where_a_write_hears_of_it_before_whoe
     take = a.store.take
 
     async def take_behind_a_write(key: SessionKey, fence: int) -> SessionRecord | None:
+        monkeypatch.undo()
         await a.registry.checkpoints.write_changed()
         return await take(key, fence)
 
@@ -386,6 +388,31 @@ async def test_a_parked_session_that_another_process_takes_at_the_same_moment_co
     monkeypatch.setattr(a.store, "take", late_take)
     session, stream = await a.open(opening("s", resume=True))
     assert await a.step(session, stream, 3) == 6.0
+
+
+async def test_a_session_whose_taking_was_done_but_never_answered_is_still_ours(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await machine.start("a")
+    session, stream = await a.begin("s", 1)
+    await a.registry.checkpoints.write_changed()
+    a.registry.leave(session, stream)
+    take = a.store.take
+
+    async def unanswered_take(key: SessionKey, fence: int) -> SessionRecord | None:
+        monkeypatch.undo()
+        await take(key, fence)
+        raise StoreError("the connection is gone")
+
+    monkeypatch.setattr(a.store, "take", unanswered_take)
+    session, stream = await a.open(opening("s", resume=True))
+    await a.step(session, stream, 2)
+    for _ in range(2):  # the first is refused, for it has the fence from before
+        await a.registry.checkpoints.write_changed()
+    assert stream.lost is None
+    record = await a.store.read(named("s"))
+    assert record is not None
+    assert record.row.tolist() == [3.0]
 
 
 async def test_a_closed_session_is_gone_for_all(machine: Machine) -> None:

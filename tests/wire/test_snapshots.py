@@ -20,6 +20,7 @@ from rnnserve import (
     Draining,
     FieldInvalid,
     MessageTooLarge,
+    ModelNotFound,
     NotEnabled,
     ResumePoint,
     SessionNotFound,
@@ -240,8 +241,11 @@ def test_a_server_of_other_weights_or_without_the_model_refuses(here: Client, ke
     accumulator = here.export_session("not-served-there").data
     spec = write_other_vanilla(tmp_path / "repository")
     with start_server(spec, snapshot_key_file=key_file) as server, Client(server.target) as client:
-        for data, model in ((vanilla, "vanilla"), (accumulator, "accumulator")):
-            with pytest.raises(BundleMismatch) as refusal:
+        for data, model, kind in (
+            (vanilla, "vanilla", BundleMismatch),
+            (accumulator, "accumulator", ModelNotFound),
+        ):
+            with pytest.raises(kind) as refusal:
                 client.import_session(data)
             assert refusal.value.metadata == {"model": model}
         assert client.sessions() == []

@@ -8,7 +8,7 @@ from rnnserve.cli import show
 from rnnserve.cli.options import Options
 from rnnserve.cli.outcome import exit_codes
 
-Version = Annotated[int, typer.Option(help="0 = the newest.", min=0)]
+Version = Annotated[int, typer.Option(help="0 = the newest.", min=0, max=2**32 - 1)]
 
 
 def load(context: typer.Context, model: str, version: Version = 0) -> None:
