@@ -317,7 +317,7 @@ def _redis_store(settings: Settings) -> RedisStore:
 
 
 def stop_on_signals() -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second one kills, as it would have without us."""
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the second one kills, as it would have without us."""
     stop = asyncio.Event()
 
     def stop_or_end(number: int) -> None:
@@ -326,7 +326,7 @@ def stop_on_signals() -> asyncio.Event:
             os.kill(os.getpid(), number)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop_or_end, number)
     return stop
 

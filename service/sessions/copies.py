@@ -79,6 +79,7 @@ class SessionCopies:
                 )
         finally:
             self._sessions.leave(session, opener)
+        await self._sessions.write_now(session)  # as parked, for other processes
         return await self._sessions.find(key)
 
 

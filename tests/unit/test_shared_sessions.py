@@ -20,6 +20,7 @@ from service.errors import (
     SessionNotFound,
     StoreUnavailable,
 )
+from service.sessions.copies import SessionCopies
 from service.sessions.limits import SessionLimits
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.registry import Opening, SessionRegistry
@@ -30,7 +31,7 @@ from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from service.sessions.stores.store import StoreError
 from tests.support.fakes import CountingMetrics, FakeExecutor, FakeStream, column
 from tests.support.redis_server import RedisServer, needs_redis
-from tests.unit.test_registry import MODEL, OTHER_TOKEN, described, named, opening
+from tests.unit.test_registry import MODEL, OTHER_TOKEN, TOKEN, described, named, opening
 
 Store: TypeAlias = SharedSqliteStore | RedisStore
 
@@ -319,6 +320,13 @@ async def test_a_session_is_found_listed_and_deleted_whichever_process_is_asked(
             await process.registry.find(named("live"))
     with pytest.raises(SessionNotFound):
         await b.registry.delete(named("never"))
+
+
+async def test_a_fork_is_parked_for_every_process_as_soon_as_it_is_made(machine: Machine) -> None:
+    a, b = await machine.start("a"), await machine.start("b")
+    await a.begin("s", 1)
+    await SessionCopies(a.registry, None, lifetime_s=60.0).fork(named("s"), named("t"), TOKEN)
+    assert not (await b.registry.find(named("t"))).live
 
 
 async def test_limits_are_those_of_all_processes_together(machine: Machine) -> None:

@@ -1,3 +1,4 @@
+import signal
 import sqlite3
 import time
 from datetime import datetime
@@ -139,3 +140,10 @@ def test_a_drain_refuses_to_delete_sessions_and_still_tells_which_there_are(repo
             stream.send(close())
             stream.rest()
         assert server.process.wait(30) == 0
+
+
+def test_a_server_of_one_process_drains_when_its_terminal_goes(repository: Path, tmp_path: Path) -> None:
+    with start_server(repository, tmp_path) as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert server.process.wait(TIMEOUT_S) == 0
+        assert "drained" in server.log()
