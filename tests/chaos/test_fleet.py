@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.chaos.fleet import Fleet, fleet_of, run_plan
+from tests.chaos.fleet import run_plan
+from tests.chaos.fleets import Fleet, fleet_of
 from tests.support.envoy import ENVOY
 
 pytestmark = pytest.mark.xdist_group("fleet")

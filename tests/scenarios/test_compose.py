@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from rnnserve import Client
 from rnnserve.tensors import Array
-from tests.support.containers import compose_works
-from tests.support.server import ROOT, free_port
+from tests.support.containers import Compose, compose_works, composed
+from tests.support.server import free_port
 
 PROJECT = "rnnserve-test"  # beside what else runs here
 UP = ("up", "--detach", "--wait", "rnnserve")  # builds the image where there is none
 STEPS = 200
-TIMEOUT_S = 900
-
-Compose = Callable[..., None]
-
 
 pytestmark = [
     pytest.mark.xdist_group("compose"),
@@ -38,17 +33,8 @@ def compose(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Com
     override = tmp_path_factory.mktemp("compose") / "ports.yml"
     override.write_text(f'services: {{rnnserve: {{ports: !override ["127.0.0.1:{port}:50051"]}}}}\n')
 
-    def run(*words: str) -> None:
-        files = ("--file", str(ROOT / "docker-compose.yml"), "--file", str(override))
-        command = ["docker", "compose", "--project-name", PROJECT, *files, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-        assert done.returncode == 0, done.stderr
-
-    try:
-        run(*UP)
-        yield run
-    finally:
-        run("down", "--volumes")
+    with composed(PROJECT, override, *UP) as compose:
+        yield compose
 
 
 @pytest.mark.parametrize(

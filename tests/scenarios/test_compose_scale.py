@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rnnserve import Client, Notice
 from rnnserve.tensors import Array
-from tests.support.containers import compose_works
-from tests.support.server import ROOT, free_port
+from tests.support.containers import TIMEOUT_S, Compose, compose_works, composed, docker
+from tests.support.server import free_port
 
 PROJECT = "rnnserve-scale-test"
 UP = ("up", "--detach", "--wait", "--scale", "service=3", "envoy", "prometheus")  # builds the image where there is none
@@ -29,10 +28,6 @@ STREAMS = 8
 STEPS = 150
 PACE_S = 0.01
 CHANGED_S = 60.0
-TIMEOUT_S = 900
-
-Compose = Callable[..., str]
-
 
 pytestmark = [
     pytest.mark.xdist_group("compose"),
@@ -54,22 +49,8 @@ def compose(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Com
     override.write_text(
         f'services: {{envoy: {{ports: !override ["127.0.0.1:{port}:50051"]}}, prometheus: {{ports: !reset []}}}}\n'
     )
-    files = ("--file", str(ROOT / "docker-compose.yml"), "--file", str(override))
-
-    def run(*words: str) -> str:
-        return docker("compose", "--project-name", PROJECT, *files, "--profile", "scale", *words)
-
-    try:
-        run(*UP)
-        yield run
-    finally:
-        run("down", "--volumes")
-
-
-def docker(*words: str) -> str:
-    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with composed(PROJECT, override, *UP, profile="scale") as compose:
+        yield compose
 
 
 def described(container: str, what: str) -> str:
