@@ -27,6 +27,7 @@ from rnnserve.snapshots import Snapshot
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
+from rnnserve.v1.real_time_service_pb2 import StreamStepsRequest
 from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
 
 _T = TypeVar("_T")
@@ -182,7 +183,12 @@ class AsyncClient:
             open_attempts=self._retry.attempts,
             on_notice=on_notice,
         )
-        start = partial(next(self._in_turn).real_time.StreamSteps, metadata=self._metadata + opened.metadata)
+
+        def start(requests: AsyncIterator[StreamStepsRequest]) -> Any:
+            """On the next connection: where the last one leads to a server that is stuck, another one may not."""
+            stream_steps: Any = next(self._in_turn).real_time.StreamSteps  # whose types are those of blocking calls
+            return stream_steps(requests, metadata=self._metadata + opened.metadata)
+
         return AsyncStream(opened, start, self._target, self._timeout_s)
 
     async def predict(

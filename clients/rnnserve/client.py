@@ -26,6 +26,7 @@ from rnnserve.statuses import error_from_call
 from rnnserve.stream import Stream
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
+from rnnserve.v1.real_time_service_pb2 import StreamStepsRequest
 from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
 
 _T = TypeVar("_T")
@@ -41,8 +42,8 @@ class Client:
         timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
         retry: when calls that change nothing are tried again, and the first open of a stream.
         resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
-        connections: how many there are for streams, which use them in turn. A server of several workers serves each
-            connection by one of them.
+        connections: how many there are for streams, which use them in turn, also where they resume. A server of
+            several workers serves each connection by one of them.
 
     Raises:
         ValueError: the target names no host, or a token was to be sent in plaintext to another machine.
@@ -183,7 +184,11 @@ class Client:
             open_attempts=self._retry.attempts,
             on_notice=on_notice,
         )
-        start = partial(next(self._in_turn).real_time.StreamSteps, metadata=self._metadata + opened.metadata)
+
+        def start(requests: Iterator[StreamStepsRequest]) -> Any:
+            """On the next connection: where the last one leads to a server that is stuck, another one may not."""
+            return next(self._in_turn).real_time.StreamSteps(requests, metadata=self._metadata + opened.metadata)
+
         return Stream(opened, start, self._target, self._timeout_s)
 
     def predict(

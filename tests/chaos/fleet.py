@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rnnserve import Client, Notice, ResumePoint, SessionMoved, Stream, TimedOut, TryAgain
+from rnnserve import Client, Notice, ResumePointLost, SessionMoved, Stream, TimedOut, TryAgain
 from tests.chaos import broken
 from tests.chaos.fleets import Fleet, fleet_of
 from tests.support.bundles import accumulated
@@ -39,6 +39,7 @@ PACE_S = 0.01
 SLOW_PACE_S = 0.05  # of a stream that only waits for the end of a fault: its sums stay exact however long that is
 TIMEOUT_S = 40.0
 RIVALS = 3
+CONNECTIONS = 4  # of a client, so that its streams find another process while theirs is paused
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _work(target: str, worked: Worked, over: threading.Event, *, moves: bool) ->
             worked.times_s.append(time.monotonic())
 
     try:
-        with Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S) as client:
+        with _client(target) as client:
             stream = client.stream("accumulator", session=f"fleet-{worked.seed}-{worked.number}", on_notice=told)
             stream.open()
             step(stream, STEPS // 2 if moves else None)
@@ -120,6 +121,10 @@ def _work(target: str, worked: Worked, over: threading.Event, *, moves: bool) ->
                 stream.close()
     except BaseException as error:
         worked.error = error
+
+
+def _client(target: str) -> Client:
+    return Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S, connections=CONNECTIONS)
 
 
 def _inputs(
@@ -135,10 +140,8 @@ def _inputs(
 def _move(former: Stream, target: str, worked: Worked, step: Callable[[Stream, int | None], None]) -> None:
     """To one of several clients that want it at once; all others must learn of it, also those cut off meanwhile."""
     with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as threads:
-        clients = [
-            stack.enter_context(Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S)) for _ in range(RIVALS)
-        ]
-        rivals = list(threads.map(lambda client: _taken_over(client, former.resume_point), clients))
+        clients = [stack.enter_context(_client(target)) for _ in range(RIVALS)]
+        rivals = list(threads.map(lambda client: _taken_over(client, former, worked), clients))
         winners = [stream for stream in rivals if stream and _has_it(stream, worked)]
         if len(winners) != 1 or _has_it(former, worked):
             raise AssertionError(f"{len(winners)} clients have the session, or its former one has it again")
@@ -156,9 +159,9 @@ def _has_it(stream: Stream, worked: Worked) -> bool:
     return True
 
 
-def _taken_over(client: Client, point: ResumePoint) -> Stream | None:
+def _taken_over(client: Client, former: Stream, worked: Worked) -> Stream | None:
     """Tried for as long as there is hope; None if a later one was faster."""
-    until_s = time.monotonic() + TIMEOUT_S
+    point, until_s = former.resume_point, time.monotonic() + TIMEOUT_S
     while True:
         stream = client.stream("accumulator", resume=point)
         try:
@@ -166,6 +169,11 @@ def _taken_over(client: Client, point: ResumePoint) -> Stream | None:
             return stream
         except SessionMoved:
             return None
+        except ResumePointLost as lost:  # what was answered and not durable is to be sent again, by whoever can
+            point = point._replace(answered_step=int(lost.metadata["expected_step"]))
+            if point.answered_step < former.durable_step:
+                raise
+            del worked.rows[point.answered_step :]
         except (TryAgain, TimedOut):
             if time.monotonic() > until_s:
                 raise

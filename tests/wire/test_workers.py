@@ -267,6 +267,28 @@ def test_the_streams_of_a_client_use_its_connections_in_turn(server: RunningServ
             stream.close()
 
 
+def test_a_stream_leaves_a_stuck_worker_by_another_connection_and_that_one_changes_nothing_when_it_wakes_up(
+    repository: Path, tmp_path: Path
+) -> None:
+    patient = SETTINGS | {"worker_timeout_s": 60}
+    with (
+        start_server(repository, tmp_path, **patient) as server,
+        Client(server.target, timeout_s=1.0, connections=8) as client,
+        client.stream("accumulator") as stream,
+    ):
+        stream.step([1.0])
+        (stuck,) = [pid for pid in workers(server) if connections(pid, server.port)]
+        os.kill(stuck, signal.SIGSTOP)
+        try:
+            assert stream.step([1.0]).output.tolist() == [2.0, 1.0]
+        finally:
+            os.kill(stuck, signal.SIGCONT)
+        eventually(lambda: "the lease of 1 s has run out" in server.log())
+        (other,) = (pid for pid in workers(server) if pid != stuck)
+        os.kill(other, signal.SIGKILL)
+        assert stream.step([1.0]).output.tolist() == [3.0, 3.0]
+
+
 def test_a_client_without_a_connection_is_refused() -> None:
     with pytest.raises(ValueError, match="connections must be 1 or more, not 0"):
         Client("localhost:1", connections=0)
