@@ -5,7 +5,7 @@ from typing import Literal
 
 from rnnserve.errors import RnnserveError
 from rnnserve.exchange import CallEnded, Event, InputsEnded, NextInput, Response, Turn
-from rnnserve.requests import sequence_message
+from rnnserve.requests import checked_version, sequence_message
 from rnnserve.results import Prediction, prediction_from
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import Input
@@ -22,7 +22,7 @@ ErrorHandling = Literal["raise", "return"]
 
 def open_bulk(model: str, version: int, options: OutputOptions) -> PredictStreamRequest:
     """The first message."""
-    return PredictStreamRequest(open=OpenPredictStream(model=model, version=version, options=options))
+    return PredictStreamRequest(open=OpenPredictStream(model=model, version=checked_version(version), options=options))
 
 
 class Bulk:

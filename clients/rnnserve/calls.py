@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from rnnserve.errors import ModelNotFound, RnnserveError, TryAgain
 from rnnserve.models import Model, Sample, model_from, samples_from
-from rnnserve.requests import predict_request
+from rnnserve.requests import checked_version, predict_request
 from rnnserve.results import Prediction, ResumePoint, prediction_from
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo, session_from
@@ -70,25 +70,27 @@ class Calls:
 
     def model(self, name: str, version: int) -> Program[Model]:
         """One model."""
-        request = model_service_pb2.GetModelRequest(model=name, version=version)
+        request = model_service_pb2.GetModelRequest(model=name, version=checked_version(version))
         response = yield from self._call(lambda stubs: stubs.models.GetModel, request)
         return model_from(response.model)
 
     def samples(self, name: str, version: int) -> Program[list[Sample]]:
         """The samples of a model."""
-        request = model_service_pb2.ListSamplesRequest(model=name, version=version)
+        request = model_service_pb2.ListSamplesRequest(model=name, version=checked_version(version))
         response = yield from self._call(lambda stubs: stubs.models.ListSamples, request)
         return samples_from(response.samples)
 
     def load_model(self, name: str, version: int) -> Program[Model]:
         """Tried again, for it changes nothing then."""
-        request = model_service_pb2.LoadModelRequest(model=name, version=version)
+        request = model_service_pb2.LoadModelRequest(model=name, version=checked_version(version))
         response = yield from self._call(lambda stubs: stubs.models.LoadModel, request)
         return model_from(response.model)
 
     def unload_model(self, name: str, version: int, *, end_streams: bool) -> Program[int]:
         """Not tried again: version 0 would be another one then."""
-        request = model_service_pb2.UnloadModelRequest(model=name, version=version, end_streams=end_streams)
+        request = model_service_pb2.UnloadModelRequest(
+            model=name, version=checked_version(version), end_streams=end_streams
+        )
         response = yield Call(lambda stubs: stubs.models.UnloadModel, request, self.timeout_s)
         unloaded: int = response.version
         return unloaded

@@ -3,17 +3,28 @@
 from collections.abc import Iterable
 from typing import Literal
 
+from rnnserve.errors import FieldInvalid
 from rnnserve.tensors import Input, sequence_tensor, steps_tensor
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_pb2
 
 StepSelection = Literal["all", "last"]
 """About which steps: each one, or the last one only."""
 
+MAX_VERSION = 2**32 - 1
+
 _SELECTIONS = {
     None: prediction_pb2.STEP_SELECTION_UNSPECIFIED,
     "all": prediction_pb2.STEP_SELECTION_ALL,
     "last": prediction_pb2.STEP_SELECTION_LAST,
 }
+
+
+def checked_version(version: int) -> int:
+    """The same number. Raises FieldInvalid: the wire has no place for others."""
+    if 0 <= version <= MAX_VERSION:
+        return version
+    message = f"a version is a number from 0 to {MAX_VERSION}, unlike {version}"
+    raise FieldInvalid(message, reason="FIELD_INVALID", code="INVALID_ARGUMENT", field="version")
 
 
 def output_options(steps: StepSelection | None, probabilities: bool, top_k: int) -> prediction_pb2.OutputOptions:
@@ -45,5 +56,5 @@ def predict_request(
     if isinstance(inputs, str):
         raise TypeError("inputs is a list of sequences; for one text write [text]")
     return sequence_service_pb2.PredictRequest(
-        model=model, version=version, sequences=map(sequence_message, inputs), options=options
+        model=model, version=checked_version(version), sequences=map(sequence_message, inputs), options=options
     )

@@ -23,7 +23,7 @@ from rnnserve.errors import (
 )
 from rnnserve.exchange import Turn
 from rnnserve.replay import Message, Replay
-from rnnserve.requests import steps_message
+from rnnserve.requests import checked_version, steps_message
 from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_from
 from rnnserve.retry import Resumption
 from rnnserve.statuses import error_from_status
@@ -94,7 +94,7 @@ class Session:
         self._token = _token(resume.token) if resume else secrets.token_bytes(16)
         self._opening = pb.OpenSession(
             model=model,
-            version=version,
+            version=checked_version(version),
             session_id=self.id,
             options=options,
             resume_token=self._token,

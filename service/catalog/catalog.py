@@ -49,9 +49,14 @@ class Catalog:
         found = [key for folder in _folders(self._repository) if (key := _key_of(folder)) and key.name == name]
         fitting = [key for key in found if version in (0, key.version)]
         if not fitting:
-            wanted = f"{name}/{version}" if version else name
+            if not found:
+                raise ModelNotFound(f"the repository has no model {name!r}", field="model", model=name)
+            there = ", ".join(str(key.version) for key in sorted(found))
             raise ModelNotFound(
-                f"the repository has no model {wanted!r}", field="version" if found else "model", model=name
+                f"the repository has no version {version} of model {name!r}; there: {there}",
+                field="version",
+                model=name,
+                version=version,
             )
         return max(fitting)
 

@@ -145,8 +145,8 @@ class LaneServer:
                     continue
                 calls[number] = asyncio.create_task(self._answer(writer, number, ModelKey(*model), sequences, wait))
                 calls[number].add_done_callback(partial(_forget, calls, number))
-        except (OSError, asyncio.IncompleteReadError):
-            for call in calls.values():  # of a worker that is dead
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            for call in calls.values():  # the worker is dead, or we end
                 call.cancel()
         finally:
             writer.close()

@@ -49,6 +49,12 @@ def test_an_unknown_version_is_not_found_and_the_served_ones_are_named(catalog: 
     assert refusal.value.field == "version"
 
 
+def test_a_version_that_the_repository_lacks_is_not_found_and_those_there_are_named(catalog: Catalog) -> None:
+    with pytest.raises(ModelNotFound, match="there: 1, 2") as refusal:
+        catalog.stored("vanilla", 3)
+    assert (refusal.value.field, refusal.value.metadata) == ("version", {"model": "vanilla", "version": "3"})
+
+
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_a_repository_without_a_bundle_is_refused(tmp_path: Path, folder: str) -> None:
     with pytest.raises(CatalogError, match=r"model_repository: .* holds no bundle"):

@@ -155,6 +155,13 @@ def test_a_session_id_that_would_break_the_metadata_is_refused_at_once(session_i
     assert caught.value.field == "open.session_id"
 
 
+@pytest.mark.parametrize("version", [-1, 2**32])
+def test_a_version_that_the_wire_has_no_place_for_is_refused_at_once(version: int) -> None:
+    with pytest.raises(FieldInvalid, match="a version is a number from 0 to 4294967295, unlike") as caught:
+        Session("vanilla", version, None, prediction_pb2.OutputOptions())
+    assert caught.value.field == "version"
+
+
 def test_ahead_each_input_is_sent_and_each_response_frees_a_place() -> None:
     ahead = StepsAhead(opened())
     assert [request.steps.first_step for request in ahead.handle(NextInput([STEP, STEP])).requests] == [0]
