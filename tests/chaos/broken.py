@@ -79,12 +79,12 @@ def break_owner(name: str) -> None:
     if name == "no-fence":  # what is written is not compared with what is there
         put(shared_sqlite, "WRITE", shared_sqlite.WRITE.replace(" WHERE fence = excluded.fence", ""))
         put(redis_scripts, "WRITE", redis_scripts.WRITE.replace("if found ~= fence and", "if false and"))
-    elif name == "trusted-memory":  # a parked session that it still has in memory is its own
+    elif name == "trusted-memory":  # after a pause, what it has in memory is its own
 
-        async def keep(self: SharedSessions, session: Session) -> bool:
+        async def retake(self: SharedSessions, session: Session) -> bool:
             return True
 
-        put(SharedSessions, "keep", keep)
+        put(SharedSessions, "_retake", retake)
 
 
 def break_client(name: str) -> None:
