@@ -43,14 +43,15 @@ class Load:
 class LiveStream:
     """One call that sends the same random step again and again. Its session can be resumed, so it is stored."""
 
-    def __init__(self, stub: RealTimeServiceAsyncStub) -> None:
-        values = np.random.default_rng().normal(size=(1, FEATURES)).astype("<f4")
+    def __init__(self, stub: RealTimeServiceAsyncStub, model: str = MODEL, features: int = FEATURES) -> None:
+        self._model = model
+        values = np.random.default_rng().normal(size=(1, features)).astype("<f4")
         self._tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
         self._call = stub.StreamSteps()
         self._answered_step = 0
 
     async def open(self) -> None:
-        opening = OpenSession(model=MODEL, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
+        opening = OpenSession(model=self._model, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
         await self._call.write(StreamStepsRequest(open=opening))
         await self._call.read()
 
@@ -73,7 +74,9 @@ class LiveStream:
 
 
 @asynccontextmanager
-async def opened(targets: Sequence[str], streams: int, connections: int) -> AsyncIterator[list[LiveStream]]:
+async def opened(
+    targets: Sequence[str], streams: int, connections: int, model: str = MODEL, features: int = FEATURES
+) -> AsyncIterator[list[LiveStream]]:
     """So many streams, spread over so many connections, spread over the targets."""
     async with AsyncExitStack() as stack:
         stubs = []
@@ -81,7 +84,7 @@ async def opened(targets: Sequence[str], streams: int, connections: int) -> Asyn
             own = [("grpc.use_local_subchannel_pool", 1)]  # or channels to a target would share a connection
             channel = grpc.aio.insecure_channel(targets[number % len(targets)], options=own)
             stubs.append(RealTimeServiceStub(await stack.enter_async_context(channel)))
-        opened = [LiveStream(stubs[number % connections]) for number in range(streams)]
+        opened = [LiveStream(stubs[number % connections], model, features) for number in range(streams)]
         await asyncio.gather(*(stream.open() for stream in opened))
         yield opened
         await asyncio.gather(*(stream.close() for stream in opened))

@@ -174,7 +174,7 @@ class Service:
         self.metrics.count_tasks(lambda: len(asyncio.all_tasks(event_loop)))
         await self._start_sessions()
         await self.sessions.bury(dead)
-        loops = [asyncio.create_task(part.run()) for part in (self.engine, self.lane, self.sessions)]
+        loops = [asyncio.create_task(part.run()) for part in (self.lane, self.sessions)]
         for name, part in ((STORE_HEALTH, self.sessions.checkpoints), (SEQUENCE_SERVICE, self.lane)):
             loops.append(asyncio.create_task(self._report_health(name, part)))
         try:

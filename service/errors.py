@@ -36,8 +36,6 @@ The reason on the wire is the name of the class in CAPITALS_WITH_UNDERSCORES.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 MAX_TEXT = 256  # characters; the transport refuses an end of call of more than 8 kB, and with it the reason
@@ -61,15 +59,20 @@ class ServingError(Exception):
         return _reason(type(self))
 
 
-@contextmanager
-def within(path: str) -> Iterator[None]:
+class within:  # noqa: N801 - reads as a statement; a class, for each message passes through it
     """Field paths of errors raised here are relative to this one: `tensor.shape` within `steps`."""
-    try:
-        yield
-    except ServingError as error:
-        if error.field is not None:
-            error.field = f"{path}.{error.field}"
-        raise
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ServingError) and error.field is not None:
+            error.field = f"{self._path}.{error.field}"
 
 
 def _short(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
@@ -17,6 +18,21 @@ DURATION_BUCKETS_S = (
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
 MODEL = ("model", "version")
+
+
+_Metric = TypeVar("_Metric", Counter, Histogram)
+
+
+class _Children(dict[tuple[str | int, ...], _Metric]):
+    """A metric's child for each value of its labels, for what each step counts: `labels` costs more than to count."""
+
+    def __init__(self, metric: _Metric) -> None:
+        self._metric: _Metric = metric
+
+    def __missing__(self, labels: tuple[str | int, ...]) -> _Metric:
+        child: _Metric = self._metric.labels(*labels)
+        self[labels] = child
+        return child
 
 
 class Metrics:
@@ -35,6 +51,7 @@ class Metrics:
         self._handled = Counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"), registry=r)
         self._received = Counter("grpc_server_msg_received_total", "Messages received.", METHOD, registry=r)
         self._sent = Counter("grpc_server_msg_sent_total", "Messages sent.", METHOD, registry=r)
+        self._received_by, self._sent_by = _Children(self._received), _Children(self._sent)
         self._handling = Histogram(
             "grpc_server_handling_seconds", "Duration of calls.", METHOD, registry=r, buckets=DURATION_BUCKETS_S
         )
@@ -54,6 +71,7 @@ class Metrics:
             registry=r,
             buckets=DURATION_BUCKETS_S,
         )
+        self._steps_of, self._step_s_of = _Children(self._steps), _Children(self._step_s)
         self._sessions = Gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL, registry=r)
         self._opened = Counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL, registry=r)
         self._resumed = Counter(
@@ -100,10 +118,10 @@ class Metrics:
         self._handling.labels(*method).observe(duration_s)
 
     def message_received(self, method: tuple[str, str, str]) -> None:
-        self._received.labels(*method).inc()
+        self._received_by[method].inc()
 
     def message_sent(self, method: tuple[str, str, str]) -> None:
-        self._sent.labels(*method).inc()
+        self._sent_by[method].inc()
 
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
@@ -138,10 +156,10 @@ class Metrics:
         self._checkpoint_s.observe(duration_s)
 
     def steps(self, model: ModelKey, applied: int) -> None:
-        self._steps.labels(*model).inc(applied)
+        self._steps_of[model].inc(applied)
 
     def steps_answered(self, model: ModelKey, duration_s: float) -> None:
-        self._step_s.labels(*model).observe(duration_s)
+        self._step_s_of[model].observe(duration_s)
 
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
         self._tick_sessions.labels(*model).observe(sessions)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
@@ -158,24 +158,24 @@ class _CountingContext:
         self._method = method
 
     async def write(self, message: Any) -> None:
-        with _gone_is_cancelled():
+        try:
             await self._context.write(message)
+        except grpc.aio.InternalError:
+            raise _gone() from None
         self._metrics.message_sent(self._method)
 
     async def send_initial_metadata(self, metadata: Any) -> None:
-        with _gone_is_cancelled():
+        try:
             await self._context.send_initial_metadata(metadata)
+        except grpc.aio.InternalError:
+            raise _gone() from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
 
-@contextmanager
-def _gone_is_cancelled() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError("the client has gone") from None
+def _gone() -> asyncio.CancelledError:
+    return asyncio.CancelledError("the client has gone")
 
 
 def _number(code: Any) -> int:

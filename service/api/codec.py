@@ -78,7 +78,10 @@ def _check_count(steps: int, max_steps: int, field: str) -> None:
 
 
 def _check_finite(values: Floats, spec: FeatureInput) -> None:
-    wrong = np.isinf(values) if spec.missing_values != "refuse" else ~np.isfinite(values)
+    finite = np.isfinite(values)
+    if finite.all():
+        return
+    wrong = ~finite if spec.missing_values == "refuse" else np.isinf(values)
     if wrong.any():
         step, feature = np.argwhere(wrong)[0].tolist()
         raise NotFinite(

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 Row = NDArray[np.float32]
 Model = TypeVar("Model")
+Job = TypeVar("Job", bound="StepJob")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class StepJob:
     """Steps of one session in a row, of which a tick applies one.
 
@@ -41,7 +42,7 @@ class StepJob:
         self.row = row
 
 
-class Batcher(Generic[Model]):
+class Batcher(Generic[Model, Job]):
     """First come, first served, one step at a time.
 
     A job that has more steps goes to the end of its model's queue after each one, so a long job delays a short one
@@ -50,17 +51,17 @@ class Batcher(Generic[Model]):
 
     def __init__(self, max_tick_sessions: int) -> None:
         self._max_tick_sessions = max_tick_sessions
-        self._queues: dict[Model, deque[StepJob]] = {}  # only models with jobs, the one whose turn it is first
+        self._queues: dict[Model, deque[Job]] = {}  # only models with jobs, the one whose turn it is first
 
     def __bool__(self) -> bool:
         """Whether a job is waiting."""
         return bool(self._queues)
 
-    def add(self, model: Model, job: StepJob) -> None:
+    def add(self, model: Model, job: Job) -> None:
         """Let the job wait for its next step. A session must not have two jobs at once: they would share a state."""
         self._queues.setdefault(model, deque()).append(job)
 
-    def take(self) -> tuple[Model, list[StepJob]]:
+    def take(self) -> tuple[Model, list[Job]]:
         """The jobs of the next tick, all of one model; abandoned ones are left out, so there may be none.
 
         Raises StopIteration if no job waits.

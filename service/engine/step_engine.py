@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,10 @@ class TickMetrics(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+MAX_LOOP_TICK_S = 0.005  # so long a thread may wait for the interpreter's lock anyway
+
+
+@dataclass(frozen=True, slots=True)
 class StepsResult:
     """What became of some steps.
 
@@ -42,17 +45,42 @@ class StepsResult:
     failure: ExecutionFailed | None
 
 
+@dataclass(eq=False, slots=True)
+class _Job(StepJob):
+    """Steps that somebody waits for."""
+
+    result: asyncio.Future[StepsResult] = field(kw_only=True)
+
+    def all_outputs(self) -> Floats:
+        """(applied, outputs), in an array of its own: one of a tick's result would keep all of that alive."""
+        if len(self.outputs) == 1:
+            return self.outputs[0][np.newaxis].copy()
+        return np.stack(self.outputs) if self.outputs else np.empty((0, 0), np.float32)
+
+
 class StepEngine:
-    """Runs ticks for as long as there are steps. At most one tick runs at a time, in a thread of its own."""
+    """Runs ticks for as long as there are steps, one at a time.
+
+    A short tick runs on the event loop, as soon as what has come at once is queued: in a thread it would wait for the
+    interpreter's lock twice. One of a model whose last tick took longer than `max_loop_tick_s` runs in a thread, and
+    the steps that come meanwhile share the next one.
+    """
 
     def __init__(
-        self, executors: Mapping[ModelKey, StepExecutor], *, max_tick_sessions: int, metrics: TickMetrics
+        self,
+        executors: Mapping[ModelKey, StepExecutor],
+        *,
+        max_tick_sessions: int,
+        metrics: TickMetrics,
+        max_loop_tick_s: float = MAX_LOOP_TICK_S,
     ) -> None:
+        """`max_loop_tick_s` 0 = all in the thread."""
         self._executors = dict(executors)
         self._metrics = metrics
-        self._batcher: Batcher[ModelKey] = Batcher(max_tick_sessions)
-        self._results: dict[StepJob, asyncio.Future[StepsResult]] = {}
-        self._job_added = asyncio.Event()
+        self._max_loop_tick_s = max_loop_tick_s
+        self._tick_s: dict[ModelKey, float] = {}
+        self._batcher: Batcher[ModelKey, _Job] = Batcher(max_tick_sessions)
+        self._under_way = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ticks")
 
     def add(self, model: ModelKey, executor: StepExecutor) -> None:
@@ -62,6 +90,7 @@ class StepEngine:
     def remove(self, model: ModelKey) -> None:
         """Step none of it any more: what still waits fails."""
         self._executors.pop(model, None)
+        self._tick_s.pop(model, None)
 
     def initial_row(self, model: ModelKey) -> Floats:
         """The state of a session before its first step."""
@@ -73,54 +102,58 @@ class StepEngine:
         The caller owns the state: if it is cancelled, nothing has changed. It must not call again for the same
         session before this call has returned.
         """
-        job = StepJob(inputs, row)
-        result: asyncio.Future[StepsResult] = asyncio.get_running_loop().create_future()
-        self._results[job] = result
+        loop = asyncio.get_running_loop()
+        job = _Job(inputs, row, result=loop.create_future())
         self._batcher.add(model, job)
-        self._job_added.set()
+        if not self._under_way:
+            self._under_way = True
+            loop.call_soon(self._begin_tick, loop)
         try:
-            return await result
+            return await job.result
         finally:
             job.abandoned = True
-            del self._results[job]
-
-    async def run(self) -> None:
-        """Fill, take, run; until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._job_added.wait()
-            while self._batcher:
-                model, jobs = self._batcher.take()
-                executor = self._executors.get(model)
-                if jobs and executor:
-                    outcomes = await loop.run_in_executor(self._thread, self._tick, model, executor, jobs)
-                    self._settle(model, jobs, outcomes)
-                elif jobs:
-                    self._settle(model, jobs, [ExecutionFailed("the model is served no more")] * len(jobs))
-            self._job_added.clear()
 
     def close(self) -> None:
         """Let the thread end after its tick."""
         self._thread.shutdown()
 
-    def _tick(self, model: ModelKey, executor: StepExecutor, jobs: list[StepJob]) -> Sequence[Outcome]:
+    def _begin_tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take and run; then the next, once the loop has done what is due."""
+        model, jobs = self._batcher.take()
+        executor = self._executors.get(model)
+        if not jobs:
+            self._end_tick(loop, model, jobs, [])
+        elif executor is None:
+            self._end_tick(loop, model, jobs, [ExecutionFailed("the model is served no more")] * len(jobs))
+        elif self._tick_s.get(model, 0.0) < self._max_loop_tick_s:
+            self._end_tick(loop, model, jobs, self._tick(model, executor, jobs))
+        else:
+            tick = loop.run_in_executor(self._thread, self._tick, model, executor, jobs)
+            tick.add_done_callback(lambda ended: self._end_tick(loop, model, jobs, ended.result()))
+
+    def _tick(self, model: ModelKey, executor: StepExecutor, jobs: list[_Job]) -> Sequence[Outcome]:
         start_s = time.perf_counter()
         outcomes = step_together(executor, jobs)
-        self._metrics.tick(model, len(jobs), time.perf_counter() - start_s)
+        self._tick_s[model] = duration_s = time.perf_counter() - start_s
+        self._metrics.tick(model, len(jobs), duration_s)
         return outcomes
 
-    def _settle(self, model: ModelKey, jobs: list[StepJob], outcomes: Sequence[Outcome]) -> None:
+    def _end_tick(
+        self, loop: asyncio.AbstractEventLoop, model: ModelKey, jobs: list[_Job], outcomes: Sequence[Outcome]
+    ) -> None:
         for job, outcome in zip(jobs, outcomes, strict=True):
             failure = outcome if isinstance(outcome, ExecutionFailed) else None
             if not isinstance(outcome, ExecutionFailed):
                 job.apply(*outcome)
-            if job.abandoned or self._results[job].cancelled():  # a caller may go before its own cleanup has run
+            if job.result.done():  # a caller may go before its own cleanup has run
                 continue
             if failure or job.done:
-                outputs = np.stack(job.outputs) if job.outputs else np.empty((0, 0), np.float32)
-                self._results[job].set_result(StepsResult(outputs, job.row, failure))
+                job.result.set_result(StepsResult(job.all_outputs(), job.row, failure))
             else:
                 self._batcher.add(model, job)
+        self._under_way = bool(self._batcher)
+        if self._under_way:
+            loop.call_soon(self._begin_tick, loop)
 
 
 Outcome = tuple[Floats, Floats] | ExecutionFailed

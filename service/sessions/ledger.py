@@ -142,4 +142,6 @@ def _size_bytes(answer: HeldAnswer) -> int:
 
 def joined(rows: list[Floats]) -> Floats:
     """(rows, outputs) of several such; (0, 0) of none."""
+    if len(rows) == 1:
+        return rows[0]
     return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)

@@ -87,7 +87,6 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
         max_tick_sessions=max_tick_sessions,
         metrics=CountingMetrics(),
     )
-    loop = asyncio.create_task(engine.run())
 
     async def stream(number: int, inputs: Array) -> Array:
         rng = np.random.default_rng((seed, number))
@@ -112,7 +111,6 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
     try:
         return await asyncio.gather(*(stream(number, inputs) for number, inputs in enumerate(sequences)))
     finally:
-        loop.cancel()
         engine.close()
 
 

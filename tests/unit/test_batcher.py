@@ -11,7 +11,7 @@ ROW = np.zeros(1, np.float32)
 
 class Transcript:
     def __init__(self, max_tick_sessions: int = 8) -> None:
-        self.batcher: Batcher[str] = Batcher(max_tick_sessions)
+        self.batcher: Batcher[str, StepJob] = Batcher(max_tick_sessions)
         self.jobs: dict[str, StepJob] = {}
 
     def add(self, model: str, **steps: int) -> None:

@@ -28,10 +28,8 @@ def executor() -> FakeExecutor:
 
 @pytest.fixture
 async def server(executor: FakeExecutor) -> AsyncIterator[Server]:
-    engine = StepEngine({MODEL: executor}, max_tick_sessions=4, metrics=CountingMetrics())
-    loop = asyncio.create_task(engine.run())
+    engine = StepEngine({MODEL: executor}, max_tick_sessions=4, metrics=CountingMetrics(), max_loop_tick_s=0)
     yield Server(engine)
-    loop.cancel()
     engine.close()
 
 

@@ -89,9 +89,7 @@ class Server:
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     engine = StepEngine({MODEL: FakeExecutor()}, max_tick_sessions=4, metrics=CountingMetrics())
-    loop = asyncio.create_task(engine.run())
     yield Server(engine)
-    loop.cancel()
     engine.close()
 
 

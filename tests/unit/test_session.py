@@ -30,14 +30,12 @@ def metrics() -> CountingMetrics:
 
 @pytest.fixture
 async def session(executor: FakeExecutor, metrics: CountingMetrics, stream: FakeStream) -> AsyncIterator[Session]:
-    engine = StepEngine({MODEL: executor}, max_tick_sessions=4, metrics=CountingMetrics())
-    loop = asyncio.create_task(engine.run())
+    engine = StepEngine({MODEL: executor}, max_tick_sessions=4, metrics=CountingMetrics(), max_loop_tick_s=0)
     record = SessionRecord(SessionKey("", "pump-7"), MODEL, "0" * 64, b"", 0, 0, engine.initial_row(MODEL))
     session = Session(record, engine, metrics, max_held_bytes=10_000, clock=lambda: 0.0)
     session.take(stream, 0)
     yield session
     executor.gate.set()
-    loop.cancel()
     engine.close()
 
 

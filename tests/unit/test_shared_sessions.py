@@ -117,7 +117,6 @@ class Machine:
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
 async def machine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machine]:
     engine = StepEngine({MODEL: FakeExecutor()}, max_tick_sessions=4, metrics=CountingMetrics())
-    loop = asyncio.create_task(engine.run())
     async with AsyncExitStack() as stack:
         if request.param == "sqlite":
             make_store: Callable[[], Store] = partial(SharedSqliteStore, tmp_path / "sessions.sqlite")
@@ -125,7 +124,6 @@ async def machine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
             redis: RedisServer = request.getfixturevalue("redis")
             make_store = partial(RedisStore, redis.url, prefix=f"{uuid.uuid4()}:", ttl_s=60.0, timeout_s=TIMEOUT_S)
         yield Machine(make_store, engine, stack)
-    loop.cancel()
     engine.close()
 
 

@@ -1,4 +1,6 @@
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -6,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.manifest import ModelKey
+from service.engine.executor import Floats
 from service.engine.step_engine import StepEngine, StepsResult
 from service.errors import ExecutionFailed
 from tests.support.fakes import RAISES, TURNS_NAN, CountingMetrics, FakeExecutor, column
@@ -26,8 +30,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         executors = {ONE: self.one, OTHER: self.other}
-        self.engine = StepEngine(executors, max_tick_sessions=4, metrics=self.metrics)
-        self.loop = asyncio.create_task(self.engine.run())
+        self.engine = StepEngine(executors, max_tick_sessions=4, metrics=self.metrics, max_loop_tick_s=0)
 
     def send(self, *values: float, model: ModelKey = ONE) -> asyncio.Task[StepsResult]:
         return asyncio.create_task(self.engine.step(model, column(*values), ZERO))
@@ -51,7 +54,6 @@ async def bench() -> AsyncIterator[Bench]:
     yield running
     running.one.gate.set()
     running.other.gate.set()
-    running.loop.cancel()
     running.engine.close()
 
 
@@ -193,7 +195,23 @@ async def test_the_loop_survives_an_executor_that_raises(bench: Bench) -> None:
     for _ in range(3):
         assert (await bench.send(RAISES)).failure
     assert sums(await bench.send(4)) == [4]
-    assert not bench.loop.done()
+
+
+async def test_ticks_run_on_the_event_loop_while_they_are_short_and_in_a_thread_after_a_long_one() -> None:
+    class Executor(FakeExecutor):
+        def step(self, inputs: NDArray[np.generic], rows: Floats) -> tuple[Floats, Floats]:
+            threads.append(threading.current_thread())
+            time.sleep(inputs.max().item())
+            return super().step(inputs, rows)
+
+    threads: list[threading.Thread] = []
+    executor = Executor()
+    engine = StepEngine({ONE: executor}, max_tick_sessions=4, metrics=CountingMetrics(), max_loop_tick_s=0.05)
+    here = threading.current_thread()
+    for value in (0, 0, 0.1, 0, 0):
+        await engine.step(ONE, column(value), ZERO)
+    engine.close()
+    assert [thread is here for thread in threads] == [True, True, True, False, True]
 
 
 async def test_the_event_loop_is_free_while_a_tick_runs(bench: Bench) -> None:

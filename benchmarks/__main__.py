@@ -1,0 +1,267 @@
+"""`make bench`: live streams against four things, side by side, in turns, so that noise hits all alike.
+
+- echo: a server over the same transport that computes nothing: what gRPC in Python allows;
+- by hand: the server that an engineer writes: a queue of 2 ms, states stacked, one `nn.LSTM` call;
+- rnnserve: this one;
+- bare step: the network alone, in a loop.
+
+Servers run on one core, clients on the others. Where a client's core is at work for more than 90 % of the time the
+client is the bottleneck: the table says so, and what the server could do is at least what is shown. All figures are
+medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
+
+    python -m benchmarks --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.load import Streamed
+from benchmarks.network import write_network
+from benchmarks.plots import plot
+from benchmarks.processes import CLIENT_CORE, SERVER_CORE, on_core, pinned_server
+
+OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
+BOTTLENECK = 0.9  # of the client's core
+PERCENTILES = (50, 90, 99, 99.9)
+OFFERED = (0.25, 0.5, 0.75, 0.9)
+"""Of rnnserve's throughput in closed loop: the loads of the open loop."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process that serves streams."""
+
+    target: str
+    pid: int
+
+
+@dataclass
+class Row:
+    """What one server did at one load: a turn's figures behind each name, in the order of the turns."""
+
+    server: str
+    streams: int
+    offered_steps_per_s: float = 0.0
+    turns: list[dict[str, float]] = field(default_factory=list)
+
+    def median(self, name: str) -> float:
+        return median(turn[name] for turn in self.turns)
+
+    def text(self, name: str, form: str = ",.0f") -> str:
+        """The median, the least and the most."""
+        values = [turn[name] for turn in self.turns]
+        return f"{median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+@contextmanager
+def own_server(module: str) -> Iterator[Server]:
+    """One of those beside this file; it prints its port."""
+    with on_core(SERVER_CORE):
+        process = subprocess.Popen([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield Server(f"127.0.0.1:{int(process.stdout.readline())}", process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def all_servers(repository: Path) -> Iterator[dict[str, Server]]:
+    """By name."""
+    with ExitStack() as stack:
+        echo = stack.enter_context(own_server("benchmarks.echo_server"))
+        by_hand = stack.enter_context(own_server("benchmarks.by_hand"))
+        ours = stack.enter_context(pinned_server(repository, session_store="memory"))
+        yield {ECHO: echo, BY_HAND: by_hand, OURS: Server(ours.target, ours.process.pid)}
+
+
+def turn(server: Server, streams: int, seconds: float, steps_per_s: float = 0.0) -> dict[str, float]:
+    """One client against one server; the figures of this turn."""
+    command = [sys.executable, "-m", "benchmarks.load", "--target", server.target, "--server-pid", str(server.pid)]
+    command += ["--streams", str(streams), "--seconds", str(seconds), "--steps-per-s", str(steps_per_s)]
+    with on_core(CLIENT_CORE):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return figures(Streamed(**json.loads(done.stdout)))
+
+
+def figures(streamed: Streamed) -> dict[str, float]:
+    """Throughput, latency, cost, fairness."""
+    latencies_ms = np.array(streamed.latencies_s) * 1e3
+    return {
+        "steps_per_s": streamed.steps / streamed.duration_s,
+        **{f"p{p:g}_ms": float(np.percentile(latencies_ms, p)) for p in PERCENTILES},
+        "server_cpu_us_per_step": streamed.server_cpu_s / streamed.steps * 1e6,
+        "client_core": streamed.client_cpu_s / streamed.duration_s,
+        "fairness": min(streamed.steps_of_streams) / max(streamed.steps_of_streams),
+    }
+
+
+def bare_step(repository: Path, batch: int, seconds: float) -> float:
+    """Steps per second on the servers' core."""
+    command = [sys.executable, "-m", "benchmarks.bare_step", str(repository), str(batch), str(seconds)]
+    with on_core(SERVER_CORE):
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
+    """The rows of the closed loop, of the bare step and of the open loop."""
+    closed = {(name, n): Row(name, n) for n in given.streams for name in (ECHO, BY_HAND, OURS)}
+    bare = {n: Row("bare step", n) for n in given.streams}
+    opened: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        repository = Path(folder)
+        write_network(repository)
+        servers = stack.enter_context(all_servers(repository))
+        progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        of_turn = len(given.streams) * (len(servers) + 1)
+        task = progress.add_task("closed loop", total=given.turns * of_turn)
+        for _ in range(given.turns):
+            for n in given.streams:
+                for name, server in servers.items():
+                    closed[name, n].turns.append(turn(server, n, given.seconds))
+                    progress.advance(task)
+                bare[n].turns.append({"steps_per_s": bare_step(repository, n, min(1.0, given.seconds))})
+                progress.advance(task)
+        n = given.open_streams
+        capacity = closed[OURS, n].median("steps_per_s") if (OURS, n) in closed else 0.0
+        opened = [Row(name, n, share * capacity) for share in OFFERED for name in servers if capacity]
+        task = progress.add_task("open loop", total=given.turns * len(opened))
+        for _ in range(given.turns):
+            for row in opened:
+                row.turns.append(turn(servers[row.server], n, given.seconds, row.offered_steps_per_s))
+                progress.advance(task)
+    return {"closed": list(closed.values()), "bare": list(bare.values()), "open": opened}
+
+
+def ratio(over: Row, under: Row, name: str = "steps_per_s") -> float:
+    """The median of the turns' ratios."""
+    return median(a[name] / b[name] for a, b in zip(over.turns, under.turns, strict=True))
+
+
+def closed_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Its head and its lines."""
+    head = [
+        "server",
+        "streams",
+        "steps/s",
+        "÷ echo",
+        "p50 ms",
+        "p99 ms",
+        "p99.9 ms",
+        "CPU µs/step",
+        "fairness",
+        "client",
+    ]
+    by_name = {(row.server, row.streams): row for row in rows["closed"]}
+    bare = {row.streams: row for row in rows["bare"]}
+    lines = []
+    for row in rows["closed"]:
+        busy = row.median("client_core")
+        lines.append(
+            [
+                row.server, f"{row.streams:,}", row.text("steps_per_s"),
+                f"{ratio(row, by_name[ECHO, row.streams]):.2f}",
+                f"{row.median('p50_ms'):.2f}", f"{row.median('p99_ms'):.2f}", f"{row.median('p99.9_ms'):.1f}",
+                f"{row.median('server_cpu_us_per_step'):.0f}", f"{row.median('fairness'):.2f}",
+                f"{busy:.0%}" + (" bottleneck" if busy > BOTTLENECK else ""),
+            ]
+        )  # fmt: skip
+        if row.server == OURS:
+            lines.append(["bare step", f"{row.streams:,}", bare[row.streams].text("steps_per_s"), *[""] * 7])
+    return head, lines
+
+
+def open_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Its head and its lines."""
+    head = ["server", "streams", "offered steps/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "client"]
+    lines = [
+        [
+            row.server, str(row.streams), f"{row.offered_steps_per_s:,.0f}",
+            *(f"{row.median(f'p{p:g}_ms'):.2f}" for p in PERCENTILES), f"{row.median('client_core'):.0%}",
+        ]
+        for row in rows["open"]
+    ]  # fmt: skip
+    return head, lines
+
+
+def machine() -> str:
+    """What it ran on, in a line."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    cpus, python = f"{len(models)} × {models[0]}", f"Python {platform.python_version()}"
+    return f"{cpus}, Linux {platform.release()}, {python}, torch {torch.__version__}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def write(folder: Path, rows: dict[str, list[Row]], command: str) -> None:
+    """results.json, results.md and the plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "command": command,
+        "machine": machine(),
+        **{kind: [vars(row) for row in of_kind] for kind, of_kind in rows.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+    parts = [
+        "# What `make bench` has measured", f"`{command}` on {machine()}.",
+        "LSTM of 32 features and 256 units, random weights; servers on one core, the client on another.",
+        "## Closed loop: steps/s, medians over the turns (least–most)", markdown(*closed_table(rows)),
+        "![](closed.svg)", "## Open loop: latency from the moment that a step was due", markdown(*open_table(rows)),
+        "![](open.svg)",
+    ]  # fmt: skip
+    (folder / "results.md").write_text("\n\n".join(parts) + "\n")
+    plot(folder, rows)
+
+
+def main() -> int:
+    """See above."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256, 1_000])
+    parser.add_argument("--open-streams", type=int, default=64, help="of the open loop; one of --streams")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
+    parser.add_argument("--quick", action="store_true", help="two minutes: 1, 64 and 256 streams, 3 turns of 1.5 s")
+    parser.add_argument("--into", type=Path, help="write results.json, results.md and plots there")
+    given = parser.parse_args()
+    if given.quick:
+        given.streams, given.turns, given.seconds = [1, 64, 256], 3, 1.5
+    rows = measure(given)
+    for title, (head, lines) in (("closed loop", closed_table(rows)), ("open loop", open_table(rows))):
+        table = Table(*head, title=title)
+        for line in lines:
+            table.add_row(*line)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if given.into:
+        write(given.into, rows, f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

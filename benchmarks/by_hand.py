@@ -1,0 +1,95 @@
+"""The server that an engineer writes by hand: states in the handlers, a queue, one `nn.LSTM` call for all that wait.
+
+It checks nothing, keeps nothing, and loses every state with its stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+import uvloop
+
+from benchmarks.network import FEATURES, HIDDEN_SIZE, OUTPUTS
+from rnnserve.v1.prediction_pb2 import Prediction
+from rnnserve.v1.real_time_service_pb2 import SessionOpened, StepsAnswer, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer, add_RealTimeServiceServicer_to_server
+from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
+
+WINDOW_S = 0.002
+MAX_BATCH = 256
+
+State = tuple[torch.Tensor, torch.Tensor]
+Waiting = tuple[torch.Tensor, State, "asyncio.Future[tuple[np.ndarray[Any, Any], State]]"]
+
+
+class Server(RealTimeServiceServicer):
+    """Opens any session, and answers steps until the stream ends."""
+
+    def __init__(self) -> None:
+        self._lstm = torch.nn.LSTM(FEATURES, HIDDEN_SIZE)
+        self._head = torch.nn.Linear(HIDDEN_SIZE, OUTPUTS)
+        self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
+
+    async def StreamSteps(self, requests: AsyncIterator[StreamStepsRequest], context: Any) -> None:  # type: ignore[override]
+        state = torch.zeros(HIDDEN_SIZE), torch.zeros(HIDDEN_SIZE)
+        async for request in requests:
+            if request.HasField("open"):
+                await context.write(StreamStepsResponse(opened=SessionOpened()))
+                continue
+            steps = request.steps
+            x = torch.from_numpy(np.frombuffer(steps.tensor.data, np.float32).copy())
+            answered = asyncio.get_running_loop().create_future()
+            await self._queue.put((x, state, answered))
+            output, state = await answered
+            tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=(1, OUTPUTS), data=output.tobytes())
+            answer = StepsAnswer(
+                first_step=steps.first_step,
+                next_step=steps.first_step + 1,
+                prediction=Prediction(outputs=tensor),
+            )
+            await context.write(StreamStepsResponse(answer=answer))
+
+    async def run(self) -> None:
+        """Wait for the first, then for others for a moment, then step all of them."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._queue.get()]
+            until_s = loop.time() + WINDOW_S
+            while len(batch) < MAX_BATCH and (left_s := until_s - loop.time()) > 0:
+                try:
+                    batch.append(await asyncio.wait_for(self._queue.get(), left_s))
+                except TimeoutError:
+                    break
+            outputs, states = await loop.run_in_executor(None, self._step, batch)
+            for (_, _, answered), output, state in zip(batch, outputs, states, strict=True):
+                if not answered.done():
+                    answered.set_result((output, state))
+
+    @torch.inference_mode()
+    def _step(self, batch: list[Waiting]) -> tuple[np.ndarray[Any, Any], list[State]]:
+        x = torch.stack([x for x, _, _ in batch]).unsqueeze(0)
+        h = torch.stack([state[0] for _, state, _ in batch]).unsqueeze(0)
+        c = torch.stack([state[1] for _, state, _ in batch]).unsqueeze(0)
+        hidden, (h, c) = self._lstm(x, (h, c))
+        return self._head(hidden[0]).numpy(), list(zip(h[0], c[0], strict=True))
+
+
+async def serve() -> None:
+    """Print the port and serve until killed."""
+    torch.set_num_threads(1)
+    handler = Server()
+    server = grpc.aio.server()
+    add_RealTimeServiceServicer_to_server(handler, server)
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await handler.run()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())

@@ -1,0 +1,119 @@
+"""One client process of `make bench`: live streams of steps against one server; what came of them, as JSON.
+
+Closed loop: each stream sends its next step when it has the answer to the last. Open loop (`--steps-per-s`, of all
+streams together): the steps of a stream come as a Poisson process, whether or not those before them are answered, and
+latency counts from the moment that a step was due, so that a server that falls behind is asked no less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import uvloop
+
+from benchmarks.live import LiveStream, opened
+from benchmarks.network import FEATURES, MODEL
+from benchmarks.processes import core_s, cpu_s
+
+WARM_UP_S = 0.5
+
+
+@dataclass
+class Streamed:
+    """What came of some streams in one turn. Times in seconds."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    steps_of_streams: list[int] = field(default_factory=list)
+    duration_s: float = 0.0
+    server_cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
+    """Of the client's core, by whomever."""
+
+    @property
+    def steps(self) -> int:
+        return sum(self.steps_of_streams)
+
+
+async def closed_loop(stream: LiveStream, first_step: int, until_s: float, streamed: Streamed | None) -> int:
+    """Step until the time is up; the index of the next step. Raises RuntimeError if a step is not answered."""
+    step = first_step
+    while (start_s := time.perf_counter()) < until_s:
+        await stream.send(step)
+        await stream.answer()
+        step += 1
+        if streamed is not None:
+            streamed.latencies_s.append(time.perf_counter() - start_s)
+    return step
+
+
+async def open_loop(stream: LiveStream, first_step: int, due_s: Sequence[float], streamed: Streamed) -> int:
+    """A step at each of these times. Raises RuntimeError if one is not answered."""
+
+    async def send() -> None:
+        for step, due in enumerate(due_s, first_step):
+            if (early_s := due - time.perf_counter()) > 0:
+                await asyncio.sleep(early_s)
+            await stream.send(step)
+
+    sending = asyncio.create_task(send())
+    for due in due_s:
+        await stream.answer()
+        streamed.latencies_s.append(time.perf_counter() - due)
+    await sending
+    return first_step + len(due_s)
+
+
+def poisson(start_s: float, seconds: float, steps_per_s: float) -> list[float]:
+    """When the steps of one stream are due."""
+    due_s, now_s = [], start_s
+    while (now_s := now_s + random.expovariate(steps_per_s)) < start_s + seconds:
+        due_s.append(now_s)
+    return due_s
+
+
+async def run(given: argparse.Namespace) -> Streamed:
+    """Open, warm up, measure."""
+    streamed = Streamed()
+    async with opened([given.target], given.streams, given.connections, MODEL, FEATURES) as streams:
+        warm_s = time.perf_counter() + WARM_UP_S
+        firsts = await asyncio.gather(*(closed_loop(stream, 0, warm_s, None) for stream in streams))
+        core = min(os.sched_getaffinity(0))
+        server_s, client_s, start_s = cpu_s(given.server_pid), core_s(core), time.perf_counter()
+        pairs = list(zip(streams, firsts, strict=True))
+        if given.steps_per_s:
+            each = given.steps_per_s / len(streams)
+            work = [open_loop(s, first, poisson(start_s, given.seconds, each), streamed) for s, first in pairs]
+        else:
+            work = [closed_loop(s, first, start_s + given.seconds, streamed) for s, first in pairs]
+        nexts = await asyncio.gather(*work)
+        streamed.duration_s = time.perf_counter() - start_s
+        streamed.server_cpu_s = cpu_s(given.server_pid) - server_s
+        streamed.client_cpu_s = core_s(core) - client_s
+        streamed.steps_of_streams = [after - first for after, first in zip(nexts, firsts, strict=True)]
+    return streamed
+
+
+def main() -> int:
+    """Prints what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--server-pid", type=int, required=True)
+    parser.add_argument("--streams", type=int, required=True)
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--steps-per-s", type=float, default=0.0, help="0 = closed loop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        json.dump(asdict(runner.run(run(parser.parse_args()))), sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

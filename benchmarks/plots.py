@@ -1,0 +1,38 @@
+"""The plots of `make bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from benchmarks.__main__ import Row
+
+
+def plot(folder: Path, rows: dict[str, list[Row]]) -> None:
+    """closed.svg and open.svg."""
+    matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
+    _draw(folder / "closed.svg", [*rows["closed"], *rows["bare"]], "streams", "steps_per_s", "steps/s")
+    _draw(folder / "open.svg", rows["open"], "offered_steps_per_s", "p99_ms", "p99, ms")
+
+
+def _draw(file: Path, rows: Sequence[Row], x: str, y: str, label: str) -> None:
+    """A line for each server, with the least and the most of the turns."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(row.server for row in rows):
+        own = [row for row in rows if row.server == name]
+        xs = [getattr(row, x) for row in own]
+        axes.plot(xs, [row.median(y) for row in own], marker="o", label=name)
+        low, high = ([extreme(turn[y] for turn in row.turns) for row in own] for extreme in (min, max))
+        axes.fill_between(xs, low, high, alpha=0.15)
+    axes.set(xscale="log", yscale="log", xlabel=x.replace("_per_s", "/s").replace("_", " "), ylabel=label)
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
