@@ -33,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.load import Streamed
-from benchmarks.network import write_network
+from benchmarks.network import FEATURES, MODEL, write_network
 from benchmarks.plots import plot
 from benchmarks.processes import CLIENT_CORE, SERVER_CORE, on_core, pinned_server
 
@@ -96,6 +96,7 @@ def all_servers(repository: Path) -> Iterator[dict[str, Server]]:
 def turn(server: Server, streams: int, seconds: float, steps_per_s: float = 0.0) -> dict[str, float]:
     """One client against one server; the figures of this turn."""
     command = [sys.executable, "-m", "benchmarks.load", "--target", server.target, "--server-pid", str(server.pid)]
+    command += ["--model", MODEL, "--features", str(FEATURES)]
     command += ["--streams", str(streams), "--seconds", str(seconds), "--steps-per-s", str(steps_per_s)]
     with on_core(CLIENT_CORE):
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 import uvloop
 
 from benchmarks.live import LiveStream, opened
-from benchmarks.network import FEATURES, MODEL
 from benchmarks.processes import core_s, cpu_s
 
 WARM_UP_S = 0.5
@@ -82,7 +81,7 @@ def poisson(start_s: float, seconds: float, steps_per_s: float) -> list[float]:
 async def run(given: argparse.Namespace) -> Streamed:
     """Open, warm up, measure."""
     streamed = Streamed()
-    async with opened([given.target], given.streams, given.connections, MODEL, FEATURES) as streams:
+    async with opened([given.target], given.streams, given.connections, given.model, given.features) as streams:
         warm_s = time.perf_counter() + WARM_UP_S
         firsts = await asyncio.gather(*(closed_loop(stream, 0, warm_s, None) for stream in streams))
         core = min(os.sched_getaffinity(0))
@@ -106,6 +105,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--server-pid", type=int, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--features", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, required=True)

@@ -20,23 +20,25 @@ class Predictor:
     def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput) -> None:
         self.network = network
         self._is_numeric = isinstance(input_spec, FeatureInput)
+        self._refuses = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "refuse"
         self._holds_last = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "hold_last"
         if isinstance(input_spec, FeatureInput):
             self._mean, self._std = torch.tensor(input_spec.mean), torch.tensor(input_spec.std)
         self._state_size = network.spec.state_layout.size
         self.row_size = self._state_size + (network.spec.features or 0) * self._holds_last
 
-    def step(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of each of several sessions.
+    def normalised(self, values: Tensor, last: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step as the network sees it, and the last numbers where missing values hold them.
 
-        values (batch, features) or (batch,), rows (batch, row_size) -> outputs (batch, outputs), new rows.
+        values (batch, features) or (batch,), last (batch, features): the last numbers before it, of no use else.
         """
-        state, last = rows[:, : self._state_size], rows[:, self._state_size :]
-        inputs = self._normalise(values)
+        if not self._is_numeric:
+            return values, ()
+        inputs = (values - self._mean) / self._std
         if self._holds_last:
-            inputs = last = torch.where(inputs.isnan(), last, inputs)
-        outputs, state = self.network.step(self._fill_with_mean(inputs), state)
-        return outputs, torch.cat([state, last], dim=-1)
+            inputs = torch.where(inputs.isnan(), last, inputs)
+            return inputs, (inputs,)
+        return inputs if self._refuses else self._fill_with_mean(inputs), ()
 
     def run(self, values: Tensor, lengths: Tensor) -> Tensor:
         """Whole sequences padded to the longest, from the initial state.

@@ -175,15 +175,6 @@ class RecurrentStack(nn.Module):
             values = self._cell_step(gates, values, weight_hh, bias_hh)
         return values
 
-    def step(self, inputs: Tensor, state: list[Values]) -> tuple[Tensor, list[Values]]:
-        """One step of a forward stack: (batch, width), values per layer -> (batch, hidden), new values."""
-        new_state = []
-        for layer, values in enumerate(state):
-            values = self._step_layer(self._input_gates(inputs, f"l{layer}"), values, f"l{layer}")
-            new_state.append(values)
-            inputs = values[0]
-        return inputs, new_state
-
     def forward(self, inputs: Tensor, lengths: Tensor, state: list[Values]) -> tuple[Tensor, list[Values]]:
         """Whole sequences: (batch, steps, width) -> (batch, steps, hidden * directions), values after the end.
 
@@ -259,15 +250,6 @@ class RecurrentNetwork(nn.Module):
     def _answer(self, hidden: Tensor) -> Tensor:
         outputs: Tensor = self.output(self.output_block(self.dropout(hidden)))
         return outputs
-
-    def step(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of each of several sessions of a streamable network.
-
-        inputs (batch, features) or (batch,), state (batch, state_size)
-        -> outputs (batch, outputs), state (batch, state_size).
-        """
-        hidden, values = self.recurrent.step(self._read(inputs), unpack_state(state, self.spec.state_layout))
-        return self._answer(hidden), pack_state(values)
 
     def forward(self, inputs: Tensor, lengths: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whole sequences of different lengths, padded to the longest.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -182,6 +184,7 @@ class Service:
             port = self._bind()  # only now, for clients that connect would wait until we serve
             await self.server.start()
             await self._set_health()
+            gc.freeze()  # what lives until the end need not be searched again and again
             with serving(port):
                 await self._until(stop, loops)
                 await self._drain()
@@ -347,9 +350,20 @@ def metrics_page(settings: Settings, registry: CollectorRegistry) -> Iterator[in
         thread.join()
 
 
+def prepare_threads(settings: Settings) -> None:
+    """Before gRPC starts its threads, which take over how this one is scheduled.
+
+    They wake up for each event on the network. As batch jobs they let the event loop finish what it does, so that more
+    events share a wakeup and more steps a tick; on one core that is worth half of the throughput or more.
+    """
+    torch.set_num_threads(settings.step_threads)
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 async def serve(settings: Settings) -> None:
     """Build and run the service in this process, until SIGTERM or SIGINT. Raises StartError and CatalogError."""
-    torch.set_num_threads(settings.step_threads)
+    prepare_threads(settings)
     stop = stop_on_signals()
     catalog = load_catalog(settings.model_repository)
     with state_dir.locked(settings.state_dir):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Coroutine
@@ -21,6 +23,8 @@ from service.settings import Settings, unpacked
 
 log = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 @dataclass(frozen=True)
 class Member:
@@ -35,6 +39,7 @@ class Member:
     @classmethod
     async def begin(cls) -> Member:
         """`python -m … FD`, and what is said over that FD. Raises CatalogError."""
+        _die_with_the_supervisor()
         channel = await Channel.of(socket.socket(fileno=int(sys.argv[1])))
         begin = await channel.receive()
         if begin is None:
@@ -65,6 +70,12 @@ class Member:
             self.channel.send(refusal=packed(Internal("the model could not be changed")))
         else:
             self.channel.send(refusal=None)
+
+
+def _die_with_the_supervisor() -> None:
+    """Even if we are stuck or stopped then, and keep its port. Linux only; elsewhere only who still runs ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Tasks:

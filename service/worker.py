@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from prometheus_client import generate_latest
 
 from service.addresses import StartError
-from service.app import Service, stop_on_signals
+from service.app import Service, prepare_threads, stop_on_signals
 from service.catalog.catalog import CatalogError
 from service.catalog.loading import Change
 from service.control import Message
@@ -91,7 +90,7 @@ class Worker:
 async def main() -> None:
     """Raises StartError, CatalogError."""
     member = await Member.begin()
-    torch.set_num_threads(member.settings.step_threads)
+    prepare_threads(member.settings)
     await Worker(member).run()
 
 

@@ -181,6 +181,7 @@ class AsyncClient:
             replay=Replay(replay_buffer_bytes, when_replay_full),
             resume_timeout_s=self._resume_timeout_s,
             open_attempts=self._retry.attempts,
+            other_connections=len(self._channels) > 1,
             on_notice=on_notice,
         )
 

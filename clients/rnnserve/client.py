@@ -39,11 +39,12 @@ class Client:
         target: "host:port", or any other target that gRPC knows.
         tls: None = plaintext; True = the usual certificate authorities; else a file of CA certificates, or its bytes.
         token: sent as `authorization: Bearer`, and only over TLS or to this machine itself.
-        timeout_s: how long a call may take, retries included, and how long a stream waits for an answer.
+        timeout_s: how long a call may take, retries included, and how long a stream waits for an answer; where there
+            are several `connections`, the first open of a stream waits so long on each that it tries.
         retry: when calls that change nothing are tried again, and the first open of a stream.
         resume_timeout_s: how long a stream tries to resume before it raises; 0 = never.
-        connections: how many there are for streams, which use them in turn, also where they resume. A server of
-            several workers serves each connection by one of them.
+        connections: how many there are for streams, which use them in turn, also where they try again or resume. A
+            server of several workers serves each connection by one of them.
 
     Raises:
         ValueError: the target names no host, or a token was to be sent in plaintext to another machine.
@@ -182,6 +183,7 @@ class Client:
             replay=Replay(replay_buffer_bytes, when_replay_full),
             resume_timeout_s=self._resume_timeout_s,
             open_attempts=self._retry.attempts,
+            other_connections=len(self._channels) > 1,
             on_notice=on_notice,
         )
 

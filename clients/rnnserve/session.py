@@ -77,6 +77,7 @@ class Session:
         replay: Replay | None = None,
         resume_timeout_s: float = RESUME_TIMEOUT_S,
         open_attempts: int = 1,
+        other_connections: bool = False,
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
         if resume is not None and session_id not in (None, resume.session):
@@ -107,6 +108,7 @@ class Session:
         self._resumption = Resumption(resume_timeout_s)
         self._on_notice = on_notice
         self._open_attempts = open_attempts  # left for the first open
+        self._other_connections = other_connections  # on which a server may answer where one is stuck
         self._state: Literal["new", "opening", "open", "cut"] = "new"
         self._was_open = False
         self._interrupted = False  # and not resumed yet
@@ -275,7 +277,8 @@ class Session:
 
     def _resumes_after(self, error: RnnserveError) -> bool:
         if not self._was_open:
-            return isinstance(error, Unreachable) and self._open_attempts > 0
+            again = isinstance(error, Unreachable) or (isinstance(error, TimedOut) and self._other_connections)
+            return again and self._open_attempts > 0
         if self.durability == "none":
             return False
         if isinstance(error, Evicted):

@@ -107,17 +107,25 @@ def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> 
 
 def encode(outputs: Floats, manifest: Manifest, options: prediction_pb2.OutputOptions) -> prediction_pb2.Prediction:
     """What the model says about some steps: (steps, outputs)."""
-    prediction = prediction_pb2.Prediction(outputs=encode_tensor(outputs))
+    prediction = prediction_pb2.Prediction()
+    encode_into(prediction, outputs, manifest, options)
+    return prediction
+
+
+def encode_into(
+    prediction: prediction_pb2.Prediction, outputs: Floats, manifest: Manifest, options: prediction_pb2.OutputOptions
+) -> None:
+    """The same into an empty prediction where it belongs: a message that is put into another one is copied."""
+    encode_tensor_into(prediction.outputs, outputs)
     labels = manifest.output.labels
     if labels:
         prediction.labels.extend(labels[best] for best in outputs.argmax(axis=-1).tolist())
     if options.probabilities or options.top_k:
         probabilities = manifest.output.probabilities(outputs)
         if options.probabilities:
-            prediction.probabilities.CopyFrom(encode_tensor(probabilities))
+            encode_tensor_into(prediction.probabilities, probabilities)
         if options.top_k:
             prediction.top.extend(_top(row, labels, options.top_k) for row in probabilities)
-    return prediction
 
 
 def _top(probabilities: Floats, labels: tuple[str, ...], k: int) -> prediction_pb2.TopLabels:
@@ -125,7 +133,8 @@ def _top(probabilities: Floats, labels: tuple[str, ...], k: int) -> prediction_p
     return prediction_pb2.TopLabels(labels=[labels[i] for i in best], probabilities=probabilities[best].tolist())
 
 
-def encode_tensor(values: Floats) -> tensor_pb2.Tensor:
-    """An array of any shape."""
-    data = np.ascontiguousarray(values, WIRE_FLOAT32).tobytes()
-    return tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=data)
+def encode_tensor_into(tensor: tensor_pb2.Tensor, values: Floats) -> None:
+    """An array of any shape into an empty tensor."""
+    tensor.data_type = tensor_pb2.DATA_TYPE_FLOAT32
+    tensor.shape.extend(values.shape)
+    tensor.data = values.astype(WIRE_FLOAT32, copy=False).tobytes()

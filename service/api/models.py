@@ -9,7 +9,7 @@ from models.bundle import Bundle
 from models.manifest import FeatureInput, Manifest, TextInput
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
-from service.api.codec import encode_tensor
+from service.api.codec import encode_tensor_into
 from service.catalog.catalog import Catalog
 from service.catalog.loading import Change
 from service.errors import FieldInvalid
@@ -89,7 +89,7 @@ def _samples(bundle: Bundle) -> list[pb.Sample]:
         if isinstance(values, str):
             message.text = values
         else:
-            message.tensor.CopyFrom(encode_tensor(values))
+            encode_tensor_into(message.tensor, values)
         samples.append(message)
     return samples
 

@@ -25,7 +25,6 @@ from rnnserve.v1.real_time_service_pb2 import (
     SessionOpened,
     SessionReset,
     Steps,
-    StepsAnswer,
     StreamStepsRequest,
     StreamStepsResponse,
 )
@@ -163,7 +162,7 @@ class RealTimeService(RealTimeServiceServicer):
         await self._sessions.may_answer()
         await stream.send(StreamStepsResponse(opened=self._opened(stream)))
         for held in missed:
-            await stream.send(StreamStepsResponse(answer=stream.answer(held.next_step, held.outputs)))
+            await stream.send(stream.answer(held.next_step, held.outputs))
         async for request in requests:
             stream.busy()
             session.acknowledge(request.answered_step)
@@ -234,11 +233,11 @@ class RealTimeService(RealTimeServiceServicer):
             self._sessions.changed(session, session.next_step - before)
         if applied.failure and not len(applied.outputs):
             raise applied.failure
-        answer = stream.answer(applied.next_step, applied.outputs)
+        response = stream.answer(applied.next_step, applied.outputs)
         if applied.failure:
-            answer.failure.CopyFrom(self._refusals.status(applied.failure))
-        self._metrics.steps_answered(stream.manifest.key, time.perf_counter() - start_s)
-        return StreamStepsResponse(answer=answer)
+            response.answer.failure.CopyFrom(self._refusals.status(applied.failure))
+        self._metrics.steps_answered(session.model, time.perf_counter() - start_s)
+        return response
 
     def _reset(self, session: Session, reset: ResetSession) -> SessionReset:
         if not reset.HasField("first_step"):
@@ -310,13 +309,14 @@ class _Stream:
                 if not self._busy:
                     return
 
-    def answer(self, next_step: int, outputs: Floats) -> StepsAnswer:
+    def answer(self, next_step: int, outputs: Floats) -> StreamStepsResponse:
         """outputs (rows, outputs) about the steps before `next_step`."""
-        return StepsAnswer(
-            first_step=next_step - len(outputs),
-            prediction=codec.encode(outputs, self.manifest, self.options) if len(outputs) else None,
-            next_step=next_step,
-        )
+        response = StreamStepsResponse()
+        answer = response.answer
+        answer.first_step, answer.next_step = next_step - len(outputs), next_step
+        if len(outputs):
+            codec.encode_into(answer.prediction, outputs, self.manifest, self.options)
+        return response
 
     async def send(self, response: StreamStepsResponse) -> None:
         if self.is_open:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.predictor import Predictor
+from service.engine.step_kernel import StepKernel
 
 Floats = NDArray[np.float32]
 
@@ -27,16 +28,15 @@ class StepExecutor(Protocol):
 
 
 class TorchExecutor:
-    """A StepExecutor that runs a bundle's own network."""
+    """A StepExecutor that runs a bundle's own network with torch."""
 
     def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
+        self._kernel = StepKernel(predictor)
         self.row_size = predictor.row_size
 
-    @torch.inference_mode()
     def step(self, inputs: NDArray[np.generic], rows: Floats) -> tuple[Floats, Floats]:
         """As StepExecutor has it."""
-        outputs, new_rows = self._predictor.step(torch.from_numpy(inputs), torch.from_numpy(rows))
+        outputs, new_rows = self._kernel.step(torch.from_numpy(inputs), torch.from_numpy(rows))
         return outputs.numpy(), new_rows.numpy()
 
 

@@ -162,8 +162,8 @@ Outcome = tuple[Floats, Floats] | ExecutionFailed
 
 def step_together(executor: StepExecutor, jobs: Sequence[StepJob]) -> Sequence[Outcome]:
     """One step of each job in one forward. One that fails leaves its neighbours alone."""
-    inputs = np.stack([job.next_input for job in jobs])
-    rows = np.stack([job.row for job in jobs])
+    inputs = np.array([job.next_input for job in jobs])
+    rows = np.array([job.row for job in jobs])
     try:
         outputs, new_rows = executor.step(inputs, rows)
     except Exception:
@@ -172,6 +172,8 @@ def step_together(executor: StepExecutor, jobs: Sequence[StepJob]) -> Sequence[O
             return [outcome for job in jobs for outcome in step_together(executor, [job])]
         log.exception("a step failed")
         return [ExecutionFailed("the network could not compute this step")]
+    if np.isfinite(new_rows).all() and np.isfinite(outputs).all():
+        return list(zip(outputs, new_rows, strict=True))
     finite = np.logical_and(np.isfinite(new_rows).all(axis=1), np.isfinite(outputs).all(axis=1)).tolist()
     return [
         (output, row) if ok else ExecutionFailed("the step leads to a value that is not finite")

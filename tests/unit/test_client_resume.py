@@ -594,6 +594,15 @@ def test_the_first_open_is_tried_again_where_no_server_answers() -> None:
     assert isinstance(session.failure, Unreachable)
 
 
+@pytest.mark.parametrize("other_connections", [True, False])
+def test_the_first_open_is_tried_again_after_a_time_out_only_on_another_connection(other_connections: bool) -> None:
+    session = new_session(open_attempts=2, other_connections=other_connections)
+    first = session.open()
+    assert list(session.cut(TimedOut("stuck")).requests) == ([first] if other_connections else [])
+    assert not session.cut(TimedOut("stuck")).requests
+    assert isinstance(session.failure, TimedOut)
+
+
 def test_the_first_open_is_not_tried_again_where_a_server_refuses_it() -> None:
     session = new_session(open_attempts=3)
     session.open()

@@ -11,8 +11,8 @@ from models.manifest import Manifest, TextInput
 from models.recurrent import NetworkSpec
 from rnnserve.v1.prediction_pb2 import OutputOptions, StepSelection
 from rnnserve.v1.real_time_service_pb2 import Steps
-from rnnserve.v1.tensor_pb2 import DATA_TYPE_UNSPECIFIED
-from service.api.codec import Floats, check_options, decode, encode, encode_tensor
+from rnnserve.v1.tensor_pb2 import DATA_TYPE_UNSPECIFIED, Tensor
+from service.api.codec import Floats, check_options, decode, encode, encode_tensor_into
 from service.errors import (
     DataTypeMismatch,
     FieldInvalid,
@@ -43,6 +43,12 @@ TEXT = manifest(
 )
 
 
+def tensor_of(values: Floats) -> Tensor:
+    message = Tensor()
+    encode_tensor_into(message, values)
+    return message
+
+
 def read(steps: Steps, described: Manifest, max_steps: int = 10) -> Any:
     return decode(steps, described, max_steps=max_steps)
 
@@ -56,7 +62,7 @@ matrices = arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2,
 
 @given(values=matrices)
 def test_numbers_come_through_unchanged_to_the_bit(values: Floats) -> None:
-    decoded = read(Steps(tensor=encode_tensor(values)), numeric(values.shape[1]))
+    decoded = read(Steps(tensor=tensor_of(values)), numeric(values.shape[1]))
     assert decoded.dtype == np.float32
     assert decoded.tobytes() == values.tobytes()
     assert decoded.shape == values.shape
@@ -65,7 +71,7 @@ def test_numbers_come_through_unchanged_to_the_bit(values: Floats) -> None:
 @given(values=arrays.arrays(np.float32, arrays.array_shapes(max_dims=4), elements=floats()))
 def test_a_tensor_is_row_major_and_little_endian(values: Floats) -> None:
     for same in (values, np.asfortranarray(values)):
-        message = encode_tensor(same)
+        message = tensor_of(same)
         assert array(message).tobytes() == values.astype("<f4").tobytes(order="C")
         assert tuple(message.shape) == values.shape
 

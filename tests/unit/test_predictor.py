@@ -8,6 +8,7 @@ import torch
 from models.manifest import TextInput
 from models.predictor import Predictor
 from models.recurrent import NetworkSpec, RecurrentNetwork
+from service.engine.step_kernel import StepKernel
 from tests.support.bundles import features
 
 NAN = float("nan")
@@ -29,7 +30,7 @@ def run(predictor: Predictor, steps: Steps) -> torch.Tensor:
 def run_in_steps(predictor: Predictor, steps: Steps) -> torch.Tensor:
     rows, outputs = torch.zeros(1, predictor.row_size), []
     for values in steps:
-        output, rows = predictor.step(torch.tensor([values]), rows)
+        output, rows = StepKernel(predictor).step(torch.tensor([values]), rows)
         outputs.append(output[0])
     return torch.stack(outputs)
 
@@ -66,8 +67,8 @@ def test_step_after_step_equals_the_whole_sequence(rule: str) -> None:
 def test_sessions_hold_their_own_last_values() -> None:
     predictor = make_predictor("hold_last")
     rows = torch.zeros(2, predictor.row_size)
-    _, rows = predictor.step(torch.tensor([[1.0, 1.0, 1.0], [7.0, 8.0, 9.0]]), rows)
-    outputs, _ = predictor.step(torch.full((2, 3), NAN), rows)
+    _, rows = StepKernel(predictor).step(torch.tensor([[1.0, 1.0, 1.0], [7.0, 8.0, 9.0]]), rows)
+    outputs, _ = StepKernel(predictor).step(torch.full((2, 3), NAN), rows)
     torch.testing.assert_close(outputs[0], run(predictor, [(1.0, 1.0, 1.0)] * 2)[1])
     torch.testing.assert_close(outputs[1], run(predictor, [(7.0, 8.0, 9.0)] * 2)[1])
 
@@ -92,4 +93,6 @@ def test_text_goes_in_as_the_places_of_its_symbols() -> None:
     numbers = spec.encode("ab a")
     assert numbers.tolist() == [1, 0, 2, 1]
     outputs = Predictor(network, spec).run(torch.from_numpy(numbers[np.newaxis]), torch.tensor([4]))
-    assert torch.equal(outputs[0, 0], Predictor(network, spec).step(torch.tensor([1]), torch.zeros(1, 8))[0][0])
+    assert torch.equal(
+        outputs[0, 0], StepKernel(Predictor(network, spec)).step(torch.tensor([1]), torch.zeros(1, 8))[0][0]
+    )

@@ -176,18 +176,6 @@ def test_neither_padding_nor_neighbours_change_an_output(cell: Cell, direction: 
 
 
 @cells
-def test_step_after_step_equals_the_whole_sequence(cell: Cell) -> None:
-    network = seeded(make_spec(cell, **DEEP))
-    inputs, lengths = padded(torch.tensor([6, 6])), torch.tensor([6, 6])
-    whole, final = network(inputs, lengths)
-    state = initial_state(2, network.spec.state_layout)
-    for t in range(6):
-        outputs, state = network.step(inputs[:, t], state)
-        torch.testing.assert_close(outputs, whole[:, t])
-    torch.testing.assert_close(state, final)
-
-
-@cells
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_sequence_in_two_pieces_with_the_state_handed_over_equals_one_piece(cell: Cell, cut: int) -> None:
     network = seeded(make_spec(cell, **DEEP))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -287,6 +288,16 @@ def test_a_stream_leaves_a_stuck_worker_by_another_connection_and_that_one_chang
         (other,) = (pid for pid in workers(server) if pid != stuck)
         os.kill(other, signal.SIGKILL)
         assert stream.step([1.0]).output.tolist() == [3.0, 3.0]
+
+
+def test_a_worker_that_is_stuck_dies_with_the_supervisor(short_lived: RunningServer) -> None:
+    def port_is_free() -> bool:
+        with socket.socket() as listener:
+            return listener.connect_ex(("127.0.0.1", short_lived.port)) != 0
+
+    os.kill(workers(short_lived)[0], signal.SIGSTOP)
+    short_lived.kill()
+    eventually(port_is_free)
 
 
 def test_a_client_without_a_connection_is_refused() -> None:
