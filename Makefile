@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test compose-test chaos chaos-fleet soak check proto clean
+.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick soak check proto clean
 
 setup: $(READY)
 
@@ -46,6 +46,12 @@ chaos: $(READY)  ## 200 crashes and other faults in the midst of streams; `make 
 chaos-fleet: $(READY)  ## the same for processes: 200 on three workers, 200 on two services with Redis behind Envoy
 	$(BIN)/python -m tests.chaos.fleet --on workers --plans 200 $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.chaos.fleet --on services --plans 200 $(if $(SEED),--seed $(SEED))
+
+bench: $(READY)  ## live streams beside an echo server, one by hand and the bare step; a quarter of an hour; docs/benchmarks/
+	$(BIN)/python -m benchmarks --into docs/benchmarks
+
+bench-quick: $(READY)  ## the same in two or three minutes, nothing written
+	$(BIN)/python -m benchmarks --quick
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -162,9 +162,8 @@ Outcome = tuple[Floats, Floats] | ExecutionFailed
 
 def step_together(executor: StepExecutor, jobs: Sequence[StepJob]) -> Sequence[Outcome]:
     """One step of each job in one forward. One that fails leaves its neighbours alone."""
-    inputs = np.array([job.next_input for job in jobs])
-    rows = np.array([job.row for job in jobs])
     try:
+        inputs, rows = np.array([job.next_input for job in jobs]), np.array([job.row for job in jobs])
         outputs, new_rows = executor.step(inputs, rows)
     except Exception:
         if len(jobs) > 1:

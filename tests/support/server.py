@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,12 @@ class RunningServer:
     def children(self, module: str) -> list[int]:
         """The processes of its supervisor that run this module, such as "service.worker", now. Linux only."""
         pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in pids if f"\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+        found = []
+        for pid in pids:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if f"\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(int(pid))
+        return found
 
     def log(self) -> str:
         return self.log_file.read_text()
