@@ -260,7 +260,8 @@ def main() -> int:
             table.add_row(*line)
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     if given.into:
-        write(given.into, rows, f"python -m benchmarks {' '.join(sys.argv[1:])}".strip())
+        asked = f"--streams {' '.join(map(str, given.streams))} --turns {given.turns} --seconds {given.seconds:g}"
+        write(given.into, rows, f"python -m benchmarks {asked}")
     return 0
 
 
