@@ -35,7 +35,7 @@ from rich.table import Table
 from benchmarks.load import Streamed
 from benchmarks.network import FEATURES, MODEL, write_network
 from benchmarks.plots import plot
-from benchmarks.processes import CLIENT_CORE, SERVER_CORE, on_core, pinned_server
+from benchmarks.processes import CLIENT_CORE, SERVER_CORE, module_server, on_core, pinned_server
 
 OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
 BOTTLENECK = 0.9  # of the client's core
@@ -71,24 +71,12 @@ class Row:
 
 
 @contextmanager
-def own_server(module: str) -> Iterator[Server]:
-    """One of those beside this file; it prints its port."""
-    with on_core(SERVER_CORE):
-        process = subprocess.Popen([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield Server(f"127.0.0.1:{int(process.stdout.readline())}", process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
 def all_servers(repository: Path) -> Iterator[dict[str, Server]]:
     """By name."""
     with ExitStack() as stack:
-        echo = stack.enter_context(own_server("benchmarks.echo_server"))
-        by_hand = stack.enter_context(own_server("benchmarks.by_hand"))
+        echo, by_hand = (
+            Server(*stack.enter_context(module_server(f"benchmarks.{name}"))) for name in ("echo_server", "by_hand")
+        )
         ours = stack.enter_context(pinned_server(repository, session_store="memory"))
         yield {ECHO: echo, BY_HAND: by_hand, OURS: Server(ours.target, ours.process.pid)}
 
@@ -211,7 +199,7 @@ def machine() -> str:
         if "model name" in line
     ]
     cpus, python = f"{len(models)} × {models[0]}", f"Python {platform.python_version()}"
-    return f"{cpus}, Linux {platform.release()}, {python}, torch {torch.__version__}"
+    return f"{cpus}, {platform.system()}, {python}, torch {torch.__version__}"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -9,15 +9,15 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 import numpy as np
 import torch
 import uvloop
 
+from benchmarks.echo_server import serve
 from benchmarks.network import FEATURES, HIDDEN_SIZE, OUTPUTS
 from rnnserve.v1.prediction_pb2 import Prediction
 from rnnserve.v1.real_time_service_pb2 import SessionOpened, StepsAnswer, StreamStepsRequest, StreamStepsResponse
-from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer, add_RealTimeServiceServicer_to_server
+from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
 WINDOW_S = 0.002
@@ -79,17 +79,13 @@ class Server(RealTimeServiceServicer):
         return self._head(hidden[0]).numpy(), list(zip(h[0], c[0], strict=True))
 
 
-async def serve() -> None:
-    """Print the port and serve until killed."""
+async def main() -> None:
+    """Until killed."""
     torch.set_num_threads(1)
-    handler = Server()
-    server = grpc.aio.server()
-    add_RealTimeServiceServicer_to_server(handler, server)
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-    await server.start()
-    await handler.run()
+    server = Server()
+    await asyncio.gather(server.run(), serve(server))
 
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve())
+        runner.run(main())

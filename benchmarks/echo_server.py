@@ -31,10 +31,10 @@ class Echo(RealTimeServiceServicer):
             await context.write(response)  # type: ignore[attr-defined]
 
 
-async def serve() -> None:
+async def serve(servicer: RealTimeServiceServicer) -> None:
     """Print the port and serve until killed."""
     server = grpc.aio.server()
-    add_RealTimeServiceServicer_to_server(Echo(), server)
+    add_RealTimeServiceServicer_to_server(servicer, server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     await server.start()
     await server.wait_for_termination()
@@ -42,4 +42,4 @@ async def serve() -> None:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve())
+        runner.run(serve(Echo()))

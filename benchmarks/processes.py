@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,19 @@ def on_core(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def module_server(module: str) -> Iterator[tuple[str, int]]:
+    """Target and pid of `python -m module`, which prints its port, on the core for servers."""
+    with on_core(SERVER_CORE):
+        process = subprocess.Popen([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"127.0.0.1:{int(process.stdout.readline())}", process.pid
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,29 +28,15 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.live import LiveStream, Load, opened
-from benchmarks.processes import CLIENT_CORE, SERVER_CORE, on_core, pinned_server
+from benchmarks.processes import CLIENT_CORE, SERVER_CORE, module_server, on_core, pinned_server
 from tests.support.redis_server import start_redis
-
-
-@contextmanager
-def echo_server() -> Iterator[str]:
-    """Its target."""
-    with on_core(SERVER_CORE):
-        command = [sys.executable, "-m", "benchmarks.echo_server"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @contextmanager
 def all_servers(stores: Sequence[str]) -> Iterator[dict[str, str]]:
     """Start echo and one of ours for each store: name -> target."""
     with ExitStack() as stack:
-        targets = {"echo": stack.enter_context(echo_server())}
+        targets = {"echo": stack.enter_context(module_server("benchmarks.echo_server"))[0]}
         for store in stores:
             settings: dict[str, Any] = {"session_store": store}
             if store == "redis":

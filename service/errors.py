@@ -59,7 +59,7 @@ class ServingError(Exception):
         return _reason(type(self))
 
 
-class within:  # noqa: N801 - reads as a statement; a class, for each message passes through it
+class _Within:
     """Field paths of errors raised here are relative to this one: `tensor.shape` within `steps`."""
 
     __slots__ = ("_path",)
@@ -73,6 +73,9 @@ class within:  # noqa: N801 - reads as a statement; a class, for each message pa
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ServingError) and error.field is not None:
             error.field = f"{self._path}.{error.field}"
+
+
+within = _Within  # reads as a statement; no generator, for each message passes through it
 
 
 def _short(text: str) -> str:

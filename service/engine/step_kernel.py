@@ -38,7 +38,7 @@ CELLS: dict[Cell, Callable[..., Values]] = {"tanh": _tanh, "relu": _relu, "gru":
 
 
 class StepKernel:
-    """See above. The weights are those of now: what the network learns later is not seen."""
+    """A predictor's network, one step at a time, with the weights that it has when this is made."""
 
     def __init__(self, predictor: Predictor) -> None:
         network, spec = predictor.network, predictor.network.spec
@@ -56,7 +56,7 @@ class StepKernel:
     def step(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """values (batch, features) or (batch,), rows (batch, row_size) -> outputs (batch, outputs), new rows."""
         state = torch.split(rows, self._split, dim=1)
-        inputs, held = self._predictor.normalised(values, state[-1])
+        inputs, held = self._predictor.normalised(values, state[-1])  # the last part is what is held, if anything is
         new_state: list[Tensor] = []
         if self._embedding is not None:
             inputs = functional.embedding(inputs, self._embedding)
