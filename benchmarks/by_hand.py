@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import numpy as np
 import torch
 import uvloop
@@ -16,7 +17,13 @@ import uvloop
 from benchmarks.echo_server import serve
 from benchmarks.network import FEATURES, HIDDEN_SIZE, OUTPUTS
 from rnnserve.v1.prediction_pb2 import Prediction
-from rnnserve.v1.real_time_service_pb2 import SessionOpened, StepsAnswer, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2 import (
+    MultiplexStepsRequest,
+    SessionOpened,
+    StepsAnswer,
+    StreamStepsRequest,
+    StreamStepsResponse,
+)
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
@@ -53,6 +60,9 @@ class Server(RealTimeServiceServicer):
                 prediction=Prediction(outputs=tensor),
             )
             await context.write(StreamStepsResponse(answer=answer))
+
+    async def MultiplexSteps(self, _: AsyncIterator[MultiplexStepsRequest], context: Any) -> None:  # type: ignore[override]
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
 
     async def run(self) -> None:
         """Wait for the first, then for others for a moment, then step all of them."""

@@ -9,7 +9,14 @@ import grpc
 import uvloop
 
 from rnnserve.v1.prediction_pb2 import Prediction
-from rnnserve.v1.real_time_service_pb2 import SessionOpened, StepsAnswer, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2 import (
+    MultiplexStepsRequest,
+    MultiplexStepsResponse,
+    SessionOpened,
+    StepsAnswer,
+    StreamStepsRequest,
+    StreamStepsResponse,
+)
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer, add_RealTimeServiceServicer_to_server
 
 
@@ -28,6 +35,17 @@ class Echo(RealTimeServiceServicer):
                     prediction=Prediction(outputs=steps.tensor),
                 )
                 response = StreamStepsResponse(answer=answer)
+            await context.write(response)  # type: ignore[attr-defined]
+
+    async def MultiplexSteps(self, requests: AsyncIterator[MultiplexStepsRequest], context: object) -> None:  # type: ignore[override]
+        async for request in requests:
+            response = MultiplexStepsResponse()
+            if request.HasField("open"):
+                response.opened.handle = request.open.handle
+            else:
+                response.answer.handles.extend(request.steps.handles)
+                response.answer.first_steps.extend(request.steps.first_steps)
+                response.answer.prediction.outputs.CopyFrom(request.steps.tensor)
             await context.write(response)  # type: ignore[attr-defined]
 
 

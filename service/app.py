@@ -114,6 +114,7 @@ class Service:
         limits = Limits(
             max_message_bytes=settings.max_message_bytes,
             max_steps_per_message=settings.max_steps_per_message,
+            max_outstanding_steps=settings.max_outstanding_steps,
             max_sequence_steps=settings.max_sequence_steps,
             max_queued_sequences=settings.max_queued_sequences,
             max_bulk_sequences=settings.max_bulk_sequences,

@@ -54,7 +54,10 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(
         4 * 2**20, ge=2**10, le=64 * 2**20, description="bytes of one message; a larger one is MESSAGE_TOO_LARGE"
     )
-    max_steps_per_message: int = Field(1_000, ge=1, le=100_000, description="steps in one message of a stream")
+    max_steps_per_message: int = Field(1_024, ge=1, le=100_000, description="steps in one message of a stream")
+    max_outstanding_steps: int = Field(
+        32, ge=1, le=1_000, description="unanswered steps of a multiplexed session; one more is QUEUE_FULL"
+    )
     max_streams: int = Field(10_000, ge=1, le=1_000_000, description="live streams; one more is SESSION_LIMIT")
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
     step_threads: int = Field(1, ge=1, le=64, description="torch threads of a tick")

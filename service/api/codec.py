@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from service.errors import (
     FieldInvalid,
     InputKindMismatch,
     NotFinite,
+    ServingError,
     ShapeMismatch,
     StepsMissing,
     TooManySteps,
@@ -25,6 +27,9 @@ WIRE_FLOAT32 = np.dtype("<f4")
 Floats = NDArray[np.float32]
 Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence
 """Each has a oneof `input` of `tensor` and `text`."""
+
+Refused = dict[int, ServingError]
+"""Why, by the number of the step in the message."""
 
 
 def decode(message: Input, manifest: Manifest, *, max_steps: int) -> NDArray[np.generic]:
@@ -46,6 +51,51 @@ def decode(message: Input, manifest: Manifest, *, max_steps: int) -> NDArray[np.
     return _decode_features(message.tensor, manifest.input, max_steps)
 
 
+def decode_batch(batch: real_time_service_pb2.StepBatch, manifest: Manifest) -> tuple[NDArray[np.generic], Refused]:
+    """A step of each handle: (handles, features) float32 or (handles,) int64, and which of them are refused.
+
+    Raises what `decode` does, where it is not about single steps.
+    """
+    kind, count = batch.WhichOneof("input"), len(batch.handles)
+    if kind is None:
+        raise StepsMissing("there is neither tensor nor text", field="input")
+    if isinstance(manifest.input, TextInput):
+        if kind != "text":
+            raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field="tensor")
+        _check_batch_size(len(batch.text), count, "text")
+        return _decode_characters(batch.text, manifest.input)
+    if kind != "tensor":
+        raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field="text")
+    values = _values(batch.tensor, manifest.input, lambda steps: _check_batch_size(steps, count, "tensor.shape"))
+    return values, _refused_rows(values, manifest.input)
+
+
+def _check_batch_size(steps: int, handles: int, field: str) -> None:
+    if steps != handles:
+        raise ShapeMismatch(f"there are {steps} steps of {handles} handles", field=field, handles=handles)
+
+
+def _decode_characters(text: str, spec: TextInput) -> tuple[NDArray[np.int64], Refused]:
+    try:
+        return spec.encode(text), {}
+    except UnknownSymbolError:
+        pass
+    symbols, refused = np.zeros(len(text), np.int64), Refused()
+    for i, character in enumerate(text):
+        try:
+            symbols[i] = _decode_text(character, spec)[0]
+        except UnknownSymbol as error:
+            refused[i] = error
+    return symbols, refused
+
+
+def _refused_rows(values: Floats, spec: FeatureInput) -> Refused:
+    wrong = _wrong_values(values, spec)
+    if wrong is None:
+        return {}
+    return {i: _not_finite(values, spec, i, int(wrong[i].argmax())) for i in np.nonzero(wrong.any(axis=1))[0].tolist()}
+
+
 def _decode_text(text: str, spec: TextInput) -> NDArray[np.int64]:
     try:
         return spec.encode(text)
@@ -54,20 +104,27 @@ def _decode_text(text: str, spec: TextInput) -> NDArray[np.int64]:
 
 
 def _decode_features(tensor: tensor_pb2.Tensor, spec: FeatureInput, max_steps: int) -> Floats:
+    values = _values(tensor, spec, lambda steps: _check_count(steps, max_steps, "tensor.shape"))
+    wrong = _wrong_values(values, spec)
+    if wrong is not None:
+        raise _not_finite(values, spec, *np.argwhere(wrong)[0].tolist())
+    return values
+
+
+def _values(tensor: tensor_pb2.Tensor, spec: FeatureInput, check_steps: Callable[[int], None]) -> Floats:
+    """(steps, features) as they came."""
     if tensor.data_type != tensor_pb2.DATA_TYPE_FLOAT32:
         raise DataTypeMismatch("the type of the values must be DATA_TYPE_FLOAT32", field="tensor.data_type")
     shape, width = tuple(tensor.shape), len(spec.feature_names)
     if len(shape) != 2 or shape[1] != width:
         raise ShapeMismatch(f"the shape must be (steps, {width}), not {shape}", field="tensor.shape", features=width)
-    _check_count(shape[0], max_steps, "tensor.shape")
+    check_steps(shape[0])
     if len(tensor.data) != WIRE_FLOAT32.itemsize * math.prod(shape):
         raise ShapeMismatch(
             f"a tensor of shape {shape} has {WIRE_FLOAT32.itemsize * math.prod(shape)} bytes, not {len(tensor.data)}",
             field="tensor.data",
         )
-    values = np.frombuffer(tensor.data, WIRE_FLOAT32).reshape(shape).astype(np.float32)
-    _check_finite(values, spec)
-    return values
+    return np.frombuffer(tensor.data, WIRE_FLOAT32).reshape(shape).astype(np.float32)
 
 
 def _check_count(steps: int, max_steps: int, field: str) -> None:
@@ -77,17 +134,20 @@ def _check_count(steps: int, max_steps: int, field: str) -> None:
         raise TooManySteps(f"{steps} steps are more than {max_steps}", field=field, limit=max_steps)
 
 
-def _check_finite(values: Floats, spec: FeatureInput) -> None:
+def _wrong_values(values: Floats, spec: FeatureInput) -> NDArray[np.bool_] | None:
+    """Which of them (steps, features) the model does not take; None = it takes all."""
     finite = np.isfinite(values)
     if finite.all():
-        return
-    wrong = ~finite if spec.missing_values == "refuse" else np.isinf(values)
-    if wrong.any():
-        step, feature = np.argwhere(wrong)[0].tolist()
-        raise NotFinite(
-            f"step {step} of the message has {values[step, feature]} as {spec.feature_names[feature]!r}",
-            field="tensor.data", step=step, feature=feature,
-        )  # fmt: skip
+        return None
+    wrong: NDArray[np.bool_] = ~finite if spec.missing_values == "refuse" else np.isinf(values)
+    return wrong if wrong.any() else None
+
+
+def _not_finite(values: Floats, spec: FeatureInput, step: int, feature: int) -> NotFinite:
+    return NotFinite(
+        f"step {step} of the message has {values[step, feature]} as {spec.feature_names[feature]!r}",
+        field="tensor.data", step=step, feature=feature,
+    )  # fmt: skip
 
 
 def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> None:

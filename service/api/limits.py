@@ -15,6 +15,7 @@ class Limits:
 
     max_message_bytes: int
     max_steps_per_message: int
+    max_outstanding_steps: int
     max_sequence_steps: int
     max_queued_sequences: int
     max_bulk_sequences: int

@@ -1,52 +1,46 @@
-"""Which sessions share the next tick. Knows jobs, their order and fairness; no torch, no gRPC, no clock."""
+"""Which steps share the next tick. Knows jobs, their order and fairness; no torch, no gRPC, no clock."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-Row = NDArray[np.float32]
 Model = TypeVar("Model")
 Job = TypeVar("Job", bound="StepJob")
 
 
 @dataclass(eq=False, slots=True)
 class StepJob:
-    """Steps of one session in a row, of which a tick applies one.
+    """Steps that wait for ticks: inputs (steps, features) or (steps,).
 
-    inputs (steps, features) or (steps,), row (row_size,): the state after the steps that are done.
+    Those of one session go in turn, each to a tick of its own. Those of as many sessions may share one.
     """
 
     inputs: NDArray[np.generic]
-    row: Row
-    outputs: list[Row] = field(default_factory=list)
+    in_turn: bool
+    taken: int = 0  # steps that ticks have had
     abandoned: bool = False
 
     @property
-    def next_input(self) -> NDArray[np.generic]:
-        """The step that the next tick applies: (features,) or ()."""
-        step: NDArray[np.generic] = self.inputs[len(self.outputs)]
-        return step
+    def left(self) -> int:
+        """How many steps still wait."""
+        return 0 if self.abandoned else len(self.inputs) - self.taken
 
     @property
-    def done(self) -> bool:
-        return len(self.outputs) == len(self.inputs)
-
-    def apply(self, output: Row, row: Row) -> None:
-        """Keep what a tick gave for `next_input`."""
-        self.outputs.append(output)
-        self.row = row
+    def ready(self) -> int:
+        """How many of them one tick may take."""
+        return min(self.left, 1) if self.in_turn else self.left
 
 
 class Batcher(Generic[Model, Job]):
-    """First come, first served, one step at a time.
+    """First come, first served.
 
-    A job that has more steps goes to the end of its model's queue after each one, so a long job delays a short one
-    by at most one tick. Models take turns.
+    A job that has more steps than a tick takes goes to the end of its model's queue, so a long job, or one of many
+    sessions, delays a short one by at most one tick. Models take turns.
     """
 
     def __init__(self, max_tick_sessions: int) -> None:
@@ -58,17 +52,22 @@ class Batcher(Generic[Model, Job]):
         return bool(self._queues)
 
     def add(self, model: Model, job: Job) -> None:
-        """Let the job wait for its next step. A session must not have two jobs at once: they would share a state."""
+        """Let the job wait for its next steps. A session must not have two jobs at once: they would share a state."""
         self._queues.setdefault(model, deque()).append(job)
 
-    def take(self) -> tuple[Model, list[Job]]:
-        """The jobs of the next tick, all of one model; abandoned ones are left out, so there may be none.
+    def take(self) -> tuple[Model, list[tuple[Job, int]]]:
+        """The next tick, all of one model: jobs, and how many of its next steps each has in it.
 
-        Raises StopIteration if no job waits.
+        Abandoned jobs are left out, so there may be none. Raises StopIteration if no job waits.
         """
         model = next(iter(self._queues))
-        queue = self._queues.pop(model)
-        batch = [queue.popleft() for _ in range(min(len(queue), self._max_tick_sessions))]
+        queue, shares, room = self._queues.pop(model), list[tuple[Job, int]](), self._max_tick_sessions
+        while queue and room:
+            job = queue.popleft()
+            if steps := min(job.ready, room):
+                job.taken += steps
+                room -= steps
+                shares.append((job, steps))
         if queue:
             self._queues[model] = queue
-        return model, [job for job in batch if not job.abandoned]
+        return model, shares

@@ -1,14 +1,14 @@
-"""Ticks: all sessions of a model that have a step ready share one forward, off the event loop."""
+"""Ticks: all sessions of a model that have a step ready share one forward."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from models.manifest import ModelKey
 from service.engine.batcher import Batcher, StepJob
 from service.engine.executor import Floats, StepExecutor
+from service.engine.states import Places, State, StateArray
 from service.errors import ExecutionFailed
 
 log = logging.getLogger(__name__)
+
+Values = TypeVar("Values", bound=NDArray[Any])
 
 
 class TickMetrics(Protocol):
@@ -33,29 +36,68 @@ MAX_LOOP_TICK_S = 0.005  # so long a thread may wait for the interpreter's lock 
 
 
 @dataclass(frozen=True, slots=True)
-class StepsResult:
-    """What became of some steps.
+class Stepped:
+    """What a tick, or a part of one, gave: outputs (steps, outputs), and states (steps, row_size) after the steps.
 
-    outputs (applied, outputs) of those that were applied, row (row_size,) the state after them, and why the next
-    one could not be applied, if so.
+    Those of the steps in `failures` mean nothing.
     """
 
     outputs: Floats
-    row: Floats
+    states: Floats
+    failures: Mapping[int, ExecutionFailed]
+
+    def part(self, start: int, end: int) -> Stepped:
+        """Of some steps only."""
+        failures = {step - start: why for step, why in self.failures.items() if start <= step < end}
+        return Stepped(self.outputs[start:end], self.states[start:end], failures)
+
+
+@dataclass(eq=False, slots=True)
+class TickJob(StepJob):
+    """Steps that take what becomes of them. places (sessions,): where the states are, one if they go in turn."""
+
+    places: Places = field(kw_only=True)
+
+    def places_of_last(self, steps: int) -> Places:
+        """Of the last steps that were taken: (steps,)."""
+        return self.places if self.in_turn else self.places[self.taken - steps : self.taken]
+
+    def applied(self, stepped: Stepped) -> None:
+        """That is what they gave. Whoever wants the new states keeps them now."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class StepsResult:
+    """What became of steps in a row: outputs (applied, outputs), the state after them, and why there are no more."""
+
+    outputs: Floats
+    state: State
     failure: ExecutionFailed | None
 
 
 @dataclass(eq=False, slots=True)
-class _Job(StepJob):
-    """Steps that somebody waits for."""
+class _StepsInTurn(TickJob):
+    """Steps of one session that somebody waits for. `state` is their own until then."""
 
+    state: State = field(kw_only=True)
     result: asyncio.Future[StepsResult] = field(kw_only=True)
+    outputs: list[Floats] = field(default_factory=list)
 
-    def all_outputs(self) -> Floats:
+    def applied(self, stepped: Stepped) -> None:
+        failure = stepped.failures.get(0)
+        if failure is None:
+            self.state.row[:] = stepped.states[0]
+            self.outputs.append(stepped.outputs)
+        if self.result.done():  # the caller may have gone before its own cleanup has run
+            self.abandoned = True
+        elif failure or not self.left:
+            self.abandoned = True
+            self.result.set_result(StepsResult(self._all_outputs(), self.state, failure))
+
+    def _all_outputs(self) -> Floats:
         """(applied, outputs), in an array of its own: one of a tick's result would keep all of that alive."""
-        if len(self.outputs) == 1:
-            return self.outputs[0][np.newaxis].copy()
-        return np.stack(self.outputs) if self.outputs else np.empty((0, 0), np.float32)
+        return np.concatenate(self.outputs) if self.outputs else np.empty((0, 0), np.float32)
 
 
 class StepEngine:
@@ -75,43 +117,58 @@ class StepEngine:
         max_loop_tick_s: float = MAX_LOOP_TICK_S,
     ) -> None:
         """`max_loop_tick_s` 0 = all in the thread."""
-        self._executors = dict(executors)
+        self._executors: dict[ModelKey, StepExecutor] = {}
+        self._states: dict[ModelKey, StateArray] = {}
         self._metrics = metrics
         self._max_loop_tick_s = max_loop_tick_s
         self._tick_s: dict[ModelKey, float] = {}
-        self._batcher: Batcher[ModelKey, _Job] = Batcher(max_tick_sessions)
+        self._batcher: Batcher[ModelKey, TickJob] = Batcher(max_tick_sessions)
         self._under_way = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ticks")
+        for model, executor in executors.items():
+            self.add(model, executor)
 
     def add(self, model: ModelKey, executor: StepExecutor) -> None:
-        """Step sessions of this model, too."""
+        """Step sessions of this model, too. States that there are of it stay where they are, if they fit."""
         self._executors[model] = executor
+        states = self._states.get(model)
+        if states is None or states.row_size != executor.row_size:
+            self._states[model] = StateArray(executor.row_size)
 
     def remove(self, model: ModelKey) -> None:
         """Step none of it any more: what still waits fails."""
         self._executors.pop(model, None)
         self._tick_s.pop(model, None)
 
+    def states(self, model: ModelKey) -> StateArray:
+        """Of its sessions."""
+        return self._states[model]
+
     def initial_row(self, model: ModelKey) -> Floats:
         """The state of a session before its first step."""
-        return np.zeros(self._executors[model].row_size, np.float32)
+        return np.zeros(self._states[model].row_size, np.float32)
 
-    async def step(self, model: ModelKey, inputs: NDArray[np.generic], row: Floats) -> StepsResult:
-        """Apply steps of one session in order: inputs (steps, features) or (steps,), row its state before them.
+    async def step(self, model: ModelKey, inputs: NDArray[np.generic], state: State) -> StepsResult:
+        """Apply steps of one session in order: inputs (steps, features) or (steps,), from its state before them.
 
-        The caller owns the state: if it is cancelled, nothing has changed. It must not call again for the same
-        session before this call has returned.
+        The state stays as it is. The caller must not call again for the same session before this call has returned.
         """
-        loop = asyncio.get_running_loop()
-        job = _Job(inputs, row, result=loop.create_future())
-        self._batcher.add(model, job)
-        if not self._under_way:
-            self._under_way = True
-            loop.call_soon(self._begin_tick, loop)
+        result = asyncio.get_running_loop().create_future()
+        own = state.copy()
+        job = _StepsInTurn(inputs, in_turn=True, places=np.array([own.place]), state=own, result=result)
+        self.submit(model, job)
         try:
             return await job.result
         finally:
             job.abandoned = True
+
+    def submit(self, model: ModelKey, job: TickJob) -> None:
+        """Let it have its ticks. No session of it may have another job under way."""
+        self._batcher.add(model, job)
+        if not self._under_way:
+            self._under_way = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._begin_tick, loop)
 
     def close(self) -> None:
         """Let the thread end after its tick."""
@@ -119,62 +176,81 @@ class StepEngine:
 
     def _begin_tick(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take and run; then the next, once the loop has done what is due."""
-        model, jobs = self._batcher.take()
+        model, shares = self._batcher.take()
         executor = self._executors.get(model)
-        if not jobs:
-            self._end_tick(loop, model, jobs, [])
+        if not shares:
+            self._go_on(loop)
         elif executor is None:
-            self._end_tick(loop, model, jobs, [ExecutionFailed("the model is served no more")] * len(jobs))
+            failed = ExecutionFailed("the model is served no more")
+            self._end_tick(loop, model, shares, _all_failed(sum(steps for _, steps in shares), failed))
         elif self._tick_s.get(model, 0.0) < self._max_loop_tick_s:
-            self._end_tick(loop, model, jobs, self._tick(model, executor, jobs))
+            self._end_tick(loop, model, shares, self._tick(model, executor, shares))
         else:
-            tick = loop.run_in_executor(self._thread, self._tick, model, executor, jobs)
-            tick.add_done_callback(lambda ended: self._end_tick(loop, model, jobs, ended.result()))
+            tick = loop.run_in_executor(self._thread, self._tick, model, executor, shares)
+            tick.add_done_callback(lambda ended: self._end_tick(loop, model, shares, ended.result()))
 
-    def _tick(self, model: ModelKey, executor: StepExecutor, jobs: list[_Job]) -> Sequence[Outcome]:
+    def _tick(self, model: ModelKey, executor: StepExecutor, shares: list[tuple[TickJob, int]]) -> Stepped:
         start_s = time.perf_counter()
-        outcomes = step_together(executor, jobs)
+        inputs = _joined([job.inputs[job.taken - steps : job.taken] for job, steps in shares])
+        places = _joined([job.places_of_last(steps) for job, steps in shares])
+        stepped = step_together(executor, inputs, self._states[model].rows.take(places, axis=0))
         self._tick_s[model] = duration_s = time.perf_counter() - start_s
-        self._metrics.tick(model, len(jobs), duration_s)
-        return outcomes
+        self._metrics.tick(model, len(places), duration_s)
+        return stepped
 
     def _end_tick(
-        self, loop: asyncio.AbstractEventLoop, model: ModelKey, jobs: list[_Job], outcomes: Sequence[Outcome]
+        self, loop: asyncio.AbstractEventLoop, model: ModelKey, shares: list[tuple[TickJob, int]], stepped: Stepped
     ) -> None:
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            failure = outcome if isinstance(outcome, ExecutionFailed) else None
-            if not isinstance(outcome, ExecutionFailed):
-                job.apply(*outcome)
-            if job.result.done():  # a caller may go before its own cleanup has run
-                continue
-            if failure or job.done:
-                job.result.set_result(StepsResult(job.all_outputs(), job.row, failure))
-            else:
+        start = 0
+        for job, steps in shares:
+            job.applied(stepped if len(shares) == 1 else stepped.part(start, start + steps))
+            start += steps
+            if job.left:
                 self._batcher.add(model, job)
+        self._go_on(loop)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
         self._under_way = bool(self._batcher)
         if self._under_way:
             loop.call_soon(self._begin_tick, loop)
 
 
-Outcome = tuple[Floats, Floats] | ExecutionFailed
-"""Of one step of one session: its output (outputs,) and new row (row_size,), or why there are none."""
+def _joined(parts: list[Values]) -> Values:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)  # type: ignore[return-value]
 
 
-def step_together(executor: StepExecutor, jobs: Sequence[StepJob]) -> Sequence[Outcome]:
-    """One step of each job in one forward. One that fails leaves its neighbours alone."""
+def _all_failed(steps: int, failure: ExecutionFailed) -> Stepped:
+    nothing = np.empty((steps, 0), np.float32)
+    return Stepped(nothing, nothing, dict.fromkeys(range(steps), failure))
+
+
+def step_together(executor: StepExecutor, inputs: NDArray[np.generic], rows: Floats) -> Stepped:
+    """One step of each of several sessions in one forward. One that fails leaves its neighbours alone.
+
+    inputs (batch, features) or (batch,), rows (batch, row_size): the states before it.
+    """
     try:
-        inputs, rows = np.array([job.next_input for job in jobs]), np.array([job.row for job in jobs])
         outputs, new_rows = executor.step(inputs, rows)
     except Exception:
-        if len(jobs) > 1:
+        if len(inputs) > 1:
             log.warning("a tick failed; its steps are tried one by one", exc_info=True)
-            return [outcome for job in jobs for outcome in step_together(executor, [job])]
+            return _one_by_one(executor, inputs, rows)
         log.exception("a step failed")
-        return [ExecutionFailed("the network could not compute this step")]
+        return _all_failed(1, ExecutionFailed("the network could not compute this step"))
     if np.isfinite(new_rows).all() and np.isfinite(outputs).all():
-        return list(zip(outputs, new_rows, strict=True))
-    finite = np.logical_and(np.isfinite(new_rows).all(axis=1), np.isfinite(outputs).all(axis=1)).tolist()
-    return [
-        (output, row) if ok else ExecutionFailed("the step leads to a value that is not finite")
-        for output, row, ok in zip(outputs, new_rows, finite, strict=True)
-    ]
+        return Stepped(outputs, new_rows, {})
+    finite = np.logical_and(np.isfinite(new_rows).all(axis=1), np.isfinite(outputs).all(axis=1))
+    failure = ExecutionFailed("the step leads to a value that is not finite")
+    return Stepped(outputs, new_rows, dict.fromkeys(np.nonzero(~finite)[0].tolist(), failure))
+
+
+def _one_by_one(executor: StepExecutor, inputs: NDArray[np.generic], rows: Floats) -> Stepped:
+    alone = [step_together(executor, inputs[i : i + 1], rows[i : i + 1]) for i in range(len(inputs))]
+    failures = {i: one.failures[0] for i, one in enumerate(alone) if one.failures}
+    widths = {one.outputs.shape[1] for i, one in enumerate(alone) if i not in failures} or {0}
+    outputs = np.zeros((len(inputs), max(widths)), np.float32)
+    states = np.zeros_like(rows)
+    for i, one in enumerate(alone):
+        if i not in failures:
+            outputs[i], states[i] = one.outputs[0], one.states[0]
+    return Stepped(outputs, states, failures)

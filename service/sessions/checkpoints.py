@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from service.errors import StoreUnavailable
@@ -67,6 +67,14 @@ class Checkpointer:
     def changed(self, session: Session, steps: int = 0) -> None:
         """Write the session in the next round."""
         self._changed[session] = None
+        self._count(steps)
+
+    def all_changed(self, sessions: Iterable[Session], steps: int) -> None:
+        """Write these in the next round, of which so many steps were applied in all."""
+        self._changed.update(dict.fromkeys(sessions))
+        self._count(steps)
+
+    def _count(self, steps: int) -> None:
         self._steps += steps
         if self._every_steps and self._steps >= self._every_steps:
             self._due.set()

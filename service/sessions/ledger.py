@@ -44,6 +44,11 @@ class Ledger:
         return tuple(self._resets)
 
     @property
+    def held_outputs_bytes(self) -> int:
+        """Of the answers that are held."""
+        return self._held_bytes - ANSWER_OVERHEAD_BYTES * len(self._held)
+
+    @property
     def held_from(self) -> int:
         """Every answer from this index on is held."""
         return self._held[0].first_step if self._held else self.next_step

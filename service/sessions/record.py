@@ -21,8 +21,7 @@ class SessionKey(NamedTuple):
     session_id: str
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class HeldAnswer:
+class HeldAnswer(NamedTuple):
     """An answer that the client has not acknowledged.
 
     outputs (rows, outputs) about the rows' steps up to `next_step` (exclusive): all of a message, or its last one.

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.manifest import Manifest, ModelKey
 from service.engine.step_engine import StepEngine
 from service.errors import (
@@ -36,6 +39,7 @@ from service.sessions.stored import SessionsOfOneProcess, StoredSessions
 from service.sessions.stores.shared import SharedStore, first_fence
 from service.sessions.stores.store import RecordUnreadable, SessionStore, StoreError
 from service.sessions.table import SessionInfo, SessionTable, TableMetrics
+from service.sessions.together import Applied, StepsTogether
 
 log = logging.getLogger(__name__)
 
@@ -174,27 +178,44 @@ class SessionRegistry:
         else:
             self._metrics.session_resumed(session.model)
         self.changed(session)
-        if opening.require_durable:
-            await self._make_durable(session, owner, is_new=is_new)
-        elif is_new and self._sharing:  # so that no other process begins one of the same id
-            await self.write_now(session)
-        return session, missed
-
-    async def _make_durable(self, session: Session, owner: Owner, *, is_new: bool) -> None:
-        """Raises StoreUnavailable, and takes the opening back."""
-        await self.write_now(session)
         try:
-            self.checkpoints.require_available()
-        except StoreUnavailable:
-            if is_new and not session.ended:
+            await self._write_opened(session, opening, is_new=is_new)
+        except BaseException as error:
+            if is_new and not session.ended and isinstance(error, StoreUnavailable):
                 self._table.end(session)
             self.leave(session, owner)
             raise
+        return session, missed
+
+    async def _write_opened(self, session: Session, opening: Opening, *, is_new: bool) -> None:
+        """At once, where it matters who opened it. Raises StoreUnavailable if it must be durable and is not."""
+        begun_among_others = is_new and self.shared  # no other process may begin one of the same id
+        # A session that was taken over would go back to whoever had it before, after a crash.
+        if opening.require_durable or opening.take_over or begun_among_others:
+            await self.write_now(session)
+        if opening.require_durable:
+            self.checkpoints.require_available()
 
     def changed(self, session: Session, steps: int = 0) -> None:
         """Steps or a reset were applied: write it behind."""
         if session.resumable and not session.ended:
             self.checkpoints.changed(session, steps)
+
+    def step_together(
+        self, sessions: Sequence[Session], owners: Sequence[Owner], inputs: NDArray[np.generic], applied: Applied
+    ) -> StepsTogether:
+        """Apply a step of each of several sessions of one model, of which none has another one under way.
+
+        inputs (sessions, features) or (sessions,), validated and of the sessions' next steps.
+        """
+        job = StepsTogether(inputs, sessions, owners, applied, self._clock)
+        self._engine.submit(sessions[0].model, job)
+        return job
+
+    def all_changed(self, sessions: Sequence[Session]) -> None:
+        """A step of each of these was applied, all of one model: write them behind."""
+        self._metrics.steps(sessions[0].model, len(sessions))
+        self.checkpoints.all_changed((session for session in sessions if session.token_hash), len(sessions))
 
     async def may_answer(self) -> None:
         """Return once it is certain that the sessions here are ours."""
@@ -280,10 +301,7 @@ class SessionRegistry:
         served = self._manifests.get(state.model)
         if served is None:
             raise _not_served(state.model)
-        if (
-            served.weights_sha256 != state.weights_sha256
-            or state.row.shape != self._engine.initial_row(state.model).shape
-        ):
+        if served.weights_sha256 != state.weights_sha256 or len(state.row) != self._engine.states(state.model).row_size:
             name = state.model.name
             raise BundleMismatch(
                 f"the session's state belongs to other weights of model {name!r} than are served", model=name

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.manifest import ModelKey
+from service.engine.states import State
 from service.engine.step_engine import StepEngine
 from service.errors import ExecutionFailed, ServingError, SessionMoved
 from service.sessions.ledger import Ledger, joined
@@ -78,7 +79,7 @@ class Session:
         self.caller_id = record.caller_id
         self.fence = record.fence
         self.stored = False  # what the store has under the key is of this session
-        self._row = record.row
+        self._state = engine.states(record.model).add(record.row)
         self._ledger = Ledger(
             record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
         )
@@ -102,6 +103,16 @@ class Session:
         """Whether it has a token, and so may outlive its stream."""
         return bool(self.token_hash)
 
+    @property
+    def state(self) -> State:
+        """After the step before `next_step`."""
+        return self._state
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its state and the answers that it holds."""
+        return self._state.row.nbytes + self._ledger.held_outputs_bytes
+
     def record(self) -> SessionRecord:
         """A checkpoint of this moment."""
         return SessionRecord(
@@ -111,7 +122,7 @@ class Session:
             token_hash=self.token_hash,
             next_step=self._ledger.next_step,
             answered_step=self._ledger.answered_step,
-            row=self._row,
+            row=self._state.row.copy(),
             held=self._ledger.held,
             resets=self._ledger.resets,
             opened_s=self.opened_s,
@@ -153,22 +164,37 @@ class Session:
             rows = self._ledger.rows_about(first_step, first_step + len(inputs))
             return AppliedSteps(first_step + len(inputs), joined(rows[-1:] if last_only else rows))
         before = self._ledger.next_step
-        result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._row)
+        result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._state)
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
         applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
         known = [] if last_only else self._ledger.rows_about(first_step, before)
         if applied:
-            self._row = result.row.copy()  # a row of a tick's result would keep all of that alive
+            self._state = result.state
             self._ledger.applied(before, before + applied, outputs)
             self._metrics.steps(self.model, applied)
         self.used_s = self._clock()
         return AppliedSteps(before + applied, joined([*known, outputs] if applied else known), result.failure)
 
+    def stepped(self, output: Floats, now_s: float) -> None:
+        """One more step was applied, in the state already: output (1, outputs), an array of its own."""
+        next_step = self._ledger.next_step
+        self._ledger.applied(next_step, next_step + 1, output)
+        self.used_s = now_s
+
+    def applied_before(self, first_step: int) -> Floats | None:
+        """The answer (rows, outputs) to a step that was applied before, as far as it is held; None for the next step.
+
+        Raises StepOutOfOrder.
+        """
+        if self._ledger.new_steps(first_step, 1):
+            return None
+        return joined(self._ledger.rows_about(first_step, first_step + 1))
+
     def reset(self, first_step: int) -> None:
         """Back to the initial state before the step of that index, once. Raises StepOutOfOrder."""
         if self._ledger.reset(first_step):
-            self._row = self._engine.initial_row(self.model)
+            self._state.row[:] = 0
         self.used_s = self._clock()
 
     def expect(self, first_step: int) -> None:

@@ -149,4 +149,4 @@ class SessionTable:
 
 
 def _size_bytes(sessions: Sequence[Session]) -> int:
-    return sum(session.record().size_bytes for session in sessions)
+    return sum(session.size_bytes for session in sessions)

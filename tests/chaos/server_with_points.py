@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from service.api import real_time
+from service.api.session_stream import SessionStream
 from service.app import serve
 from service.engine.sequence_lane import SequenceLane
 from service.sessions.registry import SessionRegistry
@@ -110,7 +110,7 @@ def _concerns(armed: Armed | None, point: Point, session: str, target: Target, n
 def wrap(points: Points) -> None:
     """Put the points around the methods of the service."""
     apply, reset, close, write = Session.apply, Session.reset, SessionRegistry.close, SqliteStore.write
-    init: Any = real_time._Stream.__init__
+    init: Any = SessionStream.__init__
 
     async def apply_and_reach(self: Session, *given: Any, **named: Any) -> Any:
         before = self.next_step
@@ -138,8 +138,8 @@ def wrap(points: Points) -> None:
             points.reach("after_checkpoint", record.key.session_id, record.next_step)
         points.checkpoint_written()
 
-    def init_with_points(self: Any, context: Any, task: Any) -> None:
-        init(self, _Context(context, self, points), task)
+    def init_with_points(self: Any, context: Any, *given: Any) -> None:
+        init(self, _Context(context, self, points), *given)
 
     async def no_warm_up(self: SequenceLane, folders: object) -> None:
         """No whole sequences here."""
@@ -148,7 +148,7 @@ def wrap(points: Points) -> None:
     broken.put(Session, "reset", reset_and_reach)
     broken.put(SessionRegistry, "close", close_and_reach)
     broken.put(SqliteStore, "write", write_and_reach)
-    broken.put(real_time._Stream, "__init__", init_with_points)
+    broken.put(SessionStream, "__init__", init_with_points)
     broken.put(SequenceLane, "warm_up", no_warm_up)
 
 
@@ -165,7 +165,7 @@ class _Context:
         kind = response.WhichOneof("response")
         target: Target | None = TARGETS.get(kind)
         if target is not None:
-            session, next_step = self._stream.session.key.session_id, getattr(response, kind).next_step
+            session, next_step = self._stream.opened.session.key.session_id, getattr(response, kind).next_step
             await self._points.hold_answer(session, next_step)
             self._points.reach("before_answer", session, next_step, target)
         await self._context.write(response)

@@ -1,12 +1,9 @@
-"""Transcripts: jobs go in, ticks come out. A job is written as its letter, a tick as 'model: jobs'."""
+"""Transcripts: jobs go in, ticks come out. A tick is written as 'model: jobs', each with its steps if they are many."""
 
-import numpy as np
 import pytest
 
 from service.engine.batcher import Batcher, StepJob
 from tests.support.fakes import column
-
-ROW = np.zeros(1, np.float32)
 
 
 class Transcript:
@@ -15,20 +12,26 @@ class Transcript:
         self.jobs: dict[str, StepJob] = {}
 
     def add(self, model: str, **steps: int) -> None:
-        """Jobs by letter, with how many steps each has."""
-        for letter, count in steps.items():
-            self.jobs[letter] = StepJob(column(*range(count)), ROW)
-            self.batcher.add(model, self.jobs[letter])
+        """Jobs of one session each, by name, with how many steps each has."""
+        self._add(model, in_turn=True, **steps)
+
+    def add_together(self, model: str, **steps: int) -> None:
+        """The same of as many sessions as there are steps."""
+        self._add(model, in_turn=False, **steps)
+
+    def _add(self, model: str, *, in_turn: bool, **steps: int) -> None:
+        for name, count in steps.items():
+            self.jobs[name] = StepJob(column(*range(count)), in_turn)
+            self.batcher.add(model, self.jobs[name])
 
     def tick(self) -> str:
-        """Take and apply one tick; jobs with more steps wait again."""
-        model, jobs = self.batcher.take()
-        for job in jobs:
-            job.apply(ROW, ROW)
-            if not job.done:
+        """Take one tick; jobs with more steps wait again."""
+        model, shares = self.batcher.take()
+        for job, _ in shares:
+            if job.left:
                 self.batcher.add(model, job)
-        letters = [next(letter for letter, known in self.jobs.items() if known is job) for job in jobs]
-        return f"{model}: {' '.join(letters)}"
+        names = {id(job): name for name, job in self.jobs.items()}
+        return f"{model}: {' '.join(names[id(job)] + (f'*{steps}' if steps > 1 else '') for job, steps in shares)}"
 
     def ticks(self) -> list[str]:
         ticks = []
@@ -101,10 +104,40 @@ def test_nothing_waits_at_first_and_nothing_after_the_last() -> None:
         t.batcher.take()
 
 
-def test_a_job_knows_its_next_step_its_state_and_its_answers() -> None:
-    job = StepJob(column(7, 8), ROW)
-    assert job.next_input.tolist() == [7]
-    job.apply(np.array([1.0], np.float32), np.array([2.0], np.float32))
-    assert (job.next_input.tolist(), job.row.tolist(), job.done) == ([8], [2.0], False)
-    job.apply(np.array([3.0], np.float32), np.array([4.0], np.float32))
-    assert ([output.tolist() for output in job.outputs], job.row.tolist(), job.done) == ([[1.0], [3.0]], [4.0], True)
+def test_steps_of_many_sessions_share_a_tick_up_to_its_limit() -> None:
+    t = Transcript(max_tick_sessions=4)
+    t.add_together("m", all=6)
+    assert t.ticks() == ["m: all*4", "m: all*2"]
+
+
+def test_steps_of_many_sessions_share_a_tick_with_those_of_others() -> None:
+    t = Transcript(max_tick_sessions=4)
+    t.add("m", a=2)
+    t.add_together("m", all=2)
+    t.add("m", b=1)
+    assert t.ticks() == ["m: a all*2 b", "m: a"]
+
+
+def test_a_job_of_many_sessions_delays_a_short_one_by_at_most_one_tick() -> None:
+    t = Transcript(max_tick_sessions=2)
+    t.add_together("m", all=100)
+    assert t.tick() == "m: all*2"
+    t.add("m", short=1)
+    assert [t.tick(), t.tick()] == ["m: all*2", "m: short all"]
+
+
+def test_a_job_abandoned_between_two_ticks_has_no_other() -> None:
+    t = Transcript(max_tick_sessions=2)
+    t.add_together("m", all=4)
+    t.tick()
+    t.jobs["all"].abandoned = True
+    assert t.ticks() == ["m: "]
+
+
+def test_a_job_knows_what_is_left_of_it_and_what_one_tick_may_take() -> None:
+    chunk, batch = StepJob(column(7, 8), in_turn=True), StepJob(column(7, 8), in_turn=False)
+    assert [(job.left, job.ready) for job in (chunk, batch)] == [(2, 1), (2, 2)]
+    chunk.taken = batch.taken = 1
+    assert [(job.left, job.ready) for job in (chunk, batch)] == [(1, 1), (1, 1)]
+    chunk.taken = batch.taken = 2
+    assert [(job.left, job.ready) for job in (chunk, batch)] == [(0, 0), (0, 0)]

@@ -57,7 +57,7 @@ def content(value: Any) -> Any:
     """Everything in a record, to compare: arrays by their bytes."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, SessionRecord | HeldAnswer):
+    if isinstance(value, SessionRecord):
         return [content(getattr(value, part.name)) for part in fields(value)]
     return list(map(content, value)) if isinstance(value, tuple) else value
 

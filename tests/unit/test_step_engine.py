@@ -33,7 +33,7 @@ class Bench:
         self.engine = StepEngine(executors, max_tick_sessions=4, metrics=self.metrics, max_loop_tick_s=0)
 
     def send(self, *values: float, model: ModelKey = ONE) -> asyncio.Task[StepsResult]:
-        return asyncio.create_task(self.engine.step(model, column(*values), ZERO))
+        return asyncio.create_task(self.engine.step(model, column(*values), self.engine.states(model).add(ZERO)))
 
     async def hold(self) -> None:
         """Let a tick of `other` wait, so that what is sent meanwhile meets in the next tick."""
@@ -63,11 +63,12 @@ def sums(result: StepsResult) -> list[float]:
 
 async def test_steps_are_applied_in_order_each_to_the_state_before_it(bench: Bench) -> None:
     result = await bench.send(1, 2, 3)
-    assert (sums(result), result.row.tolist(), result.failure) == ([1, 3, 6], [6], None)
+    assert (sums(result), result.state.row.tolist(), result.failure) == ([1, 3, 6], [6], None)
 
 
 async def test_the_initial_state_is_zero_and_as_wide_as_the_executor_says(bench: Bench) -> None:
     bench.one.row_size = 3
+    bench.engine.add(ONE, bench.one)
     assert bench.engine.initial_row(ONE).tolist() == [0, 0, 0]
 
 
@@ -125,7 +126,7 @@ async def test_a_session_whose_step_raises_fails_alone(bench: Bench, caplog: pyt
     assert isinstance(failed.failure, ExecutionFailed)
     assert "secret" not in failed.failure.message
     assert "secret" in caplog.text
-    assert (len(failed.outputs), failed.row.tolist()) == (0, [0])
+    assert (len(failed.outputs), failed.state.row.tolist()) == (0, [0])
 
 
 async def test_a_state_that_is_not_finite_is_a_failed_step_and_its_neighbours_go_on(bench: Bench) -> None:
@@ -134,7 +135,7 @@ async def test_a_state_that_is_not_finite_is_a_failed_step_and_its_neighbours_go
     await bench.let_go()
     failed = await guilty
     assert isinstance(failed.failure, ExecutionFailed)
-    assert failed.row.tolist() == [0]
+    assert failed.state.row.tolist() == [0]
     assert sums(await neighbour) == [5]
 
 
@@ -143,7 +144,7 @@ async def test_the_steps_before_a_failed_one_are_kept_and_those_behind_it_are_no
     bench: Bench, bad: float
 ) -> None:
     result = await bench.send(1, 2, bad, 4)
-    assert (sums(result), result.row.tolist()) == ([1, 3], [3])
+    assert (sums(result), result.state.row.tolist()) == ([1, 3], [3])
     assert isinstance(result.failure, ExecutionFailed)
 
 
@@ -209,7 +210,7 @@ async def test_ticks_run_on_the_event_loop_while_they_are_short_and_in_a_thread_
     engine = StepEngine({ONE: executor}, max_tick_sessions=4, metrics=CountingMetrics(), max_loop_tick_s=0.05)
     here = threading.current_thread()
     for value in (0, 0, 0.1, 0, 0):
-        await engine.step(ONE, column(value), ZERO)
+        await engine.step(ONE, column(value), engine.states(ONE).add(ZERO))
     engine.close()
     assert [thread is here for thread in threads] == [True, True, True, False, True]
 

@@ -35,7 +35,7 @@ def test_a_session_is_opened_stepped_and_closed(channel: grpc.Channel) -> None:
     with live_stream(channel) as stream:
         opened = stream.ask(open_("vanilla", "whole-life")).opened
         assert (opened.model, opened.version, opened.next_step) == ("vanilla", 2, 0)
-        assert (opened.max_steps_per_message, opened.max_message_bytes) == (1_000, 4 * 2**20)
+        assert (opened.max_steps_per_message, opened.max_message_bytes) == (1_024, 4 * 2**20)
         answer = stream.ask(steps(0, random_steps(3))).answer
         assert (answer.first_step, answer.next_step) == (0, 3)
         assert array(answer.prediction.outputs).shape == (3, 4)

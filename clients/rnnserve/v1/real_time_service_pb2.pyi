@@ -3,9 +3,11 @@
 isort:skip_file
 Real-time inference: a stream of steps in, an answer to each step out."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from rnnserve.v1 import prediction_pb2 as _prediction_pb2
@@ -543,3 +545,505 @@ class Notice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Notice: _TypeAlias = Notice  # noqa: Y015
+
+@_typing.final
+class MultiplexStepsRequest(_message.Message):
+    """What a client sends on a multiplexed stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> Global___OpenHandle:
+        """Begins a session or goes on with one."""
+
+    @_builtins.property
+    def steps(self) -> Global___StepBatch:
+        """The next step of many sessions."""
+
+    @_builtins.property
+    def reset(self) -> Global___ResetHandle:
+        """Back to the initial state."""
+
+    @_builtins.property
+    def close(self) -> Global___CloseHandle:
+        """Ends a session."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___OpenHandle | None = ...,
+        steps: Global___StepBatch | None = ...,
+        reset: Global___ResetHandle | None = ...,
+        close: Global___CloseHandle | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "open", b"open", "request", b"request", "reset", b"reset", "steps", b"steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "open", b"open", "request", b"request", "reset", b"reset", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "steps", "reset", "close"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___MultiplexStepsRequest: _TypeAlias = MultiplexStepsRequest  # noqa: Y015
+
+@_typing.final
+class OpenHandle(_message.Message):
+    """Binds a session to a handle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    ANSWERED_STEP_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Larger than every handle opened before on this stream."""
+    answered_step: _builtins.int
+    """Acknowledges, as in StreamStepsRequest."""
+    @_builtins.property
+    def open(self) -> Global___OpenSession:
+        """The session."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        open: Global___OpenSession | None = ...,
+        answered_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_step", b"answered_step", "handle", b"handle", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenHandle: _TypeAlias = OpenHandle  # noqa: Y015
+
+@_typing.final
+class StepBatch(_message.Message):
+    """A step of each of several sessions of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    FIRST_STEPS_FIELD_NUMBER: _builtins.int
+    ANSWERED_STEPS_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """For a text model: one character for each handle."""
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each at most once, and all of the same version of one model. Otherwise nothing of the message is applied, and all
+        of its handles are refused.
+        """
+
+    @_builtins.property
+    def first_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The index of each one's step, in the order of the handles."""
+
+    @_builtins.property
+    def answered_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Acknowledges for each handle; empty = nothing for any."""
+
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.Tensor:
+        """For a numeric model: (handles, features) float32."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        first_steps: _abc.Iterable[_builtins.int] | None = ...,
+        answered_steps: _abc.Iterable[_builtins.int] | None = ...,
+        tensor: _tensor_pb2.Tensor | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "tensor", b"tensor", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_steps", b"answered_steps", "first_steps", b"first_steps", "handles", b"handles", "input", b"input", "tensor", b"tensor", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["tensor", "text"]  # noqa: Y015
+    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+
+Global___StepBatch: _TypeAlias = StepBatch  # noqa: Y015
+
+@_typing.final
+class ResetHandle(_message.Message):
+    """Puts the session of a handle back into its initial state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    ANSWERED_STEP_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Which one."""
+    answered_step: _builtins.int
+    """Acknowledges."""
+    @_builtins.property
+    def reset(self) -> Global___ResetSession:
+        """The index of its next step."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        reset: Global___ResetSession | None = ...,
+        answered_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reset", b"reset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_step", b"answered_step", "handle", b"handle", "reset", b"reset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetHandle: _TypeAlias = ResetHandle  # noqa: Y015
+
+@_typing.final
+class CloseHandle(_message.Message):
+    """Ends the session of a handle, which takes nothing more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    ANSWERED_STEP_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Which one."""
+    answered_step: _builtins.int
+    """Acknowledges."""
+    @_builtins.property
+    def close(self) -> Global___CloseSession:
+        """The index of its next step, if that is to be checked."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        close: Global___CloseSession | None = ...,
+        answered_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_step", b"answered_step", "close", b"close", "handle", b"handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseHandle: _TypeAlias = CloseHandle  # noqa: Y015
+
+@_typing.final
+class MultiplexStepsResponse(_message.Message):
+    """What the server sends on a multiplexed stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPENED_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def opened(self) -> Global___HandleOpened:
+        """The answer to `open`."""
+
+    @_builtins.property
+    def answer(self) -> Global___StepBatchAnswer:
+        """The answer to steps."""
+
+    @_builtins.property
+    def refused(self) -> Global___HandlesRefused:
+        """The refusal of one request of each of some handles. Their sessions stay as they were."""
+
+    @_builtins.property
+    def reset(self) -> Global___HandleReset:
+        """The answer to `reset`."""
+
+    @_builtins.property
+    def closed(self) -> Global___HandleClosed:
+        """The answer to `close`."""
+
+    @_builtins.property
+    def ended(self) -> Global___HandlesEnded:
+        """No answer: handles that have no session any more, or whose `open` was refused."""
+
+    @_builtins.property
+    def notice(self) -> Global___Notice:
+        """No answer: something that the client should know about the whole stream."""
+
+    @_builtins.property
+    def durable(self) -> Global___HandlesDurable:
+        """No answer: sessions of which more is durable, while nothing else was to be said of them."""
+
+    def __init__(
+        self,
+        *,
+        opened: Global___HandleOpened | None = ...,
+        answer: Global___StepBatchAnswer | None = ...,
+        refused: Global___HandlesRefused | None = ...,
+        reset: Global___HandleReset | None = ...,
+        closed: Global___HandleClosed | None = ...,
+        ended: Global___HandlesEnded | None = ...,
+        notice: Global___Notice | None = ...,
+        durable: Global___HandlesDurable | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "closed", b"closed", "durable", b"durable", "ended", b"ended", "notice", b"notice", "opened", b"opened", "refused", b"refused", "reset", b"reset", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "closed", b"closed", "durable", b"durable", "ended", b"ended", "notice", b"notice", "opened", b"opened", "refused", b"refused", "reset", b"reset", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["opened", "answer", "refused", "reset", "closed", "ended", "notice", "durable"]  # noqa: Y015
+    _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
+
+Global___MultiplexStepsResponse: _TypeAlias = MultiplexStepsResponse  # noqa: Y015
+
+@_typing.final
+class HandleOpened(_message.Message):
+    """The session is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
+    DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    MAX_OUTSTANDING_STEPS_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Which one."""
+    durable_step: _builtins.int
+    """As in StreamStepsResponse."""
+    max_outstanding_steps: _builtins.int
+    """How many requests of the handle may be unanswered."""
+    @_builtins.property
+    def opened(self) -> Global___SessionOpened:
+        """The session. What it says of a message's steps is the limit of handles in a batch."""
+
+    @_builtins.property
+    def missed(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepsAnswer]:
+        """The answers that the client has missed, in order."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        opened: Global___SessionOpened | None = ...,
+        durable_step: _builtins.int = ...,
+        max_outstanding_steps: _builtins.int = ...,
+        missed: _abc.Iterable[Global___StepsAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["opened", b"opened"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_step", b"durable_step", "handle", b"handle", "max_outstanding_steps", b"max_outstanding_steps", "missed", b"missed", "opened", b"opened"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandleOpened: _TypeAlias = HandleOpened  # noqa: Y015
+
+@_typing.final
+class StepBatchAnswer(_message.Message):
+    """What the model says about one step of each of several sessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    FIRST_STEPS_FIELD_NUMBER: _builtins.int
+    DURABLE_STEPS_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Whose steps these are."""
+
+    @_builtins.property
+    def first_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The index of each one's step."""
+
+    @_builtins.property
+    def durable_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in StreamStepsResponse, of each one."""
+
+    @_builtins.property
+    def prediction(self) -> _prediction_pb2.Prediction:
+        """A row for each handle; none at all where these steps were applied and acknowledged before."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        first_steps: _abc.Iterable[_builtins.int] | None = ...,
+        durable_steps: _abc.Iterable[_builtins.int] | None = ...,
+        prediction: _prediction_pb2.Prediction | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_steps", b"durable_steps", "first_steps", b"first_steps", "handles", b"handles", "prediction", b"prediction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepBatchAnswer: _TypeAlias = StepBatchAnswer  # noqa: Y015
+
+@_typing.final
+class HandlesRefused(_message.Message):
+    """One request of each of these handles is refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    FIRST_STEPS_FIELD_NUMBER: _builtins.int
+    NEXT_STEPS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Whose requests. None where the message named no handle."""
+
+    @_builtins.property
+    def first_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The index that each request gave for its step."""
+
+    @_builtins.property
+    def next_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The index of the session's next step; 0 for a handle that is not bound."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why, with one ErrorInfo and the fitting detail."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        first_steps: _abc.Iterable[_builtins.int] | None = ...,
+        next_steps: _abc.Iterable[_builtins.int] | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "first_steps", b"first_steps", "handles", b"handles", "next_steps", b"next_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandlesRefused: _TypeAlias = HandlesRefused  # noqa: Y015
+
+@_typing.final
+class HandleReset(_message.Message):
+    """A session is in its initial state again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    NEXT_STEP_FIELD_NUMBER: _builtins.int
+    DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Which one."""
+    next_step: _builtins.int
+    """The index that its next step must have."""
+    durable_step: _builtins.int
+    """As in StreamStepsResponse."""
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        next_step: _builtins.int = ...,
+        durable_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_step", b"durable_step", "handle", b"handle", "next_step", b"next_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandleReset: _TypeAlias = HandleReset  # noqa: Y015
+
+@_typing.final
+class HandleClosed(_message.Message):
+    """A session is gone, and its handle with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """Which one."""
+    @_builtins.property
+    def closed(self) -> Global___SessionClosed:
+        """What is left of it."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        closed: Global___SessionClosed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "handle", b"handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandleClosed: _TypeAlias = HandleClosed  # noqa: Y015
+
+@_typing.final
+class HandlesEnded(_message.Message):
+    """These handles are bound to nothing any more. What they have outstanding is not answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which ones."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why, with one ErrorInfo and the fitting detail."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "handles", b"handles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandlesEnded: _TypeAlias = HandlesEnded  # noqa: Y015
+
+@_typing.final
+class HandlesDurable(_message.Message):
+    """More of these sessions is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    DURABLE_STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which ones."""
+
+    @_builtins.property
+    def durable_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in StreamStepsResponse, of each one."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[_builtins.int] | None = ...,
+        durable_steps: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_steps", b"durable_steps", "handles", b"handles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandlesDurable: _TypeAlias = HandlesDurable  # noqa: Y015

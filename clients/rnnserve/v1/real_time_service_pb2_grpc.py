@@ -40,6 +40,11 @@ class RealTimeServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsResponse.FromString,
                 _registered_method=True)
+        self.MultiplexSteps = channel.stream_stream(
+                '/rnnserve.v1.RealTimeService/MultiplexSteps',
+                request_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.FromString,
+                _registered_method=True)
 
 
 class RealTimeServiceServicer:
@@ -65,6 +70,27 @@ class RealTimeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MultiplexSteps(self, request_iterator, context):
+        """Many sessions, for gateways and fleets: a message costs much more than a step does.
+
+        `open` binds a session to a handle, a number that the client picks and never uses again on this stream. Once
+        `opened` has come, the handle takes steps, one for each of many handles in a message. All that StreamSteps says of
+        a session holds for each of them, with these differences:
+
+        What is sent for one handle is answered in order, each request once: by a row of `answer`, or by `refused`, `reset`
+        or `closed`. Handles do not wait for each other, so the steps of one message may be answered by several messages,
+        and steps of several messages by one.
+
+        At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL, ahead
+        of the answers to those.
+
+        A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
+        on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RealTimeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -72,6 +98,11 @@ def add_RealTimeServiceServicer_to_server(servicer, server):
                     servicer.StreamSteps,
                     request_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsResponse.SerializeToString,
+            ),
+            'MultiplexSteps': grpc.stream_stream_rpc_method_handler(
+                    servicer.MultiplexSteps,
+                    request_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -102,6 +133,33 @@ class RealTimeService:
             '/rnnserve.v1.RealTimeService/StreamSteps',
             rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsRequest.SerializeToString,
             rnnserve_dot_v1_dot_real__time__service__pb2.StreamStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MultiplexSteps(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/rnnserve.v1.RealTimeService/MultiplexSteps',
+            rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.SerializeToString,
+            rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,23 @@ class RealTimeServiceStub:
 
     The session id should also travel as call metadata `rnnserve-session-id`, for load balancers.
     """
+    MultiplexSteps: _grpc.StreamStreamMultiCallable[_real_time_service_pb2.MultiplexStepsRequest, _real_time_service_pb2.MultiplexStepsResponse]
+    """Many sessions, for gateways and fleets: a message costs much more than a step does.
+
+    `open` binds a session to a handle, a number that the client picks and never uses again on this stream. Once
+    `opened` has come, the handle takes steps, one for each of many handles in a message. All that StreamSteps says of
+    a session holds for each of them, with these differences:
+
+    What is sent for one handle is answered in order, each request once: by a row of `answer`, or by `refused`, `reset`
+    or `closed`. Handles do not wait for each other, so the steps of one message may be answered by several messages,
+    and steps of several messages by one.
+
+    At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL, ahead
+    of the answers to those.
+
+    A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
+    on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
+    """
 
 @_typing.type_check_only
 class RealTimeServiceAsyncStub(RealTimeServiceStub):
@@ -68,6 +85,23 @@ class RealTimeServiceAsyncStub(RealTimeServiceStub):
     rows. The newest open owns the session; the stream that had it ends with SESSION_MOVED.
 
     The session id should also travel as call metadata `rnnserve-session-id`, for load balancers.
+    """
+    MultiplexSteps: _aio.StreamStreamMultiCallable[_real_time_service_pb2.MultiplexStepsRequest, _real_time_service_pb2.MultiplexStepsResponse]  # type: ignore[assignment]
+    """Many sessions, for gateways and fleets: a message costs much more than a step does.
+
+    `open` binds a session to a handle, a number that the client picks and never uses again on this stream. Once
+    `opened` has come, the handle takes steps, one for each of many handles in a message. All that StreamSteps says of
+    a session holds for each of them, with these differences:
+
+    What is sent for one handle is answered in order, each request once: by a row of `answer`, or by `refused`, `reset`
+    or `closed`. Handles do not wait for each other, so the steps of one message may be answered by several messages,
+    and steps of several messages by one.
+
+    At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL, ahead
+    of the answers to those.
+
+    A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
+    on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
     """
 
 class RealTimeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -92,6 +126,29 @@ class RealTimeServiceServicer(metaclass=_abc_1.ABCMeta):
         rows. The newest open owns the session; the stream that had it ends with SESSION_MOVED.
 
         The session id should also travel as call metadata `rnnserve-session-id`, for load balancers.
+        """
+
+    @_abc_1.abstractmethod
+    def MultiplexSteps(
+        self,
+        request_iterator: _MaybeAsyncIterator[_real_time_service_pb2.MultiplexStepsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_real_time_service_pb2.MultiplexStepsResponse], _abc.AsyncIterator[_real_time_service_pb2.MultiplexStepsResponse]]:
+        """Many sessions, for gateways and fleets: a message costs much more than a step does.
+
+        `open` binds a session to a handle, a number that the client picks and never uses again on this stream. Once
+        `opened` has come, the handle takes steps, one for each of many handles in a message. All that StreamSteps says of
+        a session holds for each of them, with these differences:
+
+        What is sent for one handle is answered in order, each request once: by a row of `answer`, or by `refused`, `reset`
+        or `closed`. Handles do not wait for each other, so the steps of one message may be answered by several messages,
+        and steps of several messages by one.
+
+        At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL, ahead
+        of the answers to those.
+
+        A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
+        on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
         """
 
 def add_RealTimeServiceServicer_to_server(servicer: RealTimeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,523 @@
+"""MultiplexSteps: one stream of many sessions, each bound to a handle; none waits for another.
+
+A message is taken apart by handle. The steps of all handles that have none under way become one job of the engine;
+those of the others wait for their turn. What a tick gives is answered in one message, and the steps that waited for it
+become the next job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rnnserve.v1.real_time_service_pb2 import (
+    NOTICE_REASON_DRAINING,
+    CloseHandle,
+    HandleClosed,
+    HandleOpened,
+    HandleReset,
+    HandlesDurable,
+    HandlesEnded,
+    HandlesRefused,
+    MultiplexStepsRequest,
+    MultiplexStepsResponse,
+    Notice,
+    OpenHandle,
+    ResetHandle,
+    SessionClosed,
+    StepBatch,
+)
+from service.api import codec
+from service.api.calls import Refusals
+from service.api.limits import Limits
+from service.api.live_call import CANCELLATION_S, LiveCall
+from service.api.openings import OpenedSession, Openings
+from service.api.session_stream import StepMetrics
+from service.api.statuses import duration
+from service.engine.step_engine import Stepped
+from service.errors import (
+    FieldInvalid,
+    Internal,
+    QueueFull,
+    ServingError,
+    SessionNotFound,
+    StepsMissing,
+    TooManySteps,
+    within,
+)
+from service.sessions.record import Floats
+from service.sessions.registry import SessionRegistry
+from service.sessions.together import StepsTogether
+
+if TYPE_CHECKING:
+    from service.api.live_call import Context
+
+log = logging.getLogger(__name__)
+
+MAX_UNWRITTEN = 64  # responses that wait for a client who does not read; then nothing more is read from it
+MAX_OPENINGS = 256  # under way at a time
+RETRY_AFTER_S = 0.05  # a queue of steps is empty again by then
+
+Step = tuple[int, NDArray[np.generic] | ServingError]
+"""The index that the client gave, and the inputs (features,) or (), or why they are refused."""
+
+
+class _Handle:
+    """What a session is bound to; its owner."""
+
+    __slots__ = ("lost", "number", "opened", "options", "outstanding", "session", "stream", "waiting")
+
+    def __init__(self, stream: MultiplexedStream, number: int) -> None:
+        self.stream = stream
+        self.number = number
+        self.lost: ServingError | None = None
+        self.outstanding = 0  # requests that are not answered
+        self.waiting: deque[Step | ResetHandle | CloseHandle] = deque()  # all but the one under way
+
+    def bind(self, opened: OpenedSession) -> None:
+        """It has a session from now on."""
+        self.opened, self.session = opened, opened.session
+        self.options = opened.options.SerializeToString(deterministic=True)
+
+    def lose(self, error: ServingError) -> None:
+        """The session is taken away."""
+        self.lost = error
+        self.stream.ended([self], error)
+
+    def became_durable(self) -> None:
+        """Tell the client, unless an answer does."""
+        self.stream.became_durable(self)
+
+
+class MultiplexedStream(LiveCall):
+    """All handles of one call."""
+
+    def __init__(
+        self,
+        context: Context,
+        openings: Openings,
+        sessions: SessionRegistry,
+        limits: Limits,
+        refusals: Refusals,
+        metrics: StepMetrics,
+    ) -> None:
+        super().__init__(context)
+        self._openings = openings
+        self._sessions = sessions
+        self._limits = limits
+        self._refusals = refusals
+        self._metrics = metrics
+        self._handles: dict[int, _Handle] = {}
+        self._last_number = -1
+        self._tasks: set[asyncio.Task[None]] = set()  # openings and closings
+        self._jobs: set[StepsTogether] = set()
+        self._outbox: deque[MultiplexStepsResponse] = deque()
+        self._durable: dict[_Handle, None] = {}
+        self._to_write = asyncio.Event()
+        self._written = asyncio.Event()
+        self._writing = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks or self._jobs or self._outbox or self._writing)
+
+    @property
+    def resumable(self) -> bool:
+        return all(handle.session.resumable for handle in self._handles.values())
+
+    async def serve(self, requests: AsyncIterator[MultiplexStepsRequest]) -> None:
+        """Until the end of the requests, and until all of them are answered."""
+        writer = asyncio.create_task(self._write())
+        writer.add_done_callback(self._writer_ended)
+        try:
+            async for request in requests:
+                self._used.set()
+                self._take(request)
+                while len(self._outbox) >= MAX_UNWRITTEN or len(self._tasks) >= MAX_OPENINGS:
+                    await self._progress()
+            while self.busy:
+                await self._progress()
+            await asyncio.sleep(CANCELLATION_S)  # half-closed, or about to be cancelled
+        finally:
+            writer.cancel()
+
+    def leave(self) -> None:
+        for job in self._jobs:
+            job.abandoned = True
+        for task in self._tasks:
+            task.cancel()
+        for handle in self._handles.values():
+            self._sessions.leave(handle.session, handle)
+
+    async def announce_drain(self, time_left_s: float) -> None:
+        message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
+        notice = Notice(reason=NOTICE_REASON_DRAINING, message=message, time_left=duration(time_left_s))
+        self._send(MultiplexStepsResponse(notice=notice))
+
+    def ended(self, handles: Sequence[_Handle], error: ServingError) -> None:
+        """They have no session any more."""
+        for handle in handles:
+            self._handles.pop(handle.number, None)
+            self._durable.pop(handle, None)
+            handle.waiting.clear()
+        status, numbers = self._refusals.status(error), [handle.number for handle in handles]
+        last = self._outbox[-1] if self._outbox else None
+        if last is not None and last.HasField("ended") and last.ended.error == status:
+            last.ended.handles.extend(numbers)
+        else:
+            self._send(MultiplexStepsResponse(ended=HandlesEnded(handles=numbers, error=status)))
+
+    def became_durable(self, handle: _Handle) -> None:
+        """Tell the client once there is nothing else to write."""
+        if handle.number in self._handles:
+            self._durable[handle] = None
+            self._to_write.set()
+
+    def _take(self, request: MultiplexStepsRequest) -> None:
+        try:
+            self._limits.check_size(request)
+            match request.WhichOneof("request"):
+                case "steps":
+                    with within("steps"):
+                        self._take_steps(request.steps)
+                case "open":
+                    with within("open"):
+                        self._open(request.open)
+                case "reset":
+                    with within("reset"):
+                        self._take_other(request.reset)
+                case "close":
+                    with within("close"):
+                        self._take_other(request.close)
+                case _:
+                    raise FieldInvalid("the message is empty", field="request")
+        except ServingError as error:
+            self._refuse(*_named(request), error)
+
+    def _open(self, wanted: OpenHandle) -> None:
+        if wanted.handle <= self._last_number:
+            raise FieldInvalid(f"a handle is larger than those before, {self._last_number} too", field="handle")
+        self._last_number = wanted.handle
+        self._begin(self._finish_opening(_Handle(self, wanted.handle), wanted))
+
+    async def _finish_opening(self, handle: _Handle, wanted: OpenHandle) -> None:
+        try:
+            if self.draining:
+                raise self.draining
+            with within("open"), within("open"):
+                opened = await self._openings.open(wanted.open, wanted.answered_step, handle)
+        except ServingError as error:
+            self.ended([handle], error)
+            return
+        if handle.lost:
+            return  # and the client was told
+        handle.bind(opened)
+        self._handles[handle.number] = handle
+        response = HandleOpened(
+            handle=handle.number,
+            opened=self._openings.describe(opened),
+            durable_step=opened.session.durable_step,
+            max_outstanding_steps=self._limits.max_outstanding_steps,
+        )
+        for held in opened.missed:
+            opened.answer_into(response.missed.add(), held.next_step, held.outputs)
+        self._send(MultiplexStepsResponse(opened=response))
+
+    def _take_steps(self, batch: StepBatch) -> None:
+        """Those of handles that have nothing under way begin, the others wait."""
+        handles = self._handles_of(batch)
+        bound = [handle for handle in handles if handle is not None]
+        inputs, refused = self._decode(batch, bound)
+        firsts, answered_steps = list(batch.first_steps), list(batch.answered_steps)
+        limit = self._limits.max_outstanding_steps
+        ready: list[int] = []
+        others: list[_Handle] = []
+        unbound: list[int] = []
+        for i, handle in enumerate(handles):
+            if handle is None:
+                unbound.append(i)
+                continue
+            if answered_steps:
+                handle.session.acknowledge(answered_steps[i])
+            if handle.outstanding >= limit:
+                self._refuse_one(handle, firsts[i], _queue_full(limit))
+                continue
+            handle.outstanding += 1
+            if handle.outstanding == 1 and i not in refused and firsts[i] == handle.session.next_step:
+                ready.append(i)
+            else:
+                handle.waiting.append((firsts[i], refused.get(i, inputs[i])))
+                if handle.outstanding == 1:
+                    others.append(handle)
+        self._go_on(others)
+        if unbound:
+            error = SessionNotFound("no session is bound to the handle", field="steps.handles")
+            self._refuse([batch.handles[i] for i in unbound], [firsts[i] for i in unbound], error)
+        if len(ready) == len(handles):
+            self._start(bound, inputs)
+        elif ready:
+            self._start([bound_ for i in ready if (bound_ := handles[i])], inputs[ready])
+
+    def _handles_of(self, batch: StepBatch) -> list[_Handle | None]:
+        """By their numbers. Raises StepsMissing, TooManySteps, FieldInvalid."""
+        numbers, most = batch.handles, self._limits.max_steps_per_message
+        count = len(numbers)
+        if not count:
+            raise StepsMissing("there must be at least one step", field="handles")
+        if count > most:
+            raise TooManySteps(f"{count} steps are more than {most}", field="handles", limit=most)
+        if len(set(numbers)) < count:
+            raise FieldInvalid("a handle is named twice", field="handles")
+        if len(batch.first_steps) != count:
+            raise FieldInvalid(f"there are {len(batch.first_steps)} for {count} handles", field="first_steps")
+        if len(batch.answered_steps) not in (0, count):
+            raise FieldInvalid(f"there are {len(batch.answered_steps)} for {count} handles", field="answered_steps")
+        return list(map(self._handles.get, numbers))
+
+    def _decode(self, batch: StepBatch, bound: Sequence[_Handle]) -> tuple[NDArray[np.generic], codec.Refused]:
+        """The inputs of one model. Raises FieldInvalid if the handles are of several."""
+        if not bound:
+            return np.empty(0), {}
+        if len({handle.session.model for handle in bound}) > 1:
+            raise FieldInvalid("the handles have sessions of more than one model", field="handles")
+        return codec.decode_batch(batch, bound[0].opened.manifest)
+
+    def _take_other(self, request: ResetHandle | CloseHandle) -> None:
+        handle = self._handles.get(request.handle)
+        if handle is None:
+            raise SessionNotFound("no session is bound to the handle", field="handle")
+        handle.session.acknowledge(request.answered_step)
+        limit = self._limits.max_outstanding_steps
+        if handle.outstanding >= limit:
+            raise _queue_full(limit)
+        handle.outstanding += 1
+        handle.waiting.append(request)
+        if handle.outstanding == 1:
+            self._go_on([handle])
+
+    def _start(self, handles: Sequence[_Handle], inputs: NDArray[np.generic]) -> None:
+        """A step of each of these, of one model: inputs (handles, features) or (handles,)."""
+        start_s = time.perf_counter()
+
+        def applied(first: int, stepped: Stepped, steps: list[int]) -> None:
+            if not job.left:
+                self._jobs.discard(job)
+                self._written.set()
+            self._answer(handles[first : first + len(stepped.outputs)], stepped, steps)
+            self._metrics.steps_answered(job.model, time.perf_counter() - start_s)
+
+        job = self._sessions.step_together([handle.session for handle in handles], handles, inputs, applied)
+        self._jobs.add(job)
+
+    def _answer(self, handles: Sequence[_Handle], stepped: Stepped, steps: list[int]) -> None:
+        """Say what became of a step of each; then the next ones of these handles begin."""
+        answered = handles if len(steps) == len(handles) else [handles[i] for i in steps]
+        if answered:
+            self._sessions.all_changed([handle.session for handle in answered])
+            outputs = stepped.outputs if len(steps) == len(handles) else stepped.outputs[steps]
+            for options in {handle.options for handle in answered}:
+                rows = [i for i, handle in enumerate(answered) if handle.options == options]
+                alike = len(rows) == len(answered)
+                self._send(_answer_of([answered[i] for i in rows], outputs if alike else outputs[rows]))
+        for i, failure in stepped.failures.items():
+            if not handles[i].lost:
+                self._refuse_one(handles[i], handles[i].session.next_step, failure)
+        waiting = []
+        for handle in handles:
+            handle.outstanding -= 1
+            if handle.waiting:
+                waiting.append(handle)
+        if waiting:
+            self._go_on(waiting)
+
+    def _go_on(self, handles: Iterable[_Handle]) -> None:
+        """With what waits for them, up to the next step of each; those steps begin."""
+        ready, inputs = [], []
+        for handle in handles:
+            if (step := self._next_step(handle)) is not None:
+                ready.append(handle)
+                inputs.append(step)
+        if ready:
+            self._start(ready, np.array(inputs))
+
+    def _next_step(self, handle: _Handle) -> NDArray[np.generic] | None:
+        """What waits is done one after the other, up to the next step that must be computed: its inputs."""
+        while handle.waiting:
+            request = handle.waiting.popleft()
+            if isinstance(request, CloseHandle):
+                self._begin(self._close(handle, request))
+                return None
+            try:
+                if isinstance(request, ResetHandle):
+                    with within("reset"):
+                        self._reset(handle, request)
+                else:
+                    first_step, inputs = request
+                    with within("steps"):
+                        if isinstance(inputs, ServingError):
+                            raise inputs
+                        held = handle.session.applied_before(first_step)
+                    if held is None:
+                        return inputs
+                    self._send(_answer_again(handle, first_step, held))
+            except ServingError as error:
+                self._refuse_one(handle, _first_step(request), error)
+            handle.outstanding -= 1
+        return None
+
+    def _reset(self, handle: _Handle, request: ResetHandle) -> None:
+        if not request.reset.HasField("first_step"):
+            raise FieldInvalid("the index of the next step is mandatory", field="reset.first_step")
+        session = handle.session
+        with within("reset"):
+            session.reset(request.reset.first_step)
+        self._sessions.changed(session)
+        reset = HandleReset(handle=handle.number, next_step=session.next_step, durable_step=session.durable_step)
+        self._send(MultiplexStepsResponse(reset=reset))
+
+    async def _close(self, handle: _Handle, request: CloseHandle) -> None:
+        session, close = handle.session, request.close
+        try:
+            if close.HasField("first_step"):
+                with within("close"), within("close"):
+                    session.expect(close.first_step)
+        except ServingError as error:
+            self._refuse_one(handle, close.first_step, error)
+            handle.outstanding -= 1
+            self._go_on([handle])
+            return
+        next_step = session.next_step
+        del self._handles[handle.number]
+        self._durable.pop(handle, None)
+        erased = await self._sessions.close(session, handle)
+        closed = SessionClosed(next_step=next_step, erased=erased)
+        self._send(MultiplexStepsResponse(closed=HandleClosed(handle=handle.number, closed=closed)))
+        if handle.waiting:
+            waiting = [_first_step(waiting) for waiting in handle.waiting]
+            gone = SessionNotFound("the session was closed", field="steps.handles")
+            self._refuse([handle.number] * len(waiting), waiting, gone)
+
+    def _refuse_one(self, handle: _Handle, first_step: int, error: ServingError) -> None:
+        self._refuse([handle.number], [first_step], error)
+
+    def _refuse(self, numbers: Sequence[int], first_steps: Sequence[int], error: ServingError) -> None:
+        bound = [self._handles.get(number) for number in numbers]
+        next_steps = [0 if handle is None else handle.session.next_step for handle in bound]
+        refused = HandlesRefused(
+            handles=numbers, first_steps=first_steps, next_steps=next_steps, error=self._refusals.status(error)
+        )
+        self._send(MultiplexStepsResponse(refused=refused))
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._written.set()
+        self._check(task)
+
+    def _writer_ended(self, task: asyncio.Task[None]) -> None:
+        self._check(task)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("unexpected", exc_info=error)
+            self.lose(Internal("an unexpected error; the server's log has it"))
+
+    def _send(self, response: MultiplexStepsResponse) -> None:
+        """In order, without waiting."""
+        self._outbox.append(response)
+        self._to_write.set()
+
+    async def _progress(self) -> None:
+        """Wait until something was written, opened or closed."""
+        self._written.clear()
+        await self._written.wait()
+
+    async def _write(self) -> None:
+        while True:
+            await self._to_write.wait()
+            self._writing = True
+            while self._outbox or self._durable:
+                response = self._outbox.popleft() if self._outbox else self._durable_response()
+                await self._sessions.may_answer()
+                await self._context.write(response)
+                self._written.set()
+            self._writing = False
+            self._to_write.clear()
+            self._used.set()
+            self._written.set()
+
+    def _durable_response(self) -> MultiplexStepsResponse:
+        handles, self._durable = self._durable, {}
+        news = {h.number: h.session.durable_step for h in handles}
+        return MultiplexStepsResponse(durable=HandlesDurable(handles=news.keys(), durable_steps=news.values()))
+
+
+def _answer_of(handles: Sequence[_Handle], outputs: Floats) -> MultiplexStepsResponse:
+    """To the last step of each: outputs (handles, outputs)."""
+    sessions = [handle.session for handle in handles]
+    response = MultiplexStepsResponse()
+    answer = response.answer
+    answer.handles.extend([handle.number for handle in handles])
+    answer.first_steps.extend([session.next_step - 1 for session in sessions])
+    answer.durable_steps.extend([session.durable_step for session in sessions])
+    opened = handles[0].opened
+    codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
+    return response
+
+
+def _answer_again(handle: _Handle, first_step: int, outputs: Floats) -> MultiplexStepsResponse:
+    """To a step that was applied before: outputs (1, outputs), or no row if the answer is not held."""
+    response, opened = MultiplexStepsResponse(), handle.opened
+    answer = response.answer
+    answer.handles.append(handle.number)
+    answer.first_steps.append(first_step)
+    answer.durable_steps.append(handle.session.durable_step)
+    if len(outputs):
+        codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
+    return response
+
+
+def _queue_full(limit: int) -> QueueFull:
+    return QueueFull(
+        f"{limit} requests of the handle are not answered yet (max_outstanding_steps)",
+        retry_after_s=RETRY_AFTER_S,
+        limit=limit,
+    )
+
+
+def _first_step(request: Step | ResetHandle | CloseHandle) -> int:
+    match request:
+        case ResetHandle():
+            return request.reset.first_step
+        case CloseHandle():
+            return request.close.first_step
+        case first_step, _:
+            return first_step
+
+
+def _named(request: MultiplexStepsRequest) -> tuple[list[int], list[int]]:
+    """The handles of a request and the indices that it gives for them."""
+    match request.WhichOneof("request"):
+        case "steps":
+            steps = request.steps
+            firsts = list(steps.first_steps)
+            return list(steps.handles), (firsts + [0] * len(steps.handles))[: len(steps.handles)]
+        case "open":
+            return [request.open.handle], [0]
+        case "reset":
+            return [request.reset.handle], [_first_step(request.reset)]
+        case "close":
+            return [request.close.handle], [_first_step(request.close)]
+        case _:
+            return [], []

@@ -1,0 +1,52 @@
+"""One step of each of several sessions, in as few operations for each as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.manifest import ModelKey
+from service.engine.step_engine import Stepped, TickJob
+from service.sessions.session import Owner, Session
+
+Applied = Callable[[int, Stepped, list[int]], None]
+"""Called with the number of the first step that a tick had, what it gave, and which of these were applied."""
+
+
+class StepsTogether(TickJob):
+    """The next step of each of several sessions of one model, sent by their owners.
+
+    A session that has another owner by the time that its step is computed stays as it is.
+    """
+
+    def __init__(
+        self,
+        inputs: NDArray[np.generic],
+        sessions: Sequence[Session],
+        owners: Sequence[Owner],
+        applied: Applied,
+        clock: Callable[[], float],
+    ) -> None:
+        """inputs (sessions, features) or (sessions,), in the order of the sessions; at least one."""
+        super().__init__(inputs, in_turn=False, places=np.array([session.state.place for session in sessions]))
+        self.model: ModelKey = sessions[0].model
+        self._sessions = sessions
+        self._owners = owners
+        self._applied = applied
+        self._clock = clock
+
+    def applied(self, stepped: Stepped) -> None:
+        outputs, failures, now_s = stepped.outputs, stepped.failures, self._clock()
+        first = self.taken - len(outputs)
+        applied = []
+        for i in range(len(outputs)):
+            session = self._sessions[first + i]
+            if session.owner is self._owners[first + i] and i not in failures:
+                session.stepped(outputs[i : i + 1].copy(), now_s)
+                applied.append(i)
+        if applied:
+            rows = self._sessions[0].state.array.rows
+            rows[self.places_of_last(len(outputs))[applied]] = stepped.states[applied]
+        self._applied(first, stepped, applied)
