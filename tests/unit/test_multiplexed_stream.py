@@ -1,0 +1,272 @@
+"""What happens on a multiplexed stream while a tick is under way: the executor waits at its gate."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from models.manifest import ModelKey
+from models.recurrent import NetworkSpec
+from rnnserve.v1.real_time_service_pb2 import MultiplexStepsResponse
+from service.api.calls import Refusals
+from service.api.limits import Limits
+from service.api.multiplexed_stream import MAX_UNWRITTEN, MultiplexedStream
+from service.api.openings import Openings
+from service.engine.step_engine import StepEngine
+from service.metrics import Metrics
+from service.sessions.limits import SessionLimits
+from service.sessions.record import SessionKey
+from service.sessions.registry import Opening, SessionRegistry
+from tests.support.bundles import features, manifest
+from tests.support.fakes import RAISES, TURNS_NAN, CountingMetrics, FakeExecutor, FakeStore, FakeStream
+from tests.support.multiplexed import Request, close_handle, open_handle, reset_handle, step_each
+from tests.support.wire import array
+
+MODEL = ModelKey("sums", 1)
+MANIFEST = manifest("sums", NetworkSpec(cell="tanh", features=1, hidden_size=1, outputs=1), features(1))
+TOKEN = b"0123456789abcdef"
+LIMITS = Limits(
+    max_message_bytes=1_000_000,
+    max_steps_per_message=100,
+    max_outstanding_steps=3,
+    max_sequence_steps=1,
+    max_queued_sequences=1,
+    max_bulk_sequences=1,
+)
+
+
+class Context:
+    """Of a call: what is written waits to be read here; while `gate` is shut, nobody takes it."""
+
+    def __init__(self) -> None:
+        self.written: asyncio.Queue[MultiplexStepsResponse] = asyncio.Queue()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def write(self, response: MultiplexStepsResponse) -> None:
+        await self.gate.wait()
+        await self.written.put(response)
+
+
+class Served:
+    """A stream over a registry of sums, and its other end."""
+
+    def __init__(self) -> None:
+        self.executor = FakeExecutor()
+        self.engine = StepEngine({MODEL: self.executor}, max_tick_sessions=4, metrics=Metrics(), max_loop_tick_s=0)
+        self.metrics = Metrics()
+        self.sessions = SessionRegistry(
+            self.engine,
+            FakeStore(),
+            {MODEL: MANIFEST},
+            SessionLimits(
+                max_streams=100, max_sessions=100, max_sessions_per_tenant=0, max_parked_bytes=0,
+                max_held_bytes=10_000, resume_window_s=100.0, idle_timeout_s=0.0, max_age_s=0.0,
+            ),
+            checkpoint_interval_s=1.0,
+            checkpoint_steps=0,
+            store_timeout_s=0.25,
+            metrics=CountingMetrics(),
+        )  # fmt: skip
+        self.context = Context()
+        self.requests: asyncio.Queue[Request | None] = asyncio.Queue()
+        self.taken = 0
+        self.another_taken = asyncio.Event()
+        self.serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        catalog: Any = SimpleNamespace(find=lambda *_: SimpleNamespace(manifest=MANIFEST))
+        context: Any = self.context
+        stream = MultiplexedStream(
+            context,
+            Openings(catalog, self.sessions, LIMITS),
+            self.sessions,
+            LIMITS,
+            Refusals(self.metrics),
+            self.metrics,
+        )
+        try:
+            await stream.serve(self._each_request())
+        finally:
+            stream.leave()
+
+    async def _each_request(self) -> AsyncIterator[Request]:
+        while (request := await self.requests.get()) is not None:
+            yield request
+            self.taken += 1
+            self.another_taken.set()
+            self.requests.task_done()
+
+    def send(self, *requests: Request) -> None:
+        for request in requests:
+            self.requests.put_nowait(request)
+
+    async def read(self) -> MultiplexStepsResponse:
+        return await asyncio.wait_for(self.context.written.get(), 10)
+
+    async def open(self, *handles: int) -> None:
+        for handle in handles:
+            self.send(open_handle(handle, "sums", f"s{handle}", token=TOKEN))
+            assert (await self.read()).opened.handle == handle
+
+    async def answers(self, steps: int) -> dict[tuple[int, int], float]:
+        """Sums by handle and step."""
+        found: dict[tuple[int, int], float] = {}
+        while len(found) < steps:
+            response = await self.read()
+            assert response.HasField("answer"), response
+            sums = array(response.answer.prediction.outputs)[:, 0].tolist()
+            found |= dict(
+                zip(zip(response.answer.handles, response.answer.first_steps, strict=True), sums, strict=True)
+            )
+        return found
+
+    async def hold(self, *handles: int) -> None:
+        """Let a tick of a first step of each handle wait."""
+        self.executor.gate.clear()
+        self.executor.entered.clear()
+        self.send(step_each(dict.fromkeys(handles, 0), [[1.0]] * len(handles)))
+        assert await asyncio.to_thread(self.executor.entered.wait, 10)
+
+    async def take_all(self) -> None:
+        """Wait until the server has taken what was sent."""
+        await self.requests.join()
+
+    def sum_of(self, handle: int) -> tuple[int, float]:
+        """The session's next step and its state."""
+        record = self.sessions._table.in_memory[SessionKey("", f"s{handle}")].record()
+        return record.next_step, float(record.row[0])
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    served = Served()
+    yield served
+    served.executor.gate.set()
+    served.context.gate.set()
+    served.serving.cancel()
+    await asyncio.wait([served.serving])
+    served.engine.close()
+
+
+async def test_steps_that_wait_for_the_one_under_way_follow_in_order(served: Served) -> None:
+    await served.open(0, 1)
+    await served.hold(0, 1)
+    served.send(step_each({0: 1, 1: 1}, [[2.0], [3.0]]), step_each({1: 2}, [[4.0]]))
+    await served.take_all()
+    served.executor.gate.set()
+    assert await served.answers(5) == {(0, 0): 1, (1, 0): 1, (0, 1): 3, (1, 1): 4, (1, 2): 8}
+    assert served.executor.ticks == [[1, 1], [2, 3], [4]]
+
+
+async def test_one_more_step_than_may_be_outstanding_is_refused_and_those_are_answered(served: Served) -> None:
+    await served.open(0, 1)
+    await served.hold(0)
+    served.send(*(step_each({0: step, 1: step - 1}, [[2.0], [1.0]]) for step in (1, 2, 3)))
+    response = await served.read()
+    assert (list(response.refused.handles), list(response.refused.first_steps)) == ([0], [3])
+    assert "QUEUE_FULL" in str(response.refused.error)
+    served.executor.gate.set()
+    answers = await served.answers(6)
+    assert {key: total for key, total in answers.items() if key[0] == 0} == {(0, 0): 1, (0, 1): 3, (0, 2): 5}
+    served.send(step_each({0: 3}, [[2.0]]))
+    assert await served.answers(1) == {(0, 3): 7}
+
+
+async def test_handles_that_have_their_answers_do_not_wait_for_those_that_have_not(served: Served) -> None:
+    await served.open(0, 1, 2, 3, 4, 5)
+    served.send(step_each(dict.fromkeys(range(6), 0), [[1.0]] * 6))
+    first, second = await served.read(), await served.read()
+    assert (list(first.answer.handles), list(second.answer.handles)) == ([0, 1, 2, 3], [4, 5])  # a tick has four
+
+
+@pytest.mark.parametrize("bad", [RAISES, TURNS_NAN])
+async def test_a_step_that_fails_is_refused_alone_and_its_session_stays_as_it_was(served: Served, bad: float) -> None:
+    await served.open(0, 1, 2)
+    served.send(step_each({0: 0, 1: 0, 2: 0}, [[1.0], [bad], [3.0]]))
+    assert await served.answers(2) == {(0, 0): 1, (2, 0): 3}
+    refused = (await served.read()).refused
+    assert (list(refused.handles), list(refused.first_steps), list(refused.next_steps)) == ([1], [0], [0])
+    assert "EXECUTION_FAILED" in str(refused.error)
+    served.send(step_each({0: 1, 1: 0}, [[1.0], [5.0]]))
+    assert await served.answers(2) == {(0, 1): 2, (1, 0): 5}
+
+
+async def test_steps_behind_one_that_fails_are_refused_too(served: Served) -> None:
+    await served.open(0)
+    await served.hold(0)
+    served.send(step_each({0: 1}, [[RAISES]]), step_each({0: 2}, [[1.0]]))
+    await served.take_all()
+    served.executor.gate.set()
+    await served.answers(1)
+    refusals = [(await served.read()).refused for _ in range(2)]
+    assert [list(refused.first_steps) for refused in refusals] == [[1], [2]]
+    assert ["EXECUTION_FAILED" in str(refusals[0].error), "STEP_OUT_OF_ORDER" in str(refusals[1].error)] == [True, True]
+    assert served.sum_of(0) == (1, 1)
+
+
+async def test_a_session_taken_over_during_its_step_drops_it_and_its_neighbours_keep_theirs(served: Served) -> None:
+    await served.open(0, 1)
+    await served.hold(0, 1)
+    session, _ = await served.sessions.open(Opening(SessionKey("", "s0"), TOKEN, resume=True), MANIFEST, FakeStream())
+    ended = (await served.read()).ended
+    assert (list(ended.handles), "SESSION_MOVED" in str(ended.error)) == ([0], True)
+    served.executor.gate.set()
+    assert await served.answers(1) == {(1, 0): 1}
+    assert (session.next_step, session.record().row.tolist()) == (0, [0])
+    assert served.sum_of(1) == (1, 1)
+
+
+async def test_a_reset_waits_for_the_step_before_it(served: Served) -> None:
+    await served.open(0)
+    await served.hold(0)
+    served.send(reset_handle(0, 1), step_each({0: 1}, [[7.0]]))
+    await served.take_all()
+    served.executor.gate.set()
+    assert await served.answers(1) == {(0, 0): 1}
+    assert (await served.read()).reset.next_step == 1
+    assert await served.answers(1) == {(0, 1): 7}
+
+
+async def test_a_close_waits_for_the_step_before_it(served: Served) -> None:
+    await served.open(0)
+    await served.hold(0)
+    served.send(close_handle(0, 1))
+    await served.take_all()
+    served.executor.gate.set()
+    assert await served.answers(1) == {(0, 0): 1}
+    assert (await served.read()).closed.closed.next_step == 1
+
+
+async def test_a_client_that_does_not_read_is_not_read_from_either(served: Served) -> None:
+    await served.open(0)
+    served.context.gate.clear()
+    bad = step_each({0: 99}, [[1.0]])
+    served.send(*[bad] * (3 * MAX_UNWRITTEN))
+    async with asyncio.timeout(10):
+        while served.taken < MAX_UNWRITTEN:
+            served.another_taken.clear()
+            await served.another_taken.wait()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert served.taken <= MAX_UNWRITTEN + 2
+    served.context.gate.set()
+    for _ in range(3 * MAX_UNWRITTEN):
+        assert (await served.read()).HasField("refused")
+
+
+async def test_what_is_under_way_when_the_call_ends_is_dropped_and_the_sessions_stay_as_they_were(
+    served: Served,
+) -> None:
+    await served.open(0, 1)
+    await served.hold(0)
+    served.send(step_each({0: 1, 1: 0}, [[2.0], [3.0]]))
+    await served.take_all()
+    served.serving.cancel()
+    await asyncio.wait([served.serving])
+    served.executor.gate.set()
+    session, _ = await served.sessions.open(Opening(SessionKey("", "s0"), TOKEN, resume=True), MANIFEST, FakeStream())
+    assert (session.next_step, session.record().row.tolist()) == (0, [0])
+    assert served.sum_of(1) == (0, 0)
