@@ -59,7 +59,13 @@ class Row:
     server: str
     streams: int
     offered_steps_per_s: float = 0.0
+    ahead: int = 0  # of multiplexed sessions: steps before their answers
     turns: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Of its line in a plot."""
+        return f"{self.server}, multiplexed, {self.ahead} ahead" if self.ahead else self.server
 
     def median(self, name: str) -> float:
         return median(turn[name] for turn in self.turns)
@@ -81,11 +87,15 @@ def all_servers(repository: Path) -> Iterator[dict[str, Server]]:
         yield {ECHO: echo, BY_HAND: by_hand, OURS: Server(ours.target, ours.process.pid)}
 
 
-def turn(server: Server, streams: int, seconds: float, steps_per_s: float = 0.0) -> dict[str, float]:
+def turn(server: Server, row: Row, seconds: float) -> dict[str, float]:
     """One client against one server; the figures of this turn."""
     command = [sys.executable, "-m", "benchmarks.load", "--target", server.target, "--server-pid", str(server.pid)]
     command += ["--model", MODEL, "--features", str(FEATURES)]
-    command += ["--streams", str(streams), "--seconds", str(seconds), "--steps-per-s", str(steps_per_s)]
+    command += ["--streams", str(row.streams), "--seconds", str(seconds)]
+    if row.ahead:
+        command += ["--multiplexed", "--ahead", str(row.ahead)]
+    else:
+        command += ["--steps-per-s", str(row.offered_steps_per_s)]
     with on_core(CLIENT_CORE):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return figures(Streamed(**json.loads(done.stdout)))
@@ -111,23 +121,25 @@ def bare_step(repository: Path, batch: int, seconds: float) -> float:
 
 
 def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
-    """The rows of the closed loop, of the bare step and of the open loop."""
+    """The rows of the closed loop, of multiplexed sessions, of the bare step and of the open loop."""
     closed = {(name, n): Row(name, n) for n in given.streams for name in (ECHO, BY_HAND, OURS)}
-    bare = {n: Row("bare step", n) for n in given.streams}
+    multiplexed = [Row(name, n, ahead=k) for n in given.multiplexed for name, k in ((ECHO, 1), (OURS, 1), (OURS, 2))]
+    bare = {n: Row("bare step", n) for n in {*given.streams, *given.multiplexed}}
     opened: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         repository = Path(folder)
         write_network(repository)
         servers = stack.enter_context(all_servers(repository))
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        of_turn = len(given.streams) * (len(servers) + 1)
-        task = progress.add_task("closed loop", total=given.turns * of_turn)
+        rows = [*closed.values(), *multiplexed, *bare.values()]
+        rows.sort(key=lambda row: row.streams)  # so that what is compared is measured side by side
+        task = progress.add_task("closed loop", total=given.turns * len(rows))
         for _ in range(given.turns):
-            for n in given.streams:
-                for name, server in servers.items():
-                    closed[name, n].turns.append(turn(server, n, given.seconds))
-                    progress.advance(task)
-                bare[n].turns.append({"steps_per_s": bare_step(repository, n, min(1.0, given.seconds))})
+            for row in rows:
+                if row.server in servers:
+                    row.turns.append(turn(servers[row.server], row, given.seconds))
+                else:
+                    row.turns.append({"steps_per_s": bare_step(repository, row.streams, min(1.0, given.seconds))})
                 progress.advance(task)
         n = given.open_streams
         capacity = closed[OURS, n].median("steps_per_s") if (OURS, n) in closed else 0.0
@@ -135,9 +147,9 @@ def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
         task = progress.add_task("open loop", total=given.turns * len(opened))
         for _ in range(given.turns):
             for row in opened:
-                row.turns.append(turn(servers[row.server], n, given.seconds, row.offered_steps_per_s))
+                row.turns.append(turn(servers[row.server], row, given.seconds))
                 progress.advance(task)
-    return {"closed": list(closed.values()), "bare": list(bare.values()), "open": opened}
+    return {"closed": list(closed.values()), "multiplexed": multiplexed, "bare": list(bare.values()), "open": opened}
 
 
 def ratio(over: Row, under: Row, name: str = "steps_per_s") -> float:
@@ -163,19 +175,39 @@ def closed_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]
     bare = {row.streams: row for row in rows["bare"]}
     lines = []
     for row in rows["closed"]:
-        busy = row.median("client_core")
         lines.append(
             [
                 row.server, f"{row.streams:,}", row.text("steps_per_s"),
                 f"{ratio(row, by_name[ECHO, row.streams]):.2f}",
                 f"{row.median('p50_ms'):.2f}", f"{row.median('p99_ms'):.2f}", f"{row.median('p99.9_ms'):.1f}",
                 f"{row.median('server_cpu_us_per_step'):.0f}", f"{row.median('fairness'):.2f}",
-                f"{busy:.0%}" + (" bottleneck" if busy > BOTTLENECK else ""),
+                client(row),
             ]
         )  # fmt: skip
         if row.server == OURS:
             lines.append(["bare step", f"{row.streams:,}", bare[row.streams].text("steps_per_s"), *[""] * 7])
     return head, lines
+
+
+def multiplexed_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Its head and its lines."""
+    head = ["server", "sessions", "ahead", "steps/s", "÷ bare step", "p50 ms", "p99 ms", "CPU µs/step", "client"]
+    bare = {row.streams: row for row in rows["bare"]}
+    lines = [
+        [
+            row.server, f"{row.streams:,}", str(row.ahead), row.text("steps_per_s"),
+            f"{ratio(row, bare[row.streams]):.2f}", f"{row.median('p50_ms'):.2f}", f"{row.median('p99_ms'):.2f}",
+            f"{row.median('server_cpu_us_per_step'):.1f}", client(row),
+        ]
+        for row in rows["multiplexed"]
+    ]  # fmt: skip
+    return head, lines
+
+
+def client(row: Row) -> str:
+    """How busy its core was."""
+    busy = row.median("client_core")
+    return f"{busy:.0%}" + (" bottleneck" if busy > BOTTLENECK else "")
 
 
 def open_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
@@ -220,8 +252,9 @@ def write(folder: Path, rows: dict[str, list[Row]], command: str) -> None:
         "# What `make bench` has measured", f"`{command}` on {machine()}.",
         "LSTM of 32 features and 256 units, random weights; servers on one core, the client on another.",
         "## Closed loop: steps/s, medians over the turns (least–most)", markdown(*closed_table(rows)),
-        "![](closed.svg)", "## Open loop: latency from the moment that a step was due", markdown(*open_table(rows)),
-        "![](open.svg)",
+        "![](closed.svg)", "## Multiplexed: the same on one stream, with messages of all sessions",
+        markdown(*multiplexed_table(rows)), "## Open loop: latency from the moment that a step was due",
+        markdown(*open_table(rows)), "![](open.svg)",
     ]  # fmt: skip
     (folder / "results.md").write_text("\n\n".join(parts) + "\n")
     plot(folder, rows)
@@ -233,6 +266,7 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256, 1_000])
+    parser.add_argument("--multiplexed", type=int, nargs="+", default=[16, 64, 256, 1_024], help="sessions")
     parser.add_argument("--open-streams", type=int, default=64, help="of the open loop; one of --streams")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
@@ -240,9 +274,12 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help="write results.json, results.md and plots there")
     given = parser.parse_args()
     if given.quick:
-        given.streams, given.turns, given.seconds = [1, 64, 256], 3, 1.5
+        given.streams, given.multiplexed, given.turns, given.seconds = [1, 64, 256], [256], 2, 1.0
     rows = measure(given)
-    for title, (head, lines) in (("closed loop", closed_table(rows)), ("open loop", open_table(rows))):
+    tables = {
+        "closed loop": closed_table(rows), "multiplexed": multiplexed_table(rows), "open loop": open_table(rows)
+    }  # fmt: skip
+    for title, (head, lines) in tables.items():
         table = Table(*head, title=title)
         for line in lines:
             table.add_row(*line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 
-from rnnserve.v1.real_time_service_pb2 import OpenSession, Steps, StreamStepsRequest, StreamStepsResponse
+from rnnserve.v1.real_time_service_pb2 import (
+    MultiplexStepsRequest,
+    MultiplexStepsResponse,
+    OpenHandle,
+    OpenSession,
+    Steps,
+    StreamStepsRequest,
+    StreamStepsResponse,
+)
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
 FEATURES = 12
 MODEL = "speaker"
+MAX_AHEAD = 4
 
 
 @dataclass
@@ -88,3 +98,62 @@ async def opened(
         await asyncio.gather(*(stream.open() for stream in opened))
         yield opened
         await asyncio.gather(*(stream.close() for stream in opened))
+
+
+class MultiplexedCall:
+    """One call that sends the same random step of many sessions again and again."""
+
+    def __init__(self, stub: RealTimeServiceAsyncStub, sessions: int, model: str, features: int) -> None:
+        self._model = model
+        self._values = np.random.default_rng().normal(size=(sessions, features)).astype("<f4")
+        self._call = stub.MultiplexSteps()
+        self._sent_s = np.zeros((sessions, MAX_AHEAD))
+
+    async def open(self) -> None:
+        """A session for each handle, which is the number of its row. Raises RuntimeError if one is refused."""
+        for handle in range(len(self._values)):
+            opening = OpenSession(model=self._model, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
+            await self._call.write(MultiplexStepsRequest(open=OpenHandle(handle=handle, open=opening)))
+        for _ in self._values:
+            _checked(await self._call.read(), "opened")
+
+    async def send(self, handles: Sequence[int], steps: Sequence[int], answered_steps: Sequence[int]) -> None:
+        """A step of each of these, with its index."""
+        request = MultiplexStepsRequest()
+        batch = request.steps
+        batch.handles.extend(handles)
+        batch.first_steps.extend(steps)
+        batch.answered_steps.extend(answered_steps)
+        batch.tensor.data_type = DATA_TYPE_FLOAT32
+        batch.tensor.shape.extend((len(handles), self._values.shape[1]))
+        batch.tensor.data = self._values[: len(handles)].tobytes()
+        self._sent_s[handles, np.array(steps) % MAX_AHEAD] = time.perf_counter()
+        await self._call.write(request)
+
+    async def answer(self) -> tuple[float, list[int], list[int]]:
+        """When the first of these steps was sent, their handles and indices. Raises RuntimeError for a refusal."""
+        response = await self._call.read()
+        while isinstance(response, MultiplexStepsResponse) and response.HasField("durable"):
+            response = await self._call.read()
+        answer = _checked(response, "answer").answer
+        handles, steps = list(answer.handles), list(answer.first_steps)
+        return self._sent_s[handles[0], steps[0] % MAX_AHEAD], handles, steps
+
+    async def close(self) -> None:
+        self._call.cancel()
+
+
+def _checked(response: object, kind: str) -> MultiplexStepsResponse:
+    if not isinstance(response, MultiplexStepsResponse) or response.WhichOneof("response") != kind:
+        raise RuntimeError(f"not {kind}: {response}")
+    return response
+
+
+@asynccontextmanager
+async def multiplexed(target: str, sessions: int, model: str, features: int) -> AsyncIterator[MultiplexedCall]:
+    """So many sessions on one stream."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        call = MultiplexedCall(RealTimeServiceStub(channel), sessions, model, features)
+        await call.open()
+        yield call
+        await call.close()

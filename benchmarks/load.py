@@ -1,8 +1,10 @@
 """One client process of `make bench`: live streams of steps against one server; what came of them, as JSON.
 
-Closed loop: each stream sends its next step when it has the answer to the last. Open loop (`--steps-per-s`, of all
-streams together): the steps of a stream come as a Poisson process, whether or not those before them are answered, and
-latency counts from the moment that a step was due, so that a server that falls behind is asked no less.
+Closed loop: each stream sends its next step when it has the answer to the last. `--multiplexed`: the same of sessions
+on one stream, each `--ahead` steps ahead of its answers; a message brings the next step of all that an answer was
+about. Open loop (`--steps-per-s`, of all streams together): the steps of a stream come as a Poisson process, whether
+or not those before them are answered, and latency counts from the moment that a step was due, so that a server that
+falls behind is asked no less.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import uvloop
 
-from benchmarks.live import LiveStream, opened
+from benchmarks.live import MAX_AHEAD, LiveStream, multiplexed, opened
 from benchmarks.processes import core_s, cpu_s
 
 WARM_UP_S = 0.5
@@ -39,6 +43,25 @@ class Streamed:
     @property
     def steps(self) -> int:
         return sum(self.steps_of_streams)
+
+    def end(self, before: Usage, after: Usage) -> None:
+        """What was used meanwhile."""
+        self.duration_s = after.start_s - before.start_s
+        self.server_cpu_s = after.server_s - before.server_s
+        self.client_cpu_s = after.client_s - before.client_s
+
+
+class Usage(NamedTuple):
+    """At one moment: the clock, and what was used until then, in seconds of a core."""
+
+    start_s: float
+    server_s: float
+    client_s: float
+
+
+def used(core: int, server_pid: int) -> Usage:
+    """Now."""
+    return Usage(time.perf_counter(), cpu_s(server_pid), core_s(core))
 
 
 async def closed_loop(stream: LiveStream, first_step: int, until_s: float, streamed: Streamed | None) -> int:
@@ -78,6 +101,31 @@ def poisson(start_s: float, seconds: float, steps_per_s: float) -> list[float]:
     return due_s
 
 
+async def run_multiplexed(given: argparse.Namespace) -> Streamed:
+    """Open, warm up, measure. Latencies are those of messages."""
+    streamed, steps = Streamed(), np.zeros(given.streams, np.int64)
+    async with multiplexed(given.target, given.streams, given.model, given.features) as call:
+        for ahead in range(given.ahead):
+            await call.send(range(given.streams), [ahead] * given.streams, [0] * given.streams)
+        warm_s = time.perf_counter() + WARM_UP_S
+        core, usage = min(os.sched_getaffinity(0)), Usage(0.0, 0.0, 0.0)
+        measured = False
+        while True:
+            sent_s, handles, firsts = await call.answer()
+            now_s = time.perf_counter()
+            if measured:
+                streamed.latencies_s.append(now_s - sent_s)
+                steps[handles] += 1
+                if now_s > usage.start_s + given.seconds:
+                    break
+            elif now_s > warm_s:
+                measured, usage = True, used(core, given.server_pid)
+            await call.send(handles, [step + given.ahead for step in firsts], [step + 1 for step in firsts])
+        streamed.end(usage, used(core, given.server_pid))
+        streamed.steps_of_streams = steps.tolist()
+    return streamed
+
+
 async def run(given: argparse.Namespace) -> Streamed:
     """Open, warm up, measure."""
     streamed = Streamed()
@@ -85,7 +133,8 @@ async def run(given: argparse.Namespace) -> Streamed:
         warm_s = time.perf_counter() + WARM_UP_S
         firsts = await asyncio.gather(*(closed_loop(stream, 0, warm_s, None) for stream in streams))
         core = min(os.sched_getaffinity(0))
-        server_s, client_s, start_s = cpu_s(given.server_pid), core_s(core), time.perf_counter()
+        usage = used(core, given.server_pid)
+        start_s = usage.start_s
         pairs = list(zip(streams, firsts, strict=True))
         if given.steps_per_s:
             each = given.steps_per_s / len(streams)
@@ -93,9 +142,7 @@ async def run(given: argparse.Namespace) -> Streamed:
         else:
             work = [closed_loop(s, first, start_s + given.seconds, streamed) for s, first in pairs]
         nexts = await asyncio.gather(*work)
-        streamed.duration_s = time.perf_counter() - start_s
-        streamed.server_cpu_s = cpu_s(given.server_pid) - server_s
-        streamed.client_cpu_s = core_s(core) - client_s
+        streamed.end(usage, used(core, given.server_pid))
         streamed.steps_of_streams = [after - first for after, first in zip(nexts, firsts, strict=True)]
     return streamed
 
@@ -111,8 +158,11 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--steps-per-s", type=float, default=0.0, help="0 = closed loop")
+    parser.add_argument("--multiplexed", action="store_true")
+    parser.add_argument("--ahead", type=int, default=1, choices=range(1, MAX_AHEAD + 1))
+    given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        json.dump(asdict(runner.run(run(parser.parse_args()))), sys.stdout)
+        json.dump(asdict(runner.run(run_multiplexed(given) if given.multiplexed else run(given))), sys.stdout)
     return 0
 
 

@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 def plot(folder: Path, rows: dict[str, list[Row]]) -> None:
     """closed.svg and open.svg."""
     matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
-    _draw(folder / "closed.svg", [*rows["closed"], *rows["bare"]], "streams", "steps_per_s", "steps/s")
+    _draw(
+        folder / "closed.svg",
+        [*rows["closed"], *rows["multiplexed"], *rows["bare"]],
+        "streams",
+        "steps_per_s",
+        "steps/s",
+    )
     _draw(folder / "open.svg", rows["open"], "offered_steps_per_s", "p99_ms", "p99, ms")
 
 
 def _draw(file: Path, rows: Sequence[Row], x: str, y: str, label: str) -> None:
     """A line for each server, with the least and the most of the turns."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in dict.fromkeys(row.server for row in rows):
-        own = [row for row in rows if row.server == name]
+    for name in dict.fromkeys(row.label for row in rows):
+        own = [row for row in rows if row.label == name]
         xs = [getattr(row, x) for row in own]
         axes.plot(xs, [row.median(y) for row in own], marker="o", label=name)
         low, high = ([extreme(turn[y] for turn in row.turns) for row in own] for extreme in (min, max))

@@ -236,7 +236,7 @@ class MultiplexedStream(LiveCall):
         bound = [handle for handle in handles if handle is not None]
         inputs, refused = self._decode(batch, bound)
         firsts, answered_steps = list(batch.first_steps), list(batch.answered_steps)
-        limit = self._limits.max_outstanding_steps
+        limit, now_s = self._limits.max_outstanding_steps, time.time()
         ready: list[int] = []
         others: list[_Handle] = []
         unbound: list[int] = []
@@ -245,7 +245,7 @@ class MultiplexedStream(LiveCall):
                 unbound.append(i)
                 continue
             if answered_steps:
-                handle.session.acknowledge(answered_steps[i])
+                handle.session.acknowledge(answered_steps[i], now_s)
             if handle.outstanding >= limit:
                 self._refuse_one(handle, firsts[i], _queue_full(limit))
                 continue

@@ -10,6 +10,8 @@ from service.sessions.record import SessionKey
 from service.sessions.session import Owner, Session
 from service.sessions.table import SessionTable
 
+LOOKED_AT = 10_000  # sessions in memory at a time, in a few milliseconds
+
 
 class EvictionMetrics(Protocol):
     """Where evictions are counted."""
@@ -33,6 +35,7 @@ class Evictions:
         self._limits = limits
         self._metrics = metrics
         self._leave = leave
+        self._to_look_at: list[Session] = []
 
     def make_room(self, tenant: str) -> None:
         """Evict the longest parked session where one more would be too many. Raises SessionLimit if none is parked."""
@@ -45,9 +48,13 @@ class Evictions:
             raise limit_reached("max_sessions_per_tenant", limits.max_sessions_per_tenant)
 
     def enforce_in_memory(self, now_s: float) -> None:
-        """Evict what is idle, or old."""
-        for session in list(self._table.in_memory.values()):
-            self._enforce_on(session, now_s)
+        """Evict what is idle, or old; of many sessions some at a time, so that nobody waits for a look at all."""
+        if not self._to_look_at:
+            self._to_look_at = list(self._table.in_memory.values())
+        for session in self._to_look_at[-LOOKED_AT:]:
+            if self._table.in_memory.get(session.key) is session:
+                self._enforce_on(session, now_s)
+        del self._to_look_at[-LOOKED_AT:]
 
     def enforce_on_parked(self, now_s: float) -> None:
         """Evict what is old or too much of what the table knows of the store."""

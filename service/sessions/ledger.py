@@ -5,8 +5,8 @@ No I/O, no clock, and no state of the network.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
+from typing import Final
 
 import numpy as np
 
@@ -15,9 +15,18 @@ from service.sessions.record import Floats, HeldAnswer
 
 ANSWER_OVERHEAD_BYTES = 200  # of one held answer, besides its outputs
 
+_Held = tuple[int, int, int, bytes]
+"""A held answer as nothing but a tuple, since every step of every session makes one: of which step to before which one,
+how many rows, and the rows themselves."""
+FIRST_STEP: Final = 0
+NEXT_STEP: Final = 1
+OUTPUTS: Final = 3
+
 
 class Ledger:
     """Counts steps from 0 and holds the answers that the client has not acknowledged."""
+
+    __slots__ = ("_held", "_held_bytes", "_max_held_bytes", "_resets", "answered_step", "next_step")
 
     def __init__(
         self,
@@ -31,13 +40,13 @@ class Ledger:
         self.next_step = next_step
         self.answered_step = answered_step
         self._max_held_bytes = max_held_bytes
-        self._held: deque[HeldAnswer] = deque(held)
+        self._held = list(map(_held, held))  # mostly one or none, for which a deque would be large
         self._held_bytes = sum(map(_size_bytes, self._held))
-        self._resets: deque[int] = deque(resets)
+        self._resets = list(resets)
 
     @property
     def held(self) -> tuple[HeldAnswer, ...]:
-        return tuple(self._held)
+        return tuple(map(_answer, self._held))
 
     @property
     def resets(self) -> tuple[int, ...]:
@@ -51,18 +60,19 @@ class Ledger:
     @property
     def held_from(self) -> int:
         """Every answer from this index on is held."""
-        return self._held[0].first_step if self._held else self.next_step
+        return self._held[0][FIRST_STEP] if self._held else self.next_step
 
     def acknowledge(self, answered_step: int) -> None:
         """The client has every answer before the index. After a crash it may be ahead of us."""
-        self.answered_step = max(self.answered_step, answered_step)
-        self._drop_acknowledged()
+        if answered_step > self.answered_step:
+            self.answered_step = answered_step
+            self._drop_acknowledged()
 
     def _drop_acknowledged(self) -> None:
-        while self._held and self._held[0].next_step <= self.answered_step:
+        while self._held and self._held[0][NEXT_STEP] <= self.answered_step:
             self._drop_oldest()
         while self._resets and self._resets[0] < self.answered_step:
-            self._resets.popleft()
+            del self._resets[0]
 
     def resume(self, answered_step: int) -> list[HeldAnswer]:
         """The client goes on behind the answer of that index; those that it has missed. Raises ResumePointLost.
@@ -77,7 +87,7 @@ class Ledger:
             )
         self.answered_step = min(answered_step, self.next_step)
         self._drop_acknowledged()
-        return [_from_step(answer, answered_step) for answer in self._held if answer.next_step > answered_step]
+        return [_from_step(answer, answered_step) for answer in self.held if answer.next_step > answered_step]
 
     def new_steps(self, first_step: int, steps: int) -> int:
         """How many of so many steps from that index on were not applied before. Raises StepOutOfOrder for a gap."""
@@ -88,14 +98,22 @@ class Ledger:
     def applied(self, first_step: int, next_step: int, outputs: Floats) -> None:
         """The steps up to the index (exclusive) were applied; outputs (rows, outputs) is the answer."""
         self.next_step = next_step
-        if next_step > self.answered_step:
-            answer = HeldAnswer(first_step, next_step, outputs)
+        self._hold((first_step, next_step, len(outputs), outputs.tobytes()))
+
+    def applied_one(self, output: bytes) -> None:
+        """The next step was applied, and this is the answer: the bytes of a row of float32."""
+        step = self.next_step
+        self.next_step = step + 1
+        self._hold((step, step + 1, 1, output))
+
+    def _hold(self, answer: _Held) -> None:
+        if answer[NEXT_STEP] > self.answered_step:
             self._held.append(answer)
-            self._held_bytes += _size_bytes(answer)
+            self._held_bytes += len(answer[OUTPUTS]) + ANSWER_OVERHEAD_BYTES
             while self._held_bytes > self._max_held_bytes:
                 self._drop_oldest()
             while self._resets and self._resets[0] < self.held_from:
-                self._resets.popleft()
+                del self._resets[0]
 
     def reset(self, first_step: int) -> bool:
         """Whether a reset before that step is new, or a repetition. Raises StepOutOfOrder."""
@@ -115,7 +133,7 @@ class Ledger:
     def rows_about(self, first_step: int, next_step: int) -> list[Floats]:
         """Rows about the last of these steps, without a gap, as far as they are held."""
         rows: list[Floats] = []
-        for answer in reversed(self._held):
+        for answer in map(_answer, reversed(self._held)):
             if answer.first_row_step >= next_step:
                 continue
             if answer.next_step < next_step or next_step <= first_step:
@@ -126,7 +144,7 @@ class Ledger:
         return rows
 
     def _drop_oldest(self) -> None:
-        self._held_bytes -= _size_bytes(self._held.popleft())
+        self._held_bytes -= _size_bytes(self._held.pop(0))
 
     def _out_of_order(self, first_step: int) -> StepOutOfOrder:
         return StepOutOfOrder(
@@ -141,8 +159,17 @@ def _from_step(answer: HeldAnswer, step: int) -> HeldAnswer:
     return HeldAnswer(max(answer.first_step, step), answer.next_step, answer.outputs[skip:])
 
 
-def _size_bytes(answer: HeldAnswer) -> int:
-    return answer.outputs.nbytes + ANSWER_OVERHEAD_BYTES
+def _held(answer: HeldAnswer) -> _Held:
+    return answer.first_step, answer.next_step, len(answer.outputs), answer.outputs.tobytes()
+
+
+def _answer(held: _Held) -> HeldAnswer:
+    first_step, next_step, rows, outputs = held
+    return HeldAnswer(first_step, next_step, np.frombuffer(outputs, np.float32).reshape(rows, -1 if rows else 0))
+
+
+def _size_bytes(answer: _Held) -> int:
+    return len(answer[OUTPUTS]) + ANSWER_OVERHEAD_BYTES
 
 
 def joined(rows: list[Floats]) -> Floats:

@@ -172,7 +172,7 @@ class SessionRegistry:
             raise limit_reached("max_streams", self._limits.max_streams)
         missed = session.take(owner, opening.answered_step, opening.caller_id)
         if not was_live:
-            self._table.add_live(session.model, 1)
+            self._table.begin_stream(session)
         if is_new:
             self._begin(session)
         else:
@@ -237,8 +237,7 @@ class SessionRegistry:
         """The stream is gone: park the session, or end it if it cannot be resumed."""
         if session.owner is not owner or session.ended:
             return
-        session.owner = None
-        self._table.add_live(session.model, -1)
+        self._table.end_stream(session)
         if session.resumable and self._limits.resume_window_s:
             session.used_s = self._clock()
             self.changed(session)

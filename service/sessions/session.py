@@ -56,6 +56,11 @@ class AppliedSteps:
 class Session:
     """State, ledger and owner of one session. Only its owner may change it."""
 
+    __slots__ = (
+        "_clock", "_engine", "_ledger", "_metrics", "_owner_name", "_state", "_weights_sha256", "caller_id",
+        "durable_step", "ended", "fence", "key", "model", "opened_s", "owner", "stored", "token_hash", "used_s",
+    )  # fmt: skip
+
     def __init__(
         self,
         record: SessionRecord,
@@ -146,10 +151,10 @@ class Session:
         self.used_s = self._clock()
         return missed
 
-    def acknowledge(self, answered_step: int) -> None:
+    def acknowledge(self, answered_step: int, now_s: float | None = None) -> None:
         """A message says that the client has every answer before the step of that index."""
         self._ledger.acknowledge(answered_step)
-        self.used_s = self._clock()
+        self.used_s = self._clock() if now_s is None else now_s
 
     async def apply(
         self, owner: Owner, first_step: int, inputs: NDArray[np.generic], *, last_only: bool = False
@@ -176,10 +181,9 @@ class Session:
         self.used_s = self._clock()
         return AppliedSteps(before + applied, joined([*known, outputs] if applied else known), result.failure)
 
-    def stepped(self, output: Floats, now_s: float) -> None:
-        """One more step was applied, in the state already: output (1, outputs), an array of its own."""
-        next_step = self._ledger.next_step
-        self._ledger.applied(next_step, next_step + 1, output)
+    def stepped(self, output: bytes, now_s: float) -> None:
+        """The state has one more step in it, and this is the answer: the bytes of a row of float32."""
+        self._ledger.applied_one(output)
         self.used_s = now_s
 
     def applied_before(self, first_step: int) -> Floats | None:

@@ -45,6 +45,7 @@ class SessionTable:
         """Where other processes use the store it does not know what is parked there."""
         self._knows_all = knows_all
         self.in_memory: dict[SessionKey, Session] = {}  # live, or parked and not yet written
+        self._unwritten: dict[Session, None] = {}  # of these the ones without a stream
         self.parked = Parked()
         self.keys = SessionKeys()
         self.departed = Departed()
@@ -81,17 +82,28 @@ class SessionTable:
         else:
             self.keys.update([session.key])
         self.in_memory[session.key] = session
+        self._unwritten[session] = None
 
     def unload(self, session: Session, record: SessionRecord) -> None:
         """It is in the store as it is now, and has no stream."""
-        del self.in_memory[session.key]
+        del self.in_memory[session.key], self._unwritten[session]
         if self._knows_all:
             self.parked.add(summary_of(record))
         else:
             self.keys.remove(session.key)
 
-    def add_live(self, model: ModelKey, sessions: int) -> None:
-        """So many more sessions of the model have a stream."""
+    def begin_stream(self, session: Session) -> None:
+        """It has a stream, and had none."""
+        self._unwritten.pop(session, None)
+        self._add_live(session.model, 1)
+
+    def end_stream(self, session: Session) -> None:
+        """It has none any more."""
+        session.owner = None
+        self._unwritten[session] = None
+        self._add_live(session.model, -1)
+
+    def _add_live(self, model: ModelKey, sessions: int) -> None:
         self._live[model] += sessions
         self._metrics.live_sessions(model, self._live[model])
 
@@ -113,8 +125,8 @@ class SessionTable:
     def _forget(self, session: Session) -> None:
         session.ended = True
         if session.owner is not None:
-            session.owner = None
-            self.add_live(session.model, -1)
+            self.end_stream(session)
+        self._unwritten.pop(session, None)
         del self.in_memory[session.key]
         self.keys.remove(session.key)
         self._checkpoints.forget(session)
@@ -135,8 +147,7 @@ class SessionTable:
 
     def unwritten(self) -> list[Session]:
         """Parked, but not in the store yet, the longest unused first: more than a few where it is slow or down."""
-        parked = [session for session in self.in_memory.values() if session.owner is None]
-        return sorted(parked, key=lambda session: session.used_s)
+        return sorted(self._unwritten, key=lambda session: session.used_s)
 
     def unwritten_bytes(self) -> int:
         """Of their states and answers."""

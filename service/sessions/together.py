@@ -38,15 +38,22 @@ class StepsTogether(TickJob):
         self._clock = clock
 
     def applied(self, stepped: Stepped) -> None:
-        outputs, failures, now_s = stepped.outputs, stepped.failures, self._clock()
-        first = self.taken - len(outputs)
+        steps, failures, now_s = len(stepped.outputs), stepped.failures, self._clock()
+        first = self.taken - steps
+        outputs, row_bytes = stepped.outputs.tobytes(), stepped.outputs[0].nbytes
+        sessions, owners = self._sessions[first : self.taken], self._owners[first : self.taken]
         applied = []
-        for i in range(len(outputs)):
-            session = self._sessions[first + i]
-            if session.owner is self._owners[first + i] and i not in failures:
-                session.stepped(outputs[i : i + 1].copy(), now_s)
+        for i, (session, owner) in enumerate(zip(sessions, owners, strict=True)):
+            if session.owner is owner and i not in failures:
+                session.stepped(outputs[i * row_bytes : (i + 1) * row_bytes], now_s)
                 applied.append(i)
-        if applied:
-            rows = self._sessions[0].state.array.rows
-            rows[self.places_of_last(len(outputs))[applied]] = stepped.states[applied]
+        self._keep(stepped, applied)
         self._applied(first, stepped, applied)
+
+    def _keep(self, stepped: Stepped, applied: list[int]) -> None:
+        """The states after the steps that were applied."""
+        places, rows = self.places_of_last(len(stepped.outputs)), self._sessions[0].state.array.rows
+        if len(applied) == len(places):
+            rows[places] = stepped.states
+        elif applied:
+            rows[places[applied]] = stepped.states[applied]

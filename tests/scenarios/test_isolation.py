@@ -83,7 +83,7 @@ async def misbehave(live: Any, stop: asyncio.Event) -> list[str]:
             steps(0, [[0, 0]]),
             steps(0, "text"),
             steps(0, [[0, np.inf, 0]]),
-            steps(0, np.zeros((1_001, 3))),
+            steps(0, np.zeros((1_025, 3))),
             steps(0, np.zeros((350_000, 3))),
             open_("stacked", "good-1"),
             reset(5),
