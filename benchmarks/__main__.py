@@ -105,7 +105,7 @@ def figures(streamed: Streamed) -> dict[str, float]:
     """Throughput, latency, cost, fairness."""
     latencies_ms = np.array(streamed.latencies_s) * 1e3
     return {
-        "steps_per_s": streamed.steps / streamed.duration_s,
+        "steps_per_s": streamed.steps_per_s,
         **{f"p{p:g}_ms": float(np.percentile(latencies_ms, p)) for p in PERCENTILES},
         "server_cpu_us_per_step": streamed.server_cpu_s / streamed.steps * 1e6,
         "client_core": streamed.client_cpu_s / streamed.duration_s,

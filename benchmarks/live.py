@@ -111,11 +111,23 @@ class MultiplexedCall:
 
     async def open(self) -> None:
         """A session for each handle, which is the number of its row. Raises RuntimeError if one is refused."""
+        await asyncio.gather(self._send_opens(), self._read_opened())  # who does not read is not read from, either
+
+    async def _send_opens(self) -> None:
         for handle in range(len(self._values)):
             opening = OpenSession(model=self._model, session_id=uuid.uuid4().hex, resume_token=secrets.token_bytes(16))
             await self._call.write(MultiplexStepsRequest(open=OpenHandle(handle=handle, open=opening)))
+
+    async def _read_opened(self) -> None:
         for _ in self._values:
-            _checked(await self._call.read(), "opened")
+            _checked(await self._read(), "opened")
+
+    async def _read(self) -> object:
+        """What is not only about durability."""
+        response: object = await self._call.read()
+        while isinstance(response, MultiplexStepsResponse) and response.HasField("durable"):
+            response = await self._call.read()
+        return response
 
     async def send(self, handles: Sequence[int], steps: Sequence[int], answered_steps: Sequence[int]) -> None:
         """A step of each of these, with its index."""
@@ -132,10 +144,7 @@ class MultiplexedCall:
 
     async def answer(self) -> tuple[float, list[int], list[int]]:
         """When the first of these steps was sent, their handles and indices. Raises RuntimeError for a refusal."""
-        response = await self._call.read()
-        while isinstance(response, MultiplexStepsResponse) and response.HasField("durable"):
-            response = await self._call.read()
-        answer = _checked(response, "answer").answer
+        answer = _checked(await self._read(), "answer").answer
         handles, steps = list(answer.handles), list(answer.first_steps)
         return self._sent_s[handles[0], steps[0] % MAX_AHEAD], handles, steps
 

@@ -44,6 +44,10 @@ class Streamed:
     def steps(self) -> int:
         return sum(self.steps_of_streams)
 
+    @property
+    def steps_per_s(self) -> float:
+        return self.steps / self.duration_s
+
     def end(self, before: Usage, after: Usage) -> None:
         """What was used meanwhile."""
         self.duration_s = after.start_s - before.start_s

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
@@ -75,6 +75,12 @@ class ModelKey(NamedTuple):
 
     name: str
     version: int
+
+
+@cache
+def model_key(name: str, version: int) -> ModelKey:
+    """The one object for all who keep many: one of each session that a store has parked, say."""
+    return ModelKey(name, version)
 
 
 class UnknownSymbolError(ValueError):

@@ -72,19 +72,18 @@ Step = tuple[int, NDArray[np.generic] | ServingError]
 class _Handle:
     """What a session is bound to; its owner."""
 
-    __slots__ = ("lost", "number", "opened", "options", "outstanding", "session", "stream", "waiting")
+    __slots__ = ("lost", "number", "opened", "outstanding", "session", "stream", "waiting")
 
     def __init__(self, stream: MultiplexedStream, number: int) -> None:
         self.stream = stream
         self.number = number
         self.lost: ServingError | None = None
         self.outstanding = 0  # requests that are not answered
-        self.waiting: deque[Step | ResetHandle | CloseHandle] = deque()  # all but the one under way
+        self.waiting: list[Step | ResetHandle | CloseHandle] = []  # all but the one under way
 
     def bind(self, opened: OpenedSession) -> None:
         """It has a session from now on."""
         self.opened, self.session = opened, opened.session
-        self.options = opened.options.SerializeToString(deterministic=True)
 
     def lose(self, error: ServingError) -> None:
         """The session is taken away."""
@@ -322,10 +321,8 @@ class MultiplexedStream(LiveCall):
         if answered:
             self._sessions.all_changed([handle.session for handle in answered])
             outputs = stepped.outputs if len(steps) == len(handles) else stepped.outputs[steps]
-            for options in {handle.options for handle in answered}:
-                rows = [i for i, handle in enumerate(answered) if handle.options == options]
-                alike = len(rows) == len(answered)
-                self._send(_answer_of([answered[i] for i in rows], outputs if alike else outputs[rows]))
+            for alike, rows in _by_options(answered, outputs):
+                self._send(_answer_of(alike, rows))
         for i, failure in stepped.failures.items():
             if not handles[i].lost:
                 self._refuse_one(handles[i], handles[i].session.next_step, failure)
@@ -350,7 +347,7 @@ class MultiplexedStream(LiveCall):
     def _next_step(self, handle: _Handle) -> NDArray[np.generic] | None:
         """What waits is done one after the other, up to the next step that must be computed: its inputs."""
         while handle.waiting:
-            request = handle.waiting.popleft()
+            request = handle.waiting.pop(0)
             if isinstance(request, CloseHandle):
                 self._begin(self._close(handle, request))
                 return None
@@ -461,6 +458,15 @@ class MultiplexedStream(LiveCall):
         handles, self._durable = self._durable, {}
         news = {h.number: h.session.durable_step for h in handles}
         return MultiplexStepsResponse(durable=HandlesDurable(handles=news.keys(), durable_steps=news.values()))
+
+
+def _by_options(handles: Sequence[_Handle], outputs: Floats) -> list[tuple[Sequence[_Handle], Floats]]:
+    """outputs (handles, outputs), apart for handles whose answers look different."""
+    options = [id(handle.opened.options) for handle in handles]
+    if len(set(options)) == 1:
+        return [(handles, outputs)]
+    rows = [[i for i, own in enumerate(options) if own == kind] for kind in set(options)]
+    return [([handles[i] for i in alike], outputs[alike]) for alike in rows]
 
 
 def _answer_of(handles: Sequence[_Handle], outputs: Floats) -> MultiplexStepsResponse:

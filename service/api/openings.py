@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from models.manifest import Manifest
 from rnnserve.v1.prediction_pb2 import OutputOptions
@@ -28,7 +29,13 @@ from service.sessions.session import Owner, Session
 MAX_CALLER_ID_BYTES = 16
 
 
-@dataclass(frozen=True, eq=False)
+@lru_cache
+def _options(encoded: bytes) -> OutputOptions:
+    """One object for all that want the same: those of a message would keep all of it in memory."""
+    return OutputOptions.FromString(encoded)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class OpenedSession:
     """A session that a stream has, how its answers look, and those that the client has missed."""
 
@@ -74,7 +81,7 @@ class Openings:
         )
         session, missed = await self._sessions.open(opening, manifest, owner)
         manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now
-        return OpenedSession(session, manifest, wanted.options, missed)
+        return OpenedSession(session, manifest, _options(wanted.options.SerializeToString(deterministic=True)), missed)
 
     def describe(self, opened: OpenedSession) -> SessionOpened:
         """What the client is told of its session."""

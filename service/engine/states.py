@@ -23,7 +23,9 @@ class StateArray:
         """A state of its own, with the values of row (row_size,)."""
         if not self._free:
             in_use = len(self.rows)
-            self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
+            rows = np.zeros((2 * in_use, self.row_size), np.float32)  # what is not in use yet takes no memory
+            rows[:in_use] = self.rows
+            self.rows = rows
             self._free.extend(range(2 * in_use - 1, in_use - 1, -1))
         place = self._free.pop()
         self.rows[place] = row

@@ -23,6 +23,7 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.metrics import Metrics
+from service.sessions import evictions
 from service.sessions.erasure import SCRUB_AGAIN_S
 from service.sessions.index import SessionKeys
 from service.sessions.limits import EVICTING, SessionLimits
@@ -826,3 +827,17 @@ def test_a_page_takes_no_walk_through_all_sessions() -> None:
         assert keys.after(named("050000"), 10)[0] == named("050001")
         times_s.append(time.perf_counter() - start_s)
     assert min(times_s) < 0.002  # ten times what it takes on a slow machine; a walk takes 20 ms
+
+
+async def test_of_many_sessions_each_look_takes_some_and_after_a_few_all_idle_ones_are_parked(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evictions, "LOOKED_AT", 2)
+    registry = await server.start(idle_timeout_s=10.0)
+    streams = [(await open_(registry, opening(f"s{number}")))[1] for number in range(5)]
+    server.now_s += 11
+    parked_after = []
+    for _ in range(3):
+        await registry.enforce_limits()
+        parked_after.append(sum(stream.lost is not None for stream in streams))
+    assert parked_after == [2, 4, 5]

@@ -7,7 +7,7 @@ import zlib
 import msgpack
 import numpy as np
 
-from models.manifest import ModelKey
+from models.manifest import model_key
 from service.sessions.record import Floats, HeldAnswer, SessionKey, SessionRecord
 from service.sessions.stores.store import RecordUnreadable, StoreError
 
@@ -77,7 +77,7 @@ def _record_of(
 ) -> SessionRecord:
     return SessionRecord(
         key=SessionKey(tenant, session_id),
-        model=ModelKey(model_name, model_version),
+        model=model_key(model_name, model_version),
         weights_sha256=weights_sha256,
         token_hash=token_hash,
         next_step=next_step,

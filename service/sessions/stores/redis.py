@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from models.manifest import ModelKey
+from models.manifest import model_key
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 from service.sessions.stores import redis_scripts
 from service.sessions.stores.record_codec import decode_record, encode_record
@@ -329,7 +329,7 @@ def _record_from(found: Sequence[bytes]) -> SessionRecord:
 def _stored(key: SessionKey, summary: bytes, fence: bytes, owner: bytes, lives: int) -> StoredSession:
     try:
         name, version, *others = msgpack.unpackb(summary)
-        described = SessionSummary(key, ModelKey(name, version), *others)
+        described = SessionSummary(key, model_key(name, version), *others)
     except (TypeError, ValueError, msgpack.UnpackException) as error:
         raise RecordUnreadable(f"the summary of a stored session is damaged: {error}") from error
     return StoredSession(described, int(fence), owner.decode(), bool(lives))

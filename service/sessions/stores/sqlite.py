@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.manifest import ModelKey
+from models.manifest import model_key
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 from service.sessions.stores.record_codec import decode_record, encode_record
 from service.sessions.stores.sqlite_file import SqliteFile
@@ -63,4 +63,4 @@ def row_of(record: SessionRecord) -> tuple[Any, ...]:
 def summary_from(columns: Sequence[Any]) -> SessionSummary:
     """Of COLUMNS."""
     tenant, session_id, model_name, model_version, *others = columns
-    return SessionSummary(SessionKey(tenant, session_id), ModelKey(model_name, model_version), *others)
+    return SessionSummary(SessionKey(tenant, session_id), model_key(model_name, model_version), *others)
