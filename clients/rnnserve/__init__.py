@@ -4,7 +4,9 @@
 """
 
 from rnnserve.async_client import AsyncClient
+from rnnserve.async_multiplex import AsyncMultiplex
 from rnnserve.async_stream import AsyncStream
+from rnnserve.batches import BatchAnswer
 from rnnserve.client import Client
 from rnnserve.errors import (
     BundleInvalid,
@@ -47,6 +49,7 @@ from rnnserve.errors import (
     Unreachable,
 )
 from rnnserve.models import Model, Quality, Sample, TrainingData
+from rnnserve.multiplex import Multiplex
 from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo
@@ -56,7 +59,9 @@ from rnnserve.stream import Stream
 __all__ = [
     "Answer",
     "AsyncClient",
+    "AsyncMultiplex",
     "AsyncStream",
+    "BatchAnswer",
     "BundleInvalid",
     "BundleMismatch",
     "Client",
@@ -75,6 +80,7 @@ __all__ = [
     "ModelInUse",
     "ModelNotFound",
     "ModelNotStreamable",
+    "Multiplex",
     "NotEnabled",
     "NotFinite",
     "Notice",

@@ -1,6 +1,5 @@
 """The bookkeeping of one session, without I/O: what was sent, what was answered, and how to go on after a cut."""
 
-import logging
 import re
 import secrets
 import uuid
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from rnnserve.announcer import Announcer
 from rnnserve.errors import (
     Evicted,
     FieldInvalid,
@@ -38,8 +38,6 @@ MOVED_PAUSE_S = 0.5  # whoever has the session now writes so in its store
 Durability = Literal["none", "process", "stored"]
 """What a session survives: nothing, the end of its stream, or also a crash of the server."""
 
-_log = logging.getLogger(__name__)
-
 _DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
 
 
@@ -61,8 +59,6 @@ class Session:
     After `cut` it goes on where it was, if the server keeps the session: it opens it again and sends again what the
     server does not have. What the caller has already got is dropped.
 
-    `on_notice` is called with each notice when it comes. What it raises is logged and ignored, as for the callbacks of
-    futures: here it would leave a response half read.
     """
 
     def __init__(
@@ -83,16 +79,15 @@ class Session:
         if resume is not None and session_id not in (None, resume.session):
             raise ValueError("a resume point names its session: leave `session` out")
         session_id = session_id if resume is None else resume.session
-        self.id = _checked(session_id) if session_id is not None else uuid.uuid4().hex
+        self.id = checked_session_id(session_id) if session_id is not None else uuid.uuid4().hex
         self.next_step = resume.answered_step if resume else 0
         self.answered_step = self.next_step  # each answer before it has come
         self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
         self.durable_step = 0
         self.durability: Durability = "none"
-        self.notices: list[Notice] = []
         self.refusal: RnnserveError | None = None
         self.failure: RnnserveError | None = None
-        self._token = _token(resume.token) if resume else secrets.token_bytes(16)
+        self._token = token_bytes(resume.token) if resume else secrets.token_bytes(16)
         self._opening = pb.OpenSession(
             model=model,
             version=checked_version(version),
@@ -106,12 +101,11 @@ class Session:
         self._taken_over = resume is not None
         self._replay = replay or Replay()
         self._resumption = Resumption(resume_timeout_s)
-        self._on_notice = on_notice
+        self._announcer = Announcer(on_notice)
         self._open_attempts = open_attempts  # left for the first open
         self._other_connections = other_connections  # on which a server may answer where one is stuck
         self._state: Literal["new", "opening", "open", "cut"] = "new"
         self._was_open = False
-        self._interrupted = False  # and not resumed yet
         self._leaving = False
         self._closing = False
         self._erased = False
@@ -124,6 +118,11 @@ class Session:
         self._reset_step = 0  # the last reset that was answered came before this one
         if resume is not None and resume.reset:
             self.reset()
+
+    @property
+    def notices(self) -> list[Notice]:
+        """All so far."""
+        return self._announcer.notices
 
     @property
     def outstanding(self) -> int:
@@ -202,7 +201,7 @@ class Session:
         """The last use of the session; the caller is told where the server did not say that nothing is left of it."""
         if self.durability != "none" and not self._erased:
             message = "the server has not said that the session is erased; it may stay parked for its resume window"
-            self._announce(Notice("not_erased", message))
+            self._announcer.announce(Notice("not_erased", message))
 
     def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
         """The new answers in a response."""
@@ -213,7 +212,7 @@ class Session:
         kind = response.WhichOneof("response")
         answers: list[Answer] = []
         if kind == "notice":
-            self._announce(notice_from(response.notice))
+            self._announcer.announce(notice_from(response.notice))
         elif kind not in ("checkpoint", None):
             answers = self._responded(response)
         self._replay.prune(self.durable_step if self.durability == "stored" else None)
@@ -245,8 +244,8 @@ class Session:
         if pause_s is None:
             self.failure = self.failure or error
             return Turn()
-        if not was_moved:
-            self._interrupt(error)
+        if self._was_open and not was_moved:  # what never was open is not interrupted
+            self._announcer.interrupted(error)
         return Turn(requests=[self.open()], reconnect_after_s=pause_s)
 
     def lose(self) -> None:
@@ -286,26 +285,6 @@ class Session:
         if isinstance(error, StreamClosed):
             return error.code == "OK"  # ended by the server, not here
         return isinstance(error, TryAgain | TimedOut)
-
-    def _interrupt(self, error: RnnserveError) -> None:
-        """Announced once, however many attempts follow. What never was open is not interrupted."""
-        if self._was_open and not self._interrupted:
-            self._interrupted = True
-            message = f"the stream is interrupted and tries to resume: {_without_advice(error.message)}"
-            self._announce(Notice("interrupted", message, error=error))
-
-    def _resume(self, index: int) -> None:
-        if self._interrupted:
-            self._interrupted = False
-            self._announce(Notice("resumed", f"the stream goes on with step {index}", step=index))
-
-    def _announce(self, notice: Notice) -> None:
-        self.notices.append(notice)
-        if self._on_notice is not None:
-            try:
-                self._on_notice(notice)
-            except Exception:
-                _log.exception("on_notice failed for %r", notice.message)
 
     def _made(self, message: Message) -> pb.StreamStepsRequest:
         self._replay.add(message)
@@ -349,7 +328,7 @@ class Session:
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
-            self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
+            self.durability = durability_from(opened)  # once stored, an outage ends nothing
         if not self._was_open:
             self._begin_at(index)
         if index > self._sent_step:
@@ -359,7 +338,7 @@ class Session:
             self._break = _lost(lost, expected_step=index)
         else:
             self._send_again(again, index)
-            self._resume(index)
+            self._announcer.resumed(index)
 
     def _begin_at(self, index: int) -> None:
         """The first time: a new session, or one taken over from another stream."""
@@ -423,16 +402,17 @@ class Session:
         self._advance(self.answered_step)
 
 
-def _token(digits: str) -> bytes:
+def durability_from(opened: pb.SessionOpened) -> Durability:
+    """What the server says of a session."""
+    return _DURABILITIES.get(opened.durability, "none")
+
+
+def token_bytes(digits: str) -> bytes:
+    """Of a resume point. Raises ValueError."""
     try:
         return bytes.fromhex(digits)
     except ValueError:
         raise ValueError("the token of a resume point is hex digits") from None
-
-
-def _without_advice(message: str) -> str:
-    """What happened, without what to do about it: that is for whoever has to do something."""
-    return message.partition("; ")[0]
 
 
 def _lost(message: str, **metadata: int) -> ResumePointLost:
@@ -444,7 +424,7 @@ def _refused_again(error: RnnserveError) -> ResumePointLost:
     return _lost(f"the server refused steps that it had answered before: {error.message}")
 
 
-def _checked(session_id: str) -> str:
+def checked_session_id(session_id: str) -> str:
     """The same id. Checked here because it travels as metadata, where other characters break the call."""
     if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", session_id):
         return session_id

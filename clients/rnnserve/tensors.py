@@ -19,12 +19,26 @@ _KINDS = {"U": "text", "S": "bytes", "c": "complex numbers", "M": "dates", "m": 
 def steps_tensor(x: npt.ArrayLike) -> Tensor:
     """(features,) or (steps, features) -> a tensor of (steps, features)."""
     values = _numbers(x)
-    return _tensor(values[np.newaxis] if values.ndim == 1 else values, "a step is (features,), several are")
+    return tensor_from(
+        _fitting(
+            values[np.newaxis] if values.ndim == 1 else values, "a step is (features,), several are (steps, features)"
+        )
+    )
 
 
 def sequence_tensor(x: npt.ArrayLike) -> Tensor:
     """(steps, features) -> a tensor of the same shape."""
-    return _tensor(_numbers(x), "a sequence is")
+    return tensor_from(_fitting(_numbers(x), "a sequence is (steps, features)"))
+
+
+def batch_rows(x: npt.ArrayLike) -> Array:
+    """(sessions, features) -> an array of its own of the same shape, as it travels."""
+    return _fitting(_numbers(x), "steps of several sessions are (sessions, features)")
+
+
+def tensor_from(values: Array) -> Tensor:
+    """Values as they travel -> a tensor of the same shape."""
+    return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
 
 
 def array_from(tensor: Tensor) -> Array:
@@ -52,16 +66,16 @@ def _described(values: npt.NDArray[np.generic]) -> str:
     return f"objects such as {strange[0]!r:.40}" if strange else "Python objects"
 
 
-def _tensor(values: npt.NDArray[np.generic], expected: str) -> Tensor:
+def _fitting(values: npt.NDArray[np.generic], expected: str) -> Array:
+    """The same as little-endian float32."""
     if values.ndim != 2:
-        message = f"{expected} (steps, features), but this has the shape {values.shape}"
+        message = f"{expected}, but this has the shape {values.shape}"
         raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
     try:
         with np.errstate(over="raise"):
-            data = values.astype(_WIRE_TYPE).tobytes()
+            return values.astype(_WIRE_TYPE)
     except FloatingPointError:
         raise _too_large(values) from None
-    return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=data)
 
 
 def _too_large(values: npt.NDArray[np.generic]) -> NotFinite:
