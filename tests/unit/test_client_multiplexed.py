@@ -263,7 +263,6 @@ def expected(told: Sequence[float | None]) -> list[float]:
 def test_steps_made_anew_before_all_refusals_have_come_are_not_taken_for_the_refused_ones() -> None:
     machine = SumsAcrossCuts()
     machine.begin(sessions=1)
-    machine.told[0] = [5.0, 6.0]
 
     def send(*values: float) -> None:
         for value in values:
@@ -272,6 +271,7 @@ def test_steps_made_anew_before_all_refusals_have_come_are_not_taken_for_the_ref
     send(NAN, 1.0, 2.0)
     machine.server_takes(3)
     machine.client_reads(1)
+    machine.told[0] = [5.0, 6.0]
     send(5.0, 6.0)
     machine.teardown()
     assert machine.client.columns.next_step[0] == 2
