@@ -134,7 +134,7 @@ class MultiplexedStream(LiveCall):
     async def serve(self, requests: AsyncIterator[MultiplexStepsRequest]) -> None:
         """Until the end of the requests, and until all of them are answered."""
         writer = asyncio.create_task(self._write())
-        writer.add_done_callback(self._writer_ended)
+        writer.add_done_callback(self._check)
         try:
             async for request in requests:
                 self._used.set()
@@ -314,7 +314,8 @@ class MultiplexedStream(LiveCall):
             self._answer(handles[first : first + len(stepped.outputs)], stepped, steps)
             self._metrics.steps_answered(job.model, time.perf_counter() - start_s)
 
-        job = self._sessions.step_together([handle.session for handle in handles], handles, inputs, applied)
+        sessions = [handle.session for handle in handles]
+        job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
         self._jobs.add(job)
 
     def _answer(self, handles: Sequence[_Handle], stepped: Stepped, steps: list[int]) -> None:
@@ -435,13 +436,13 @@ class MultiplexedStream(LiveCall):
         self._written.set()
         self._check(task)
 
-    def _writer_ended(self, task: asyncio.Task[None]) -> None:
-        self._check(task)
-
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
             log.error("unexpected", exc_info=error)
-            self.lose(Internal("an unexpected error; the server's log has it"))
+            self._fail()
+
+    def _fail(self) -> None:
+        self.lose(Internal("an unexpected error; the server's log has it"))
 
     def _send(self, response: MultiplexStepsResponse) -> None:
         """In order, without waiting."""

@@ -66,6 +66,14 @@ class TickJob(StepJob):
         """That is what they gave. Whoever wants the new states keeps them now."""
         raise NotImplementedError
 
+    def drop(self) -> None:
+        """`applied` raised: whoever waits is told that nothing more will come."""
+        raise NotImplementedError
+
+
+Share = tuple[TickJob, int]
+"""A job, and how many of its steps a tick has."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepsResult:
@@ -94,6 +102,11 @@ class _StepsInTurn(TickJob):
         elif failure or not self.left:
             self.abandoned = True
             self.result.set_result(StepsResult(self._all_outputs(), self.state, failure))
+
+    def drop(self) -> None:
+        if not self.result.done():
+            nothing = np.empty((0, 0), np.float32)
+            self.result.set_result(StepsResult(nothing, self.state, ExecutionFailed("the step's answer was lost")))
 
     def _all_outputs(self) -> Floats:
         """(applied, outputs), in an array of its own: one of a tick's result would keep all of that alive."""
@@ -181,15 +194,22 @@ class StepEngine:
         if not shares:
             self._go_on(loop)
         elif executor is None:
-            failed = ExecutionFailed("the model is served no more")
-            self._end_tick(loop, model, shares, _all_failed(sum(steps for _, steps in shares), failed))
+            self._end_tick(loop, model, shares, _none_of(shares, "the model is served no more"))
         elif self._tick_s.get(model, 0.0) < self._max_loop_tick_s:
             self._end_tick(loop, model, shares, self._tick(model, executor, shares))
         else:
             tick = loop.run_in_executor(self._thread, self._tick, model, executor, shares)
             tick.add_done_callback(lambda ended: self._end_tick(loop, model, shares, ended.result()))
 
-    def _tick(self, model: ModelKey, executor: StepExecutor, shares: list[tuple[TickJob, int]]) -> Stepped:
+    def _tick(self, model: ModelKey, executor: StepExecutor, shares: list[Share]) -> Stepped:
+        """Never raises: nothing would begin the next tick."""
+        try:
+            return self._run(model, executor, shares)
+        except Exception:
+            log.exception("a tick failed")
+            return _none_of(shares, "the network could not compute this step")
+
+    def _run(self, model: ModelKey, executor: StepExecutor, shares: list[Share]) -> Stepped:
         start_s = time.perf_counter()
         inputs = _joined([job.inputs[job.taken - steps : job.taken] for job, steps in shares])
         places = _joined([job.places_of_last(steps) for job, steps in shares])
@@ -199,11 +219,16 @@ class StepEngine:
         return stepped
 
     def _end_tick(
-        self, loop: asyncio.AbstractEventLoop, model: ModelKey, shares: list[tuple[TickJob, int]], stepped: Stepped
+        self, loop: asyncio.AbstractEventLoop, model: ModelKey, shares: list[Share], stepped: Stepped
     ) -> None:
         start = 0
         for job, steps in shares:
-            job.applied(stepped if len(shares) == 1 else stepped.part(start, start + steps))
+            try:
+                job.applied(stepped if len(shares) == 1 else stepped.part(start, start + steps))
+            except Exception:
+                log.exception("what a tick gave was lost")
+                job.abandoned = True
+                job.drop()
             start += steps
             if job.left:
                 self._batcher.add(model, job)
@@ -217,6 +242,10 @@ class StepEngine:
 
 def _joined(parts: list[Values]) -> Values:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)  # type: ignore[return-value]
+
+
+def _none_of(shares: list[Share], why: str) -> Stepped:
+    return _all_failed(sum(steps for _, steps in shares), ExecutionFailed(why))
 
 
 def _all_failed(steps: int, failure: ExecutionFailed) -> Stepped:

@@ -202,13 +202,19 @@ class SessionRegistry:
             self.checkpoints.changed(session, steps)
 
     def step_together(
-        self, sessions: Sequence[Session], owners: Sequence[Owner], inputs: NDArray[np.generic], applied: Applied
+        self,
+        sessions: Sequence[Session],
+        owners: Sequence[Owner],
+        inputs: NDArray[np.generic],
+        applied: Applied,
+        dropped: Callable[[], None],
     ) -> StepsTogether:
         """Apply a step of each of several sessions of one model, of which none has another one under way.
 
-        inputs (sessions, features) or (sessions,), validated and of the sessions' next steps.
+        inputs (sessions, features) or (sessions,), validated and of the sessions' next steps. `dropped` is called
+        where what becomes of them is lost.
         """
-        job = StepsTogether(inputs, sessions, owners, applied, self._clock)
+        job = StepsTogether(inputs, sessions, owners, applied, dropped, self._clock)
         self._engine.submit(sessions[0].model, job)
         return job
 

@@ -27,6 +27,7 @@ class StepsTogether(TickJob):
         sessions: Sequence[Session],
         owners: Sequence[Owner],
         applied: Applied,
+        dropped: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         """inputs (sessions, features) or (sessions,), in the order of the sessions; at least one."""
@@ -35,7 +36,11 @@ class StepsTogether(TickJob):
         self._sessions = sessions
         self._owners = owners
         self._applied = applied
+        self._dropped = dropped
         self._clock = clock
+
+    def drop(self) -> None:
+        self._dropped()
 
     def applied(self, stepped: Stepped) -> None:
         steps, failures, now_s = len(stepped.outputs), stepped.failures, self._clock()

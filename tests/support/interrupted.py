@@ -27,8 +27,8 @@ Call = asyncio.Task[AppliedSteps]
 TOKEN = b"0123456789abcdef"
 HANGS_S = 20.0  # a thousand times what it takes
 LIMITS = SessionLimits(
-    max_streams=100,
-    max_sessions=100,
+    max_streams=1_000,
+    max_sessions=1_000,
     max_sessions_per_tenant=0,
     max_parked_bytes=0,
     max_held_bytes=1_000_000,
@@ -187,11 +187,11 @@ class Client:
 
     async def play(self, script: Sequence[Act]) -> None:
         """Do all that; between two acts the session must stay as it is."""
+        await _turns(script[0].pause)
         await self._open(Opening(SessionKey("", self.session_id), TOKEN))
         self.row = np.zeros(self.bench.network.executor.row_size, np.float32)
         for act in script:
-            for _ in range(act.pause):
-                await asyncio.sleep(0)
+            await _turns(act.pause)
             self.check()
             match act:
                 case Send():
@@ -309,6 +309,11 @@ class Client:
         self.stream = _Stream()
         self.session, missed = await self.bench.registry.open(opening, self.bench.network.manifest, self.stream)
         return missed
+
+
+async def _turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
 
 
 def _good_steps(steps: Steps, inputs: Array) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.manifest import ModelKey
 from service.engine.executor import Floats
-from service.engine.step_engine import StepEngine, StepsResult
+from service.engine.step_engine import StepEngine, Stepped, StepsResult, TickJob
 from service.errors import ExecutionFailed
 from tests.support.fakes import RAISES, TURNS_NAN, CountingMetrics, FakeExecutor, column
 
@@ -196,6 +196,66 @@ async def test_the_loop_survives_an_executor_that_raises(bench: Bench) -> None:
     for _ in range(3):
         assert (await bench.send(RAISES)).failure
     assert sums(await bench.send(4)) == [4]
+
+
+class Breaks(CountingMetrics):
+    """Once, outside the executor."""
+
+    def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
+        super().tick(model, sessions, duration_s)
+        if len(self.events) == 1:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("max_loop_tick_s", [0.0, 10.0])
+async def test_a_tick_that_breaks_outside_the_executor_fails_its_steps_and_the_next_one_runs(
+    max_loop_tick_s: float,
+) -> None:
+    engine = StepEngine({ONE: FakeExecutor()}, max_tick_sessions=4, metrics=Breaks(), max_loop_tick_s=max_loop_tick_s)
+    state = engine.states(ONE).add(ZERO)
+    async with asyncio.timeout(10):
+        failed = await engine.step(ONE, column(1), state)
+        assert isinstance(failed.failure, ExecutionFailed)
+        assert sums(await engine.step(ONE, column(2), state)) == [2]
+    engine.close()
+
+
+async def test_steps_that_cannot_share_an_array_fail_and_the_next_tick_runs(bench: Bench) -> None:
+    await bench.hold()
+    state = bench.engine.states(ONE).add(ZERO)
+    wide = asyncio.create_task(bench.engine.step(ONE, np.zeros((1, 2), np.float32), state))
+    narrow = bench.send(1)
+    await bench.let_go()
+    async with asyncio.timeout(10):
+        assert [type((await task).failure) for task in (wide, narrow)] == [ExecutionFailed] * 2
+        assert sums(await bench.send(4)) == [4]
+
+
+class Careless(TickJob):
+    """Steps whose owner breaks when it is told what they gave."""
+
+    dropped = False
+
+    def applied(self, stepped: Stepped) -> None:
+        raise RuntimeError("careless")
+
+    def drop(self) -> None:
+        self.dropped = True
+
+
+async def test_an_owner_that_breaks_when_it_is_told_is_dropped_and_its_neighbours_get_their_answers(
+    bench: Bench,
+) -> None:
+    await bench.hold()
+    states = [bench.engine.states(ONE).add(ZERO) for _ in range(2)]
+    careless = Careless(column(1, 2), in_turn=False, places=np.array([state.place for state in states]))
+    bench.engine.submit(ONE, careless)
+    neighbour = bench.send(5)
+    await bench.let_go()
+    async with asyncio.timeout(10):
+        assert sums(await neighbour) == [5]
+        assert sums(await bench.send(6)) == [6]
+    assert careless.dropped
 
 
 async def test_ticks_run_on_the_event_loop_while_they_are_short_and_in_a_thread_after_a_long_one() -> None:

@@ -177,6 +177,11 @@ def test_whatever_happens_to_its_streams_a_session_holds_exactly_the_steps_that_
     asyncio.run(play_sums(scripts, seed, max_tick_sessions, max_loop_tick_s))
 
 
+def test_hundreds_of_sessions_that_begin_one_after_another_keep_their_states_apart() -> None:
+    scripts = [[Send(2, pause=i), Send(1)] for i in range(300)]
+    asyncio.run(play_sums(scripts, 0, 8, math.inf))
+
+
 @settings(whatever_the_clock_says, max_examples=60)
 @given(specs, rules, scripts, seeds, max_tick_sessions, max_loop_tick_s)
 def test_whatever_happens_to_its_streams_every_network_answers_as_the_equations(
