@@ -8,7 +8,17 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response, Turn, earliest
+from rnnserve.exchange import (
+    Bookkeeper,
+    CallEnded,
+    Event,
+    InputsEnded,
+    NextInput,
+    Response,
+    TimePassed,
+    Turn,
+    earliest,
+)
 from rnnserve.statuses import cancelled_here, ended_by_server, error_from_call, timed_out
 
 _X = TypeVar("_X")
@@ -35,6 +45,7 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self._inbox: Inbox = asyncio.Queue()
         self._feeder: _Feeder | None = None
         self._cancelled = False
+        self._deadline: float | None = None  # of the next response, whoever waits for it
         self._call: _Call[_Q] = _Call(start, target, self._inbox)
 
     def send(self, request: _Q) -> None:
@@ -85,7 +96,6 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], feeder: "_Feeder | None", until_s: float | None = None
     ) -> AsyncGenerator[_R]:
         turn = bookkeeper.begin()
-        deadline: float | None = None
         while True:
             await self._obey(turn)
             for result in turn.results:
@@ -96,11 +106,14 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
                 feeder.free(turn.places)
             if bookkeeper.done:
                 break
-            if turn.reconnect_after_s is not None:
-                deadline = None
-            deadline = self._deadline(deadline) if bookkeeper.waiting else None
-            event = await self._next_event(earliest(deadline, until_s))
-            deadline = None if isinstance(event, Response) else deadline
+            if turn.reconnect_after_s is not None or not bookkeeper.waiting:
+                self._deadline = None
+            elif self._deadline is None:
+                self._deadline = _now_s() + self._timeout_s
+            wake_s = None if turn.wake_after_s is None else _now_s() + turn.wake_after_s
+            event = await self._next_event(earliest(self._deadline, until_s), wake_s)
+            if isinstance(event, Response):  # nothing else gives the server more time
+                self._deadline = None
             turn = bookkeeper.handle(event)
         if bookkeeper.failure is not None:
             raise bookkeeper.failure
@@ -120,28 +133,27 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self._feeder = _Feeder(inputs, ahead, self._inbox)
         return self._feeder
 
-    def _deadline(self, deadline: float | None) -> float:
-        """Only a response gives the server more time."""
-        return _now_s() + self._timeout_s if deadline is None else deadline
-
-    async def _next_event(self, deadline: float | None) -> Event[_X, _A]:
+    async def _next_event(self, deadline: float | None, wake_s: float | None = None) -> Event[_X, _A]:
         """Of the feeder or the call of now; others are late."""
         if self._call.over:  # a reconnect was interrupted
             return CallEnded(ended_by_server(self._target))
         while True:
-            source, event = await self._take(deadline)
+            source, event = await self._take(deadline, wake_s)
             if isinstance(event, CallEnded) and source is self._call:
                 self._call.cancel()
             if source is self._call or (source is self._feeder and source is not None):
                 return event  # type: ignore[no-any-return]
 
-    async def _take(self, deadline: float | None) -> tuple[object, Any]:
+    async def _take(self, deadline: float | None, wake_s: float | None) -> tuple[object, Any]:
         if not self._inbox.empty():
             return self._inbox.get_nowait()
+        until_s = earliest(deadline, wake_s)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(until_s):
                 return await self._inbox.get()
         except TimeoutError:
+            if wake_s == until_s:
+                return self._call, TimePassed()
             return self._call, CallEnded(timed_out(self._target, self._timeout_s))
 
 

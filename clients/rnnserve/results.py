@@ -85,6 +85,8 @@ class Notice:
     """What interrupted the stream."""
     step: int | None = None
     """The step with which a resumed stream goes on: the first one that the server has not applied."""
+    session: str | None = None
+    """Of a multiplexed call: which session it is about; None = all of them."""
 
 
 def prediction_from(message: prediction_pb2.Prediction) -> Prediction:

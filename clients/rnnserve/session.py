@@ -1,6 +1,5 @@
 """The bookkeeping of one session, without I/O: what was sent, what was answered, and how to go on after a cut."""
 
-import logging
 import re
 import secrets
 import uuid
@@ -22,6 +21,7 @@ from rnnserve.errors import (
     Unreachable,
 )
 from rnnserve.exchange import Turn
+from rnnserve.notices import Notices
 from rnnserve.replay import Message, Replay
 from rnnserve.requests import checked_version, steps_message
 from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_from
@@ -38,9 +38,7 @@ MOVED_PAUSE_S = 0.5  # whoever has the session now writes so in its store
 Durability = Literal["none", "process", "stored"]
 """What a session survives: nothing, the end of its stream, or also a crash of the server."""
 
-_log = logging.getLogger(__name__)
-
-_DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
+DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class Session:
     After `cut` it goes on where it was, if the server keeps the session: it opens it again and sends again what the
     server does not have. What the caller has already got is dropped.
 
-    `on_notice` is called with each notice when it comes. What it raises is logged and ignored, as for the callbacks of
-    futures: here it would leave a response half read.
+    `on_notice` is called with each notice when it comes.
     """
 
     def __init__(
@@ -83,16 +80,16 @@ class Session:
         if resume is not None and session_id not in (None, resume.session):
             raise ValueError("a resume point names its session: leave `session` out")
         session_id = session_id if resume is None else resume.session
-        self.id = _checked(session_id) if session_id is not None else uuid.uuid4().hex
+        self.id = checked_session_id(session_id) if session_id is not None else uuid.uuid4().hex
         self.next_step = resume.answered_step if resume else 0
         self.answered_step = self.next_step  # each answer before it has come
         self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
         self.durable_step = 0
         self.durability: Durability = "none"
-        self.notices: list[Notice] = []
+        self._notices = Notices(on_notice)
         self.refusal: RnnserveError | None = None
         self.failure: RnnserveError | None = None
-        self._token = _token(resume.token) if resume else secrets.token_bytes(16)
+        self._token = resume_token(resume.token) if resume else secrets.token_bytes(16)
         self._opening = pb.OpenSession(
             model=model,
             version=checked_version(version),
@@ -106,7 +103,6 @@ class Session:
         self._taken_over = resume is not None
         self._replay = replay or Replay()
         self._resumption = Resumption(resume_timeout_s)
-        self._on_notice = on_notice
         self._open_attempts = open_attempts  # left for the first open
         self._other_connections = other_connections  # on which a server may answer where one is stuck
         self._state: Literal["new", "opening", "open", "cut"] = "new"
@@ -124,6 +120,11 @@ class Session:
         self._reset_step = 0  # the last reset that was answered came before this one
         if resume is not None and resume.reset:
             self.reset()
+
+    @property
+    def notices(self) -> list[Notice]:
+        """All so far."""
+        return self._notices.told
 
     @property
     def outstanding(self) -> int:
@@ -202,7 +203,7 @@ class Session:
         """The last use of the session; the caller is told where the server did not say that nothing is left of it."""
         if self.durability != "none" and not self._erased:
             message = "the server has not said that the session is erased; it may stay parked for its resume window"
-            self._announce(Notice("not_erased", message))
+            self._notices.tell(Notice("not_erased", message))
 
     def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
         """The new answers in a response."""
@@ -213,7 +214,7 @@ class Session:
         kind = response.WhichOneof("response")
         answers: list[Answer] = []
         if kind == "notice":
-            self._announce(notice_from(response.notice))
+            self._notices.tell(notice_from(response.notice))
         elif kind not in ("checkpoint", None):
             answers = self._responded(response)
         self._replay.prune(self.durable_step if self.durability == "stored" else None)
@@ -279,33 +280,19 @@ class Session:
         if not self._was_open:
             again = isinstance(error, Unreachable) or (isinstance(error, TimedOut) and self._other_connections)
             return again and self._open_attempts > 0
-        if self.durability == "none":
-            return False
-        if isinstance(error, Evicted):
-            return error.metadata.get("resumable") == "true"
-        if isinstance(error, StreamClosed):
-            return error.code == "OK"  # ended by the server, not here
-        return isinstance(error, TryAgain | TimedOut)
+        return self.durability != "none" and outlives(error)
 
     def _interrupt(self, error: RnnserveError) -> None:
         """Announced once, however many attempts follow. What never was open is not interrupted."""
         if self._was_open and not self._interrupted:
             self._interrupted = True
-            message = f"the stream is interrupted and tries to resume: {_without_advice(error.message)}"
-            self._announce(Notice("interrupted", message, error=error))
+            message = f"the stream is interrupted and tries to resume: {without_advice(error.message)}"
+            self._notices.tell(Notice("interrupted", message, error=error))
 
     def _resume(self, index: int) -> None:
         if self._interrupted:
             self._interrupted = False
-            self._announce(Notice("resumed", f"the stream goes on with step {index}", step=index))
-
-    def _announce(self, notice: Notice) -> None:
-        self.notices.append(notice)
-        if self._on_notice is not None:
-            try:
-                self._on_notice(notice)
-            except Exception:
-                _log.exception("on_notice failed for %r", notice.message)
+            self._notices.tell(Notice("resumed", f"the stream goes on with step {index}", step=index))
 
     def _made(self, message: Message) -> pb.StreamStepsRequest:
         self._replay.add(message)
@@ -349,14 +336,14 @@ class Session:
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
-            self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
+            self.durability = DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:
             self._begin_at(index)
         if index > self._sent_step:
-            self._break = _lost(f"the server expects step {index}, but only {self._sent_step} were sent")
+            self._break = resume_point_lost(f"the server expects step {index}, but only {self._sent_step} were sent")
         elif (again := self._replay.since(index, self.next_step)) is None:
             lost = f"the server has lost the steps from {index} on, which are no longer kept here"
-            self._break = _lost(lost, expected_step=index)
+            self._break = resume_point_lost(lost, expected_step=index)
         else:
             self._send_again(again, index)
             self._resume(index)
@@ -384,7 +371,7 @@ class Session:
     def _answered(self, answer: pb.StepsAnswer, owed: _Owed) -> list[Answer]:
         answers = [row for row in answers_from(answer) if row.step >= self.answered_step]
         if self._answers_each_step and answers and answers[0].step > self.answered_step:
-            self._break = _lost(f"the server left out the answers from step {self.answered_step} on")
+            self._break = resume_point_lost(f"the server left out the answers from step {self.answered_step} on")
         if answer.HasField("failure") and owed.message is not None:  # if missed, the steps sent again fail, too
             self._refuse(error_from_status(answer.failure), owed, answer.next_step)
         self._advance(answer.next_step)
@@ -403,7 +390,7 @@ class Session:
     def _refuse(self, error: RnnserveError, owed: _Owed, index: int) -> None:
         message = owed.message
         if self._state == "opening" or (self.refusal is None and message is not None and self._is_replayed(owed)):
-            self._break = error if self._state == "opening" or isinstance(error, TryAgain) else _refused_again(error)
+            self._break = error if self._state == "opening" or isinstance(error, TryAgain) else refused_again(error)
         elif self.refusal is None:
             self.refusal = error
             self.next_step = self._sent_step = index
@@ -423,28 +410,40 @@ class Session:
         self._advance(self.answered_step)
 
 
-def _token(digits: str) -> bytes:
+def outlives(error: RnnserveError) -> bool:
+    """Whether a session that is parked outlives this."""
+    if isinstance(error, Evicted):
+        return error.metadata.get("resumable") == "true"
+    if isinstance(error, StreamClosed):
+        return error.code == "OK"  # ended by the server, not here
+    return isinstance(error, TryAgain | TimedOut)
+
+
+def resume_token(digits: str) -> bytes:
+    """The bytes of a resume point's token. Raises ValueError."""
     try:
         return bytes.fromhex(digits)
     except ValueError:
         raise ValueError("the token of a resume point is hex digits") from None
 
 
-def _without_advice(message: str) -> str:
+def without_advice(message: str) -> str:
     """What happened, without what to do about it: that is for whoever has to do something."""
     return message.partition("; ")[0]
 
 
-def _lost(message: str, **metadata: int) -> ResumePointLost:
+def resume_point_lost(message: str, **metadata: int) -> ResumePointLost:
+    """The exception for a session that can't go on where it was."""
     known = {name: str(value) for name, value in metadata.items()}
     return ResumePointLost(message, reason="RESUME_POINT_LOST", metadata=known)
 
 
-def _refused_again(error: RnnserveError) -> ResumePointLost:
-    return _lost(f"the server refused steps that it had answered before: {error.message}")
+def refused_again(error: RnnserveError) -> ResumePointLost:
+    """The exception for steps that were answered once, and are refused when they are sent again."""
+    return resume_point_lost(f"the server refused steps that it had answered before: {error.message}")
 
 
-def _checked(session_id: str) -> str:
+def checked_session_id(session_id: str) -> str:
     """The same id. Checked here because it travels as metadata, where other characters break the call."""
     if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", session_id):
         return session_id
