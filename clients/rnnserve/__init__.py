@@ -4,6 +4,7 @@
 """
 
 from rnnserve.async_client import AsyncClient
+from rnnserve.async_multiplex import AsyncMultiplex
 from rnnserve.async_stream import AsyncStream
 from rnnserve.client import Client
 from rnnserve.errors import (
@@ -47,7 +48,8 @@ from rnnserve.errors import (
     Unreachable,
 )
 from rnnserve.models import Model, Quality, Sample, TrainingData
-from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
+from rnnserve.multiplex import Multiplex
+from rnnserve.results import Answer, BatchAnswer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot
@@ -56,7 +58,9 @@ from rnnserve.stream import Stream
 __all__ = [
     "Answer",
     "AsyncClient",
+    "AsyncMultiplex",
     "AsyncStream",
+    "BatchAnswer",
     "BundleInvalid",
     "BundleMismatch",
     "Client",
@@ -75,6 +79,7 @@ __all__ = [
     "ModelInUse",
     "ModelNotFound",
     "ModelNotStreamable",
+    "Multiplex",
     "NotEnabled",
     "NotFinite",
     "Notice",

@@ -11,12 +11,14 @@ from typing import Any, Literal, Self, TypeVar, overload
 import grpc
 
 from rnnserve.async_duplex import AsyncDuplex
+from rnnserve.async_multiplex import AsyncMultiplex
 from rnnserve.async_stream import AsyncStream
 from rnnserve.bulk import Bulk, ErrorHandling, open_bulk
 from rnnserve.calls import Call, Calls, Program
 from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
+from rnnserve.multiplexed import Multiplexed
 from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
 from rnnserve.requests import StepSelection, output_options
 from rnnserve.results import Notice, Prediction, ResumePoint
@@ -27,7 +29,7 @@ from rnnserve.snapshots import Snapshot
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
-from rnnserve.v1.real_time_service_pb2 import StreamStepsRequest
+from rnnserve.v1.real_time_service_pb2 import MultiplexStepsRequest, StreamStepsRequest
 from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
 
 _T = TypeVar("_T")
@@ -191,6 +193,46 @@ class AsyncClient:
             return stream_steps(requests, metadata=self._metadata + opened.metadata)
 
         return AsyncStream(opened, start, self._target, self._timeout_s)
+
+    def multiplex(
+        self,
+        model: str,
+        *,
+        version: int = 0,
+        probabilities: bool = False,
+        top_k: int = 0,
+        durable: bool = False,
+        replay_buffer_bytes: int = REPLAY_BUFFER_BYTES,
+        when_replay_full: WhenReplayFull = "wait",
+        on_notice: Callable[[Notice], object] | None = None,
+    ) -> AsyncMultiplex:
+        """Many real-time sessions on one call, for gateways; to be used in an `async with` block, which ends them.
+
+        A message with a step of each of many sessions costs about as much as one with a step of a single session.
+
+        Args as for `stream`, for all sessions of the call, and:
+            replay_buffer_bytes: how many bytes of steps are kept of all sessions together.
+            on_notice: as for `stream`; a notice about a single session names it in `.session`.
+        """
+        sessions = Multiplexed(
+            model,
+            version,
+            output_options("all", probabilities, top_k),
+            durable=durable,
+            replay_buffer_bytes=replay_buffer_bytes,
+            when_replay_full=when_replay_full,
+            resume_timeout_s=self._resume_timeout_s,
+            open_attempts=self._retry.attempts,
+            other_connections=len(self._channels) > 1,
+            on_notice=on_notice,
+        )
+
+        def start(requests: AsyncIterator[MultiplexStepsRequest]) -> Any:
+            """On the next connection, as a stream."""
+            multiplex_steps: Any = next(self._in_turn).real_time.MultiplexSteps  # as above
+            return multiplex_steps(requests, metadata=self._metadata)
+
+        return AsyncMultiplex(sessions, start, self._target, self._timeout_s)
 
     async def predict(
         self,

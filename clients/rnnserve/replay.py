@@ -13,6 +13,14 @@ WhenReplayFull = Literal["wait", "drop"]
 REPLAY_BUFFER_BYTES = 16 * 1024 * 1024
 
 
+def check_replay(limit_bytes: int, when_full: WhenReplayFull) -> None:
+    """Raises ValueError."""
+    if when_full not in ("wait", "drop"):
+        raise ValueError(f'when_replay_full must be "wait" or "drop", not {when_full!r}')
+    if limit_bytes < 0:
+        raise ValueError(f"replay_buffer_bytes must be 0 or more, not {limit_bytes}")
+
+
 @dataclass(eq=False)
 class Message:
     """Steps, or a reset, which has none."""
@@ -49,10 +57,7 @@ class Replay:
     """
 
     def __init__(self, limit_bytes: int = REPLAY_BUFFER_BYTES, when_full: WhenReplayFull = "wait") -> None:
-        if when_full not in ("wait", "drop"):
-            raise ValueError(f'when_replay_full must be "wait" or "drop", not {when_full!r}')
-        if limit_bytes < 0:
-            raise ValueError(f"replay_buffer_bytes must be 0 or more, not {limit_bytes}")
+        check_replay(limit_bytes, when_full)
         self.complete = True  # nothing was ever dropped: a session can be built from its beginning
         self._limit_bytes = limit_bytes
         self._drops = when_full == "drop"

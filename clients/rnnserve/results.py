@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from rnnserve.errors import RnnserveError
 from rnnserve.tensors import Array, array_from
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2
@@ -67,6 +70,32 @@ class Prediction:
     def label(self) -> str | None:
         """The most probable label about the last step; None for a model without labels."""
         return self.labels[-1] if self.labels else None
+
+
+@dataclass(frozen=True, eq=False)
+class BatchAnswer:
+    """What a model says about steps of many sessions, a row for each of them.
+
+    A session in `errors` has a row without an answer: its outputs are NaN, its label is None and its step is -1.
+    """
+
+    sessions: tuple[str, ...]
+    """Whose steps these are."""
+    steps: npt.NDArray[np.int64]
+    """(rows,): the index of each one's step, counted from 0 over the whole session."""
+    outputs: Array
+    """(rows, outputs) float32: before any softmax. (rows, 0) where there never was an answer."""
+    labels: tuple[str | None, ...]
+    """The most probable label of each row; None for a model without labels."""
+    probabilities: Array | None
+    """(rows, labels) float32 in the order of `Model.labels`; None unless asked for."""
+    top: tuple[tuple[TopLabel, ...], ...]
+    """The most probable labels of each row, the most probable one first; empty unless asked for."""
+    errors: dict[str, RnnserveError]
+    """Of the sessions whose step was refused or that have ended: why."""
+
+    def __len__(self) -> int:
+        return len(self.sessions)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,21 @@ def sequence_tensor(x: npt.ArrayLike) -> Tensor:
     return _tensor(_numbers(x), "a sequence is")
 
 
+def rows_array(x: Input, sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
+    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) code points of a text.
+
+    What does not fit float32 becomes infinite, which the server refuses row by row.
+    """
+    values = np.frombuffer(x.encode("utf-32-le"), "<u4") if isinstance(x, str) else _numbers(x)
+    if values.ndim != (1 if isinstance(x, str) else 2) or len(values) != sessions:
+        message = f"a step of each session is ({sessions}, features), or a text of {sessions}, unlike {values.shape}"
+        raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
+    if isinstance(x, str):
+        return values.astype(np.uint32)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
 def array_from(tensor: Tensor) -> Array:
     """A tensor -> an array of its own of the same shape; (0, 0) for a tensor that was never set."""
     if not tensor.shape:
