@@ -1,4 +1,4 @@
-"""Answers to steps of many sessions that have come, until the caller takes them."""
+"""Answers to steps of many sessions, until the caller takes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from rnnserve.errors import RnnserveError
 from rnnserve.results import BatchAnswer, TopLabel, prediction_from
-from rnnserve.session_table import Ints
+from rnnserve.session_table import Ints, SessionTable
 from rnnserve.tensors import Array
 from rnnserve.v1 import prediction_pb2
 
@@ -95,6 +95,69 @@ def joined(parts: Sequence[AnsweredRows]) -> AnsweredRows:
         probabilities=np.concatenate(probabilities) if probabilities else None,
         top=tuple([top for part in parts for top in part.top]),
     )
+
+
+class Arrivals:
+    """The answers that have come and that the caller does not have, in order."""
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._parts: list[AnsweredRows] = []
+        self._like = NO_ROWS  # the last ones
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    @property
+    def numbers(self) -> set[int]:
+        """Whose answers there are."""
+        return {number for rows in self._parts for number in rows.numbers.tolist()}
+
+    def add(self, rows: AnsweredRows) -> None:
+        """The next answer to each of some sessions."""
+        if len(rows):
+            self._table.answered_step[rows.numbers] = rows.steps + 1
+            self._parts.append(rows)
+            self._like = rows
+
+    def take_all(self, missing: Ints) -> AnsweredRows:
+        """All of them, and rows without an answer."""
+        rows = joined([*self._parts, self._like.missing(missing)] if len(missing) else self._parts)
+        self._parts = []
+        self._hand_over(rows.numbers)
+        return rows
+
+    def take(self, numbers: Ints, steps: Ints) -> AnsweredRows:
+        """The answers to these steps, in their order; rows without an answer where none has come."""
+        rows = self._parts[0] if len(self._parts) == 1 else NO_ROWS
+        if np.array_equal(rows.numbers, numbers) and np.array_equal(rows.steps, steps):
+            self._parts = []
+        else:
+            rows = self._picked(numbers, steps)
+        self._hand_over(numbers)
+        return rows
+
+    def _picked(self, numbers: Ints, steps: Ints) -> AnsweredRows:
+        place_of, step_of = np.full((2, self._table.capacity), -1)
+        place_of[numbers], step_of[numbers] = np.arange(len(numbers)), steps
+        picked, left = list[AnsweredRows](), list[AnsweredRows]()
+        for rows in self._parts:
+            is_wanted = step_of[rows.numbers] == rows.steps
+            picked.append(rows.at(np.flatnonzero(is_wanted)))
+            left.append(rows.at(np.flatnonzero(~is_wanted)))
+        self._parts = [rows for rows in left if len(rows)]
+        has_none = np.ones(len(numbers), np.bool_)
+        for rows in picked:
+            has_none[place_of[rows.numbers]] = False
+        together = joined([*picked, self._like.missing(numbers[has_none])])
+        return together.at(np.argsort(place_of[together.numbers]))
+
+    def _hand_over(self, numbers: Ints) -> None:
+        """The caller has got all answers of these but those that are left here."""
+        table = self._table
+        table.handed_step[numbers] = table.answered_step[numbers]
+        for left in self._parts:
+            table.handed_step[left.numbers] = np.minimum(table.handed_step[left.numbers], left.steps)
 
 
 def _nan(rows: int, width: int) -> Array:

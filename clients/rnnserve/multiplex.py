@@ -81,11 +81,11 @@ class Multiplex:
         begins anew. What a resumed session has missed comes by `receive`, and `next_step` says which step comes next.
         """
         points = list(resume)
-        self._sessions.begin_again([*sessions, *(point.session for point in points)])
+        self._sessions.forget(self._sessions.known([*sessions, *(point.session for point in points)]))
         for point in points:
             self._sessions.resume(point)
         numbers = self._sessions.numbers([*sessions, *(point.session for point in points)])
-        self._wait(Wait(self._sessions, partial(self._sessions.are_begun, numbers)))
+        self._wait(Wait(self._sessions, partial(self._sessions.table.are_begun, numbers)))
         self._raise_error(numbers)
 
     def step(self, sessions: Sequence[str], x: Input) -> BatchAnswer:
@@ -96,7 +96,7 @@ class Multiplex:
         """
         make, numbers = self._steps(sessions, x)
         first_steps = self._sessions.table.next_step[numbers]
-        is_done = partial(self._sessions.are_settled, numbers, first_steps)
+        is_done = partial(self._sessions.table.are_settled, numbers, first_steps)
         self._wait(Wait(self._sessions, is_done, make, partial(self._may_send, numbers)))
         return self._sessions.take_steps(sessions, numbers, first_steps)
 
@@ -126,7 +126,7 @@ class Multiplex:
     def reset(self, sessions: Sequence[str]) -> None:
         """Back to the initial state, behind what was sent. Counting goes on. Raises the first error."""
         numbers = self._sessions.numbers(sessions)
-        is_done = partial(self._sessions.are_idle, numbers)
+        is_done = partial(self._sessions.table.are_idle, numbers)
         self._wait(Wait(self._sessions, is_done, partial(self._sessions.reset, numbers)))
         self._raise_error(numbers)
 
@@ -180,13 +180,13 @@ class Multiplex:
         return partial(self._sessions.steps, numbers, inputs), numbers
 
     def _may_send(self, numbers: Ints) -> bool:
-        return not self._sessions.full and self._sessions.has_room(numbers)
+        return not self._sessions.full and self._sessions.table.have_room(numbers)
 
     def _close(self, numbers: Ints, until_s: float | None = None) -> None:
         """Behind everything else."""
         sessions = self._sessions
-        self._wait(Wait(sessions, partial(sessions.are_idle, numbers)), until_s)
-        self._wait(Wait(sessions, partial(sessions.are_over, numbers), partial(sessions.close, numbers)), until_s)
+        self._wait(Wait(sessions, partial(sessions.table.are_idle, numbers)), until_s)
+        self._wait(Wait(sessions, partial(sessions.table.are_over, numbers), partial(sessions.close, numbers)), until_s)
         sessions.forget(numbers)
 
     def _raise_error(self, numbers: Ints) -> None:

@@ -58,6 +58,28 @@ class SessionTable:
         ready: Mask = self.is_open[numbers] & ~self.is_refused[numbers]
         return ready & (self.outstanding[numbers] < self.max_outstanding[numbers])
 
+    def have_room(self, numbers: Ints) -> bool:
+        """Whether one more request of each may be made."""
+        return bool((self.outstanding[numbers] + self.waiting[numbers] < self.max_outstanding[numbers]).all())
+
+    def are_settled(self, numbers: Ints, first_steps: Ints) -> bool:
+        """Whether these steps were answered or refused, or their sessions are over."""
+        answered = self.answered_step[numbers] > first_steps
+        return bool((answered | (self.next_step[numbers] <= first_steps) | self.is_over[numbers]).all())
+
+    def are_idle(self, numbers: Ints) -> bool:
+        """Whether these are open, and all that was made for them is answered or refused; or over."""
+        idle = self.is_open[numbers] & (self.outstanding[numbers] + self.waiting[numbers] == 0)
+        return bool((idle | self.is_over[numbers]).all())
+
+    def are_begun(self, numbers: Ints) -> bool:
+        """Whether each of these is open or over."""
+        return bool((self.is_open[numbers] | self.is_over[numbers]).all())
+
+    def are_over(self, numbers: Ints) -> bool:
+        """Whether nothing is sent for any of these any more."""
+        return bool(self.is_over[numbers].all())
+
     def release(self, numbers: Ints) -> None:
         """After an answer, or after more became durable."""
         durable = np.where(self.is_stored[numbers], self.durable_step[numbers], NEVER)
