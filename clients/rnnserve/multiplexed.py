@@ -134,7 +134,7 @@ class Multiplexed:
     @property
     def wake_after_s(self) -> float | None:
         """When `wake` has something to do."""
-        times_s = [*self._reopen_at_s.values(), *([self._backlog_at_s] if self._backlog else [])]
+        times_s = [*self._reopen_at_s.values(), *([self._backlog_at_s] if self._backlog_at_s else [])]
         return max(0.0, min(times_s) - time.monotonic()) if times_s else None
 
     # Sessions by name
@@ -540,11 +540,11 @@ class Multiplexed:
 
     def _send_waiting(self) -> None:
         self._backlog_at_s = 0.0
-        for batch in self._backlog.take():
+        for batch in self._backlog.take() if self._backlog else []:
             self._send(batch)
 
     def _turn(self) -> _Turn:
-        if self._backlog and self._backlog_at_s <= time.monotonic():
+        if self._backlog_at_s <= time.monotonic():
             self._send_waiting()
         return Turn(self.outgoing())
 

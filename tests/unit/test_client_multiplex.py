@@ -973,6 +973,7 @@ def test_a_message_that_the_server_cannot_read_ends_the_call() -> None:
 def test_texts_have_one_character_for_each_session() -> None:
     sessions = Multiplexed("text", 0, prediction_pb2.OutputOptions())
     numbers = sessions.numbers(["a", "b"])
+    sessions.begin()
     for handle in (1, 2):
         opened = pb.SessionOpened(max_steps_per_message=9, max_message_bytes=1000)
         sessions.handle(
