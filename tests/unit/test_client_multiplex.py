@@ -99,7 +99,7 @@ class Server:
         self.states: dict[str, State] = {}
         self.stored: dict[str, State] = {}
         self.handles: dict[int, Handle] = {}
-        self.last_handle = 0
+        self.last_handle = -1
         self.opens: list[pb.OpenSession] = []
         self.batches: list[pb.StepBatch] = []
         self.applied: list[tuple[str, int]] = []
@@ -108,7 +108,7 @@ class Server:
 
     def begin_call(self) -> None:
         self.handles.clear()
-        self.last_handle = 0
+        self.last_handle = -1
 
     def crash(self) -> None:
         self.states = copy.deepcopy(self.stored)
