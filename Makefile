@@ -47,10 +47,11 @@ chaos-fleet: $(READY)  ## the same for processes: 200 on three workers, 200 on t
 	$(BIN)/python -m tests.chaos.fleet --on workers --plans 200 $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.chaos.fleet --on services --plans 200 $(if $(SEED),--seed $(SEED))
 
-bench: $(READY)  ## live streams beside an echo server, one by hand and the bare step; a quarter of an hour; docs/benchmarks/
+bench: $(READY)  ## streams, multiplexed sessions and sessions at rest, beside other ways; half an hour; docs/benchmarks/
 	$(BIN)/python -m benchmarks --into docs/benchmarks
+	$(BIN)/python -m benchmarks.at_rest --into docs/benchmarks
 
-bench-quick: $(READY)  ## the same in two or three minutes, nothing written
+bench-quick: $(READY)  ## the first of these in two or three minutes, nothing written
 	$(BIN)/python -m benchmarks --quick
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,6 +34,7 @@ from benchmarks.load import Streamed
 from benchmarks.network import FEATURES, MODEL, write_network
 from benchmarks.plots import plot
 from benchmarks.processes import CLIENT_CORE, SERVER_CORE, module_server, on_core, pinned_server
+from benchmarks.report import machine, markdown
 
 OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
 BOTTLENECK = 0.9  # of the client's core
@@ -221,22 +220,6 @@ def open_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
         for row in rows["open"]
     ]  # fmt: skip
     return head, lines
-
-
-def machine() -> str:
-    """What it ran on, in a line."""
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    cpus, python = f"{len(models)} × {models[0]}", f"Python {platform.python_version()}"
-    return f"{cpus}, {platform.system()}, {python}, torch {torch.__version__}"
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def write(folder: Path, rows: dict[str, list[Row]], command: str) -> None:

@@ -27,11 +27,13 @@ from benchmarks.live import multiplexed, opened
 from benchmarks.load import Streamed
 from benchmarks.network import FEATURES, HIDDEN_SIZE, MODEL, write_network
 from benchmarks.processes import CLIENT_CORE, on_core, pinned_server
+from benchmarks.report import machine, markdown
 from tests.support.server import RunningServer
 from tests.support.wire import eventually, metric
 
 ROW_BYTES = 2 * HIDDEN_SIZE * 4
 FEW = 100  # sessions at rest beside which many are compared
+HEAD = ("at rest", "measured")
 WORKING = 64  # streams that step meanwhile
 CONNECTIONS = 10
 SETTINGS = {"max_streams": 1_000_000, "max_sessions": 1_000_000, "idle_timeout_s": 0}
@@ -141,12 +143,29 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    table = Table("at rest", "")
+    parser.add_argument("--into", type=Path, help="write at_rest.md there")
+    given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        for what, much in runner.run(measure(parser.parse_args())):
-            table.add_row(what, much)
+        found = runner.run(measure(given))
+    table = Table(*HEAD)
+    for line in found:
+        table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if given.into:
+        write(given, found)
     return 0
+
+
+def write(given: argparse.Namespace, found: list[tuple[str, str]]) -> None:
+    """at_rest.md."""
+    asked = f"--sessions {given.sessions} --streams {given.streams} --turns {given.turns} --seconds {given.seconds:g}"
+    parts = [
+        "# What sessions cost that do nothing", f"`python -m benchmarks.at_rest {asked}` on {machine()}.",
+        f"Memory besides the state's row of {ROW_BYTES:,} bytes, which parked sessions have in the store only.",
+        markdown(HEAD, found),
+    ]  # fmt: skip
+    given.into.mkdir(parents=True, exist_ok=True)
+    (given.into / "at_rest.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

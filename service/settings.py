@@ -58,7 +58,9 @@ class Settings(BaseSettings):
     max_outstanding_steps: int = Field(
         32, ge=1, le=1_000, description="unanswered steps of a multiplexed session; one more is QUEUE_FULL"
     )
-    max_streams: int = Field(10_000, ge=1, le=1_000_000, description="live streams; one more is SESSION_LIMIT")
+    max_streams: int = Field(
+        10_000, ge=1, le=1_000_000, description="live streams and multiplexed sessions; one more is SESSION_LIMIT"
+    )
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
     step_threads: int = Field(1, ge=1, le=64, description="torch threads of a tick")
 

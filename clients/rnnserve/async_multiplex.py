@@ -45,7 +45,7 @@ class AsyncMultiplex:
         self._duplex: _MultiplexDuplex | None = None
 
     @property
-    def sessions(self) -> tuple[str, ...]:
+    def sessions(self) -> list[str]:
         """The ids of the sessions that are not over."""
         return self._sessions.names
 
@@ -88,7 +88,7 @@ class AsyncMultiplex:
         await self._wait(Wait(self._sessions, partial(self._sessions.table.are_begun, numbers)))
         self._raise_error(numbers)
 
-    async def step(self, sessions: Sequence[str], x: Input) -> BatchAnswer:
+    async def step(self, sessions: Sequence[str], x: Input | Sequence[str]) -> BatchAnswer:
         """Sends a step of each session, waits for all of them, and returns the answers in the same order.
 
         `x` is (sessions, features), or one character for each session of a text model. A row that is refused costs the
@@ -100,7 +100,7 @@ class AsyncMultiplex:
         await self._wait(Wait(self._sessions, is_done, make, partial(self._may_send, numbers)))
         return self._sessions.take_steps(sessions, numbers, first_steps)
 
-    async def send(self, sessions: Sequence[str], x: Input) -> None:
+    async def send(self, sessions: Sequence[str], x: Input | Sequence[str]) -> None:
         """Sends a step of each session, and waits only for room: for what a session may have outstanding.
 
         The answers come by `receive`; until then they are kept here. Behind a refused step nothing more is sent for a
@@ -173,7 +173,7 @@ class AsyncMultiplex:
         else:
             self.abort()
 
-    def _steps(self, sessions: Sequence[str], x: Input) -> tuple[Callable[[], None], Ints]:
+    def _steps(self, sessions: Sequence[str], x: Input | Sequence[str]) -> tuple[Callable[[], None], Ints]:
         """What makes the steps, and the numbers of the sessions."""
         inputs = rows_array(x, len(sessions))
         numbers = self._sessions.numbers(sessions)

@@ -107,9 +107,9 @@ class Multiplexed:
         return self._notices.told
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> list[str]:
         """Of the sessions that are not over."""
-        return tuple(map(self._names.name, self._alive.tolist()))
+        return list(map(self._names.name, self._alive.tolist()))
 
     @property
     def owes(self) -> bool:

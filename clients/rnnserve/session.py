@@ -38,7 +38,7 @@ MOVED_PAUSE_S = 0.5  # whoever has the session now writes so in its store
 Durability = Literal["none", "process", "stored"]
 """What a session survives: nothing, the end of its stream, or also a crash of the server."""
 
-DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
+_DURABILITIES: dict[int, Durability] = {pb.DURABILITY_PROCESS: "process", pb.DURABILITY_STORED: "stored"}
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ class Session:
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
-            self.durability = DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
+            self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:
             self._begin_at(index)
         if index > self._sent_step:

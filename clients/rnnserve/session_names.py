@@ -81,7 +81,7 @@ class SessionNames:
 
     def _new_group(self, group: tuple[str, ...], begin: Callable[[str], int]) -> Ints:
         if len(set(group)) < len(group):
-            raise ValueError("each session may be named once")
+            raise ValueError("a session is named twice")
         for name in group:
             checked_session_id(name)
         numbers = np.array([self._numbers[name] if name in self._numbers else begin(name) for name in group], np.int64)

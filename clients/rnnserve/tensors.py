@@ -1,5 +1,7 @@
 """Arrays and texts on their way to the wire and back."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,17 +29,16 @@ def sequence_tensor(x: npt.ArrayLike) -> Tensor:
     return _tensor(_numbers(x), "a sequence is")
 
 
-def rows_array(x: Input, sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
-    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) code points of a text.
+def rows_array(x: Input | Sequence[str], sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
+    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) code points of characters.
 
     What does not fit float32 becomes infinite, which the server refuses row by row.
     """
-    values = np.frombuffer(x.encode("utf-32-le"), "<u4") if isinstance(x, str) else _numbers(x)
-    if values.ndim != (1 if isinstance(x, str) else 2) or len(values) != sessions:
-        message = f"a step of each session is ({sessions}, features), or a text of {sessions}, unlike {values.shape}"
-        raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
-    if isinstance(x, str):
-        return values.astype(np.uint32)
+    if isinstance(x, str) or (isinstance(x, list | tuple) and x and isinstance(x[0], str)):
+        return _code_points([str(text) for text in x], sessions)
+    values = _numbers(x)
+    if values.ndim != 2 or len(values) != sessions:
+        raise _no_step_of_each(f"({sessions}, features)", f"this has the shape {values.shape}")
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
@@ -65,6 +66,17 @@ def _described(values: npt.NDArray[np.generic]) -> str:
         return _KINDS.get(values.dtype.kind, values.dtype.name)
     strange = [value for value in values.flat if not isinstance(value, int | float)]
     return f"objects such as {strange[0]!r:.40}" if strange else "Python objects"
+
+
+def _code_points(texts: Sequence[str], sessions: int) -> npt.NDArray[np.uint32]:
+    if len(texts) != sessions or any(len(text) != 1 for text in texts):
+        raise _no_step_of_each(f"{sessions} characters", f"these are {list(texts)!r:.80}")
+    return np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+
+
+def _no_step_of_each(expected: str, found: str) -> ShapeMismatch:
+    message = f"a step of each session is {expected}, but {found}"
+    return ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
 
 
 def _tensor(values: npt.NDArray[np.generic], expected: str) -> Tensor:

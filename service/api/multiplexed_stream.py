@@ -243,13 +243,15 @@ class MultiplexedStream(LiveCall):
             if handle is None:
                 unbound.append(i)
                 continue
+            session = handle.session
+            session.used_s = now_s
             if answered_steps:
-                handle.session.acknowledge(answered_steps[i], now_s)
+                session.ledger.acknowledge(answered_steps[i])
             if handle.outstanding >= limit:
                 self._refuse_one(handle, firsts[i], _queue_full(limit))
                 continue
             handle.outstanding += 1
-            if handle.outstanding == 1 and i not in refused and firsts[i] == handle.session.next_step:
+            if handle.outstanding == 1 and i not in refused and firsts[i] == session.ledger.next_step:
                 ready.append(i)
             else:
                 handle.waiting.append((firsts[i], refused.get(i, inputs[i])))
@@ -357,17 +359,28 @@ class MultiplexedStream(LiveCall):
                         self._reset(handle, request)
                 else:
                     first_step, inputs = request
+                    if first_step == handle.session.next_step and not isinstance(inputs, ServingError):
+                        return inputs
                     with within("steps"):
                         if isinstance(inputs, ServingError):
                             raise inputs
-                        held = handle.session.applied_before(first_step)
-                    if held is None:
-                        return inputs
-                    self._send(_answer_again(handle, first_step, held))
+                        self._answer_again(handle, first_step)
             except ServingError as error:
                 self._refuse_one(handle, _first_step(request), error)
             handle.outstanding -= 1
         return None
+
+    def _answer_again(self, handle: _Handle, first_step: int) -> None:
+        """A step that was applied before; there is no row if its answer is not held. Raises StepOutOfOrder."""
+        outputs = handle.session.applied_before(first_step)
+        response, opened = MultiplexStepsResponse(), handle.opened
+        answer = response.answer
+        answer.handles.append(handle.number)
+        answer.first_steps.append(first_step)
+        answer.durable_steps.append(handle.session.durable_step)
+        if len(outputs):
+            codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
+        self._send(response)
 
     def _reset(self, handle: _Handle, request: ResetHandle) -> None:
         if not request.reset.HasField("first_step"):
@@ -475,22 +488,10 @@ def _answer_of(handles: Sequence[_Handle], outputs: Floats) -> MultiplexStepsRes
     response = MultiplexStepsResponse()
     answer = response.answer
     answer.handles.extend([handle.number for handle in handles])
-    answer.first_steps.extend([session.next_step - 1 for session in sessions])
+    answer.first_steps.extend([session.ledger.next_step - 1 for session in sessions])
     answer.durable_steps.extend([session.durable_step for session in sessions])
     opened = handles[0].opened
     codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
-    return response
-
-
-def _answer_again(handle: _Handle, first_step: int, outputs: Floats) -> MultiplexStepsResponse:
-    """To a step that was applied before: outputs (1, outputs), or no row if the answer is not held."""
-    response, opened = MultiplexStepsResponse(), handle.opened
-    answer = response.answer
-    answer.handles.append(handle.number)
-    answer.first_steps.append(first_step)
-    answer.durable_steps.append(handle.session.durable_step)
-    if len(outputs):
-        codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
     return response
 
 

@@ -69,8 +69,9 @@ class Ledger:
             self._drop_acknowledged()
 
     def _drop_acknowledged(self) -> None:
-        while self._held and self._held[0][NEXT_STEP] <= self.answered_step:
-            self._drop_oldest()
+        held, answered_step = self._held, self.answered_step
+        while held and held[0][NEXT_STEP] <= answered_step:
+            self._held_bytes -= len(held.pop(0)[OUTPUTS]) + ANSWER_OVERHEAD_BYTES
         while self._resets and self._resets[0] < self.answered_step:
             del self._resets[0]
 
@@ -98,22 +99,26 @@ class Ledger:
     def applied(self, first_step: int, next_step: int, outputs: Floats) -> None:
         """The steps up to the index (exclusive) were applied; outputs (rows, outputs) is the answer."""
         self.next_step = next_step
-        self._hold((first_step, next_step, len(outputs), outputs.tobytes()))
+        if next_step > self.answered_step:
+            self._held.append((first_step, next_step, len(outputs), outputs.tobytes()))
+            self._held_bytes += outputs.nbytes + ANSWER_OVERHEAD_BYTES
+            self._drop_surplus()
 
     def applied_one(self, output: bytes) -> None:
         """The next step was applied, and this is the answer: the bytes of a row of float32."""
         step = self.next_step
-        self.next_step = step + 1
-        self._hold((step, step + 1, 1, output))
+        self.next_step = next_step = step + 1
+        if next_step > self.answered_step:
+            self._held.append((step, next_step, 1, output))
+            self._held_bytes += len(output) + ANSWER_OVERHEAD_BYTES
+            if self._held_bytes > self._max_held_bytes:
+                self._drop_surplus()
 
-    def _hold(self, answer: _Held) -> None:
-        if answer[NEXT_STEP] > self.answered_step:
-            self._held.append(answer)
-            self._held_bytes += len(answer[OUTPUTS]) + ANSWER_OVERHEAD_BYTES
-            while self._held_bytes > self._max_held_bytes:
-                self._drop_oldest()
-            while self._resets and self._resets[0] < self.held_from:
-                del self._resets[0]
+    def _drop_surplus(self) -> None:
+        while self._held_bytes > self._max_held_bytes:
+            self._held_bytes -= _size_bytes(self._held.pop(0))
+        while self._resets and self._resets[0] < self.held_from:
+            del self._resets[0]
 
     def reset(self, first_step: int) -> bool:
         """Whether a reset before that step is new, or a repetition. Raises StepOutOfOrder."""
@@ -142,9 +147,6 @@ class Ledger:
             rows.insert(0, part)
             next_step -= len(part)
         return rows
-
-    def _drop_oldest(self) -> None:
-        self._held_bytes -= _size_bytes(self._held.pop(0))
 
     def _out_of_order(self, first_step: int) -> StepOutOfOrder:
         return StepOutOfOrder(

@@ -57,8 +57,8 @@ class Session:
     """State, ledger and owner of one session. Only its owner may change it."""
 
     __slots__ = (
-        "_clock", "_engine", "_ledger", "_metrics", "_owner_name", "_state", "_weights_sha256", "caller_id",
-        "durable_step", "ended", "fence", "key", "model", "opened_s", "owner", "stored", "token_hash", "used_s",
+        "_clock", "_engine", "_metrics", "_owner_name", "_state", "_weights_sha256", "caller_id", "durable_step",
+        "ended", "fence", "key", "ledger", "model", "opened_s", "owner", "stored", "token_hash", "used_s",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +85,7 @@ class Session:
         self.fence = record.fence
         self.stored = False  # what the store has under the key is of this session
         self._state = engine.states(record.model).add(record.row)
-        self._ledger = Ledger(
+        self.ledger = Ledger(
             record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
         )
         self._engine = engine
@@ -96,12 +96,12 @@ class Session:
     @property
     def next_step(self) -> int:
         """The index that the next step must have."""
-        return self._ledger.next_step
+        return self.ledger.next_step
 
     @property
     def answered_step(self) -> int:
         """Every answer before the step of that index is acknowledged."""
-        return self._ledger.answered_step
+        return self.ledger.answered_step
 
     @property
     def resumable(self) -> bool:
@@ -116,7 +116,7 @@ class Session:
     @property
     def size_bytes(self) -> int:
         """Of its state and the answers that it holds."""
-        return self._state.row.nbytes + self._ledger.held_outputs_bytes
+        return self._state.row.nbytes + self.ledger.held_outputs_bytes
 
     def record(self) -> SessionRecord:
         """A checkpoint of this moment."""
@@ -125,11 +125,11 @@ class Session:
             model=self.model,
             weights_sha256=self._weights_sha256,
             token_hash=self.token_hash,
-            next_step=self._ledger.next_step,
-            answered_step=self._ledger.answered_step,
+            next_step=self.ledger.next_step,
+            answered_step=self.ledger.answered_step,
             row=self._state.row.copy(),
-            held=self._ledger.held,
-            resets=self._ledger.resets,
+            held=self.ledger.held,
+            resets=self.ledger.resets,
             opened_s=self.opened_s,
             used_s=self.used_s,
             caller_id=self.caller_id,
@@ -143,7 +143,7 @@ class Session:
 
         The stream that had it loses it: what it has under way is dropped.
         """
-        missed = self._ledger.resume(answered_step)
+        missed = self.ledger.resume(answered_step)
         self.caller_id = caller_id
         before, self.owner = self.owner, owner
         if before is not None:
@@ -151,10 +151,10 @@ class Session:
         self.used_s = self._clock()
         return missed
 
-    def acknowledge(self, answered_step: int, now_s: float | None = None) -> None:
+    def acknowledge(self, answered_step: int) -> None:
         """A message says that the client has every answer before the step of that index."""
-        self._ledger.acknowledge(answered_step)
-        self.used_s = self._clock() if now_s is None else now_s
+        self.ledger.acknowledge(answered_step)
+        self.used_s = self._clock()
 
     async def apply(
         self, owner: Owner, first_step: int, inputs: NDArray[np.generic], *, last_only: bool = False
@@ -164,51 +164,43 @@ class Session:
         Those applied before are answered from what is held. Raises StepOutOfOrder and SessionMoved. Whatever fails
         or is cancelled, the state is that after `next_step - 1`.
         """
-        new = self._ledger.new_steps(first_step, len(inputs))
+        new = self.ledger.new_steps(first_step, len(inputs))
         if not new:
-            rows = self._ledger.rows_about(first_step, first_step + len(inputs))
+            rows = self.ledger.rows_about(first_step, first_step + len(inputs))
             return AppliedSteps(first_step + len(inputs), joined(rows[-1:] if last_only else rows))
-        before = self._ledger.next_step
+        before = self.ledger.next_step
         result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._state)
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
         applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
-        known = [] if last_only else self._ledger.rows_about(first_step, before)
+        known = [] if last_only else self.ledger.rows_about(first_step, before)
         if applied:
             self._state = result.state
-            self._ledger.applied(before, before + applied, outputs)
+            self.ledger.applied(before, before + applied, outputs)
             self._metrics.steps(self.model, applied)
         self.used_s = self._clock()
         return AppliedSteps(before + applied, joined([*known, outputs] if applied else known), result.failure)
 
-    def stepped(self, output: bytes, now_s: float) -> None:
-        """The state has one more step in it, and this is the answer: the bytes of a row of float32."""
-        self._ledger.applied_one(output)
-        self.used_s = now_s
-
-    def applied_before(self, first_step: int) -> Floats | None:
-        """The answer (rows, outputs) to a step that was applied before, as far as it is held; None for the next step.
-
-        Raises StepOutOfOrder.
-        """
-        if self._ledger.new_steps(first_step, 1):
-            return None
-        return joined(self._ledger.rows_about(first_step, first_step + 1))
+    def applied_before(self, first_step: int) -> Floats:
+        """The answer (rows, outputs) to a step that was applied before, as far as it is held. Raises StepOutOfOrder."""
+        if self.ledger.new_steps(first_step, 1):
+            self.ledger.expect(first_step)
+        return joined(self.ledger.rows_about(first_step, first_step + 1))
 
     def reset(self, first_step: int) -> None:
         """Back to the initial state before the step of that index, once. Raises StepOutOfOrder."""
-        if self._ledger.reset(first_step):
+        if self.ledger.reset(first_step):
             self._state.row[:] = 0
         self.used_s = self._clock()
 
     def expect(self, first_step: int) -> None:
         """Raises StepOutOfOrder if it is not the next one."""
-        self._ledger.expect(first_step)
+        self.ledger.expect(first_step)
 
     @property
     def all_answered(self) -> bool:
         """Whether every answer is acknowledged."""
-        return self._ledger.answered_step >= self._ledger.next_step
+        return self.ledger.answered_step >= self.ledger.next_step
 
 
 def hash_of(token: bytes) -> bytes:

@@ -45,7 +45,8 @@ class StepsTogether(TickJob):
         applied = []
         for i, (session, owner) in enumerate(zip(sessions, owners, strict=True)):
             if session.owner is owner and i not in failures:
-                session.stepped(outputs[i * row_bytes : (i + 1) * row_bytes], now_s)
+                session.ledger.applied_one(outputs[i * row_bytes : (i + 1) * row_bytes])
+                session.used_s = now_s
                 applied.append(i)
         self._keep(stepped, applied)
         self._applied(first, stepped, applied)

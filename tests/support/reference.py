@@ -185,6 +185,25 @@ class Reference:
         return np.asarray((values - np.array(spec["mean"], np.float32)) / np.array(spec["std"], np.float32))
 
 
+class StepReference:
+    """One step of a session of a bundle, from any row: the state, then what missing values hold, if anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._bundle = Reference(folder)
+        self._network = NumpyNetwork(self._bundle.manifest["network"], self._bundle.weights)
+
+    def step(self, x: Array, row: Array) -> tuple[Array, Array]:
+        """(features,) or a symbol's number, row (row_size,) -> (outputs,), the row after it."""
+        network = self._bundle.manifest["network"]
+        shape = network["layers"], 2 if network["cell"] == "lstm" else 1, network["hidden_size"]
+        values, held = np.split(np.asarray(row, np.float64), [int(np.prod(shape))])
+        if not network["symbols"]:
+            x = self._bundle.normalised(x)
+            x = np.where(np.isnan(x), held if len(held) else 0.0, x)
+        output, state = self._network.step(x, [tuple(layer) for layer in values.reshape(shape)])
+        return output, np.concatenate([*(value for layer in state for value in layer), x if len(held) else held])
+
+
 def assert_close(found: Array, wanted: Array, tolerance: float = 1e-5) -> None:
     """Within tolerance · max(1, |wanted|)."""
     assert found.shape == wanted.shape

@@ -522,7 +522,7 @@ def test_sessions_begin_with_their_first_step() -> None:
     gateway = Gateway(Server())
     assert rows(gateway.step(a=1.0)) == [("a", 0, 1.0)]
     assert rows(gateway.step(b=5.0, a=1.0)) == [("b", 0, 5.0), ("a", 1, 2.0)]
-    assert gateway.sessions.names == ("a", "b")
+    assert gateway.sessions.names == ["a", "b"]
 
 
 def test_a_refused_row_costs_the_others_nothing_and_can_be_sent_again() -> None:
@@ -568,6 +568,24 @@ def test_steps_that_the_caller_sends_after_a_refusal_wait_until_those_behind_it_
     gateway.send(a=7.0)
     assert not gateway.requests
     assert all_rows(gateway.receive_all()) == [("a", 0, 7.0)]
+
+
+def test_a_refusal_of_a_whole_message_may_overtake_answers_and_later_refusals_still_count() -> None:
+    server = Server()
+    gateway = Gateway(server)
+    gateway.open("a")
+    for _ in range(3):
+        gateway.send(a=1.0)
+    server.take(gateway.requests.popleft())
+    server.take(gateway.requests.popleft())
+    gateway.requests.clear()
+    (number,) = server.handles
+    gateway.say(server._refusal(number, 2, "SHAPE_MISMATCH"))
+    found = gateway.receive_all()
+    assert all_rows(found) == [("a", 0, 1.0), ("a", 1, 2.0)]
+    assert [type(error) for answer in found for error in answer.errors.values()] == [ShapeMismatch]
+    assert list(gateway.step(a=BAD).errors) == ["a"]
+    assert rows(gateway.step(a=1.0)) == [("a", 2, 3.0)]
 
 
 def test_a_session_has_at_most_as_many_outstanding_as_the_server_allows() -> None:
@@ -705,7 +723,7 @@ def test_a_session_that_is_over_says_so_in_each_answer_until_its_name_is_opened_
         answer = gateway.step(a=1.0, b=1.0)
         assert rows(answer) == [("b", step, step + 1.0)]
         assert isinstance(answer.errors["a"], kind)
-    assert gateway.sessions.names == ("b",)
+    assert gateway.sessions.names == ["b"]
     gateway.sessions.forget(gateway.sessions.known(["a", "b"]))
     assert rows(gateway.step(a=1.0, b=1.0)) == [("a", 0, 1.0), ("b", 3, 4.0)]
 
@@ -728,7 +746,7 @@ def test_an_open_is_refused_alone_and_tried_again_with_the_next_step() -> None:
     server.refuses["b"] = status("SESSION_EXISTS")
     with pytest.raises(SessionExists):
         gateway.open("a", "b", "c")
-    assert gateway.sessions.names == ("a", "c")
+    assert gateway.sessions.names == ["a", "c"]
     assert list(gateway.step(a=1.0, b=1.0).errors) == ["b"]
     server.refuses.clear()
     assert rows(gateway.step(a=1.0, b=1.0)) == [("a", 1, 2.0), ("b", 0, 1.0)]
@@ -744,6 +762,38 @@ def test_a_reopening_that_is_put_off_is_tried_until_the_time_for_it_is_over() ->
     error = gateway.step(a=1.0).errors["a"]
     assert error.reason == "SESSION_LIMIT"
     assert 9.9 <= Clock.now_s - began_s <= 10.1
+
+
+def test_after_a_crash_a_session_that_cannot_be_opened_for_now_is_tried_again_and_the_others_go_on() -> None:
+    server = Server()
+    gateway = Gateway(server)
+    gateway.step(a=1.0, b=1.0)
+    gateway.say(*server.checkpoint())
+    gateway.step(a=1.0, b=1.0)
+    server.crash()
+    server.refuses["a"] = status("STORE_UNAVAILABLE", retry_after_s=0.2)
+    gateway.lose()
+    assert rows(gateway.step(b=1.0)) == [("b", 2, 3.0)]
+    server.refuses.clear()
+    assert rows(gateway.step(a=1.0, b=1.0)) == [("a", 2, 3.0), ("b", 3, 4.0)]
+
+
+def test_a_session_whose_opening_takes_long_holds_up_no_other() -> None:
+    server = Server()
+    gateway = Gateway(server)
+    gateway.step(a=1.0, b=1.0)
+    gateway.lose()
+    late: list[pb.MultiplexStepsRequest] = []
+
+    def take(request: pb.MultiplexStepsRequest) -> list[pb.MultiplexStepsResponse]:
+        if request.open.open.session_id != "a":
+            return Server.take(server, request)
+        late.append(request)
+        return []
+
+    server.take = take  # type: ignore[method-assign]
+    assert rows(gateway.step(b=1.0)) == [("b", 1, 2.0)]
+    assert len(late) == 1
 
 
 def test_a_session_that_the_server_does_not_keep_is_over_with_the_call_and_the_call_goes_on() -> None:
@@ -871,7 +921,7 @@ def test_a_close_that_was_cut_is_sent_again_and_one_that_was_done_finds_no_sessi
     gateway.close("b")
     assert server.opens[-1].resume
     assert not server.states
-    assert gateway.sessions.names == ()
+    assert gateway.sessions.names == []
     assert gateway.receive() is None
 
 
@@ -984,7 +1034,7 @@ def test_texts_have_one_character_for_each_session() -> None:
     assert request.steps.text == "ö\0"
 
 
-@pytest.mark.parametrize("x", [[1.0, 2.0], [[1.0]], "abc", [[[1.0]], [[2.0]]]])
+@pytest.mark.parametrize("x", [[1.0, 2.0], [[1.0]], "abc", ["a", "bc"], [[[1.0]], [[2.0]]]])
 def test_a_step_of_each_session_has_a_row_for_each(x: Any) -> None:
     with pytest.raises(ShapeMismatch):
         rows_array(x, 2)
@@ -1005,11 +1055,11 @@ def test_names_are_checked_before_anything_is_sent() -> None:
     sessions = Multiplexed("sum", 0, prediction_pb2.OutputOptions())
     with pytest.raises(FieldInvalid):
         sessions.numbers(["fine", "not fine"])
-    with pytest.raises(ValueError, match="once"):
+    with pytest.raises(ValueError, match="twice"):
         sessions.numbers(["a", "a"])
     with pytest.raises(TypeError):
         sessions.numbers("abc")
-    assert sessions.names == ()
+    assert sessions.names == []
 
 
 def test_each_session_has_a_random_token_of_its_own_and_all_one_caller_id() -> None:

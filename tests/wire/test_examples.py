@@ -10,6 +10,7 @@ from tests.support.server import ROOT, RunningServer
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
+    "gateway.py": ["steps/s; now:"],
     "handle_errors.py": ["MODEL_NOT_STREAMABLE", "step 0:", "NOT_FINITE at 0"],
     "many_streams.py": ["speaker-9:", "right"],
     "predict_sequences.py": ["likely: speaker", "right"],

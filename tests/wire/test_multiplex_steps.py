@@ -61,7 +61,7 @@ def test_each_session_of_a_stream_gives_the_outputs_of_its_whole_sequence(
 ) -> None:
     values = recordings(5, 12)
     for handle in range(5):
-        opened = call.open(handle, "stacked", f"each-{handle}")
+        opened = call.open(handle, "stacked", f"handle-each-{handle}")
         assert (opened.opened.model, opened.opened.next_step, opened.max_outstanding_steps) == ("stacked", 0, 32)
     rows = [call.step(dict.fromkeys(range(5), step), values[:, step]) for step in range(12)]
     for handle in range(5):
@@ -71,8 +71,8 @@ def test_each_session_of_a_stream_gives_the_outputs_of_its_whole_sequence(
 
 def test_sessions_of_a_batch_may_be_at_different_steps(call: MultiplexedCall, repository: Path) -> None:
     values = recordings(2, 3)
-    call.open(0, "vanilla", "ahead")
-    call.open(1, "vanilla", "behind")
+    call.open(0, "vanilla", "handle-ahead")
+    call.open(1, "vanilla", "handle-behind")
     call.step({0: 0}, values[0, :1])
     call.step({1: 0, 0: 1}, [values[1, 0], values[0, 1]])
     outputs = call.step({0: 2, 1: 1}, [values[0, 2], values[1, 1]])
@@ -84,7 +84,7 @@ def test_sessions_of_a_batch_may_be_at_different_steps(call: MultiplexedCall, re
 def test_steps_sent_ahead_of_their_answers_are_applied_in_order(call: MultiplexedCall, repository: Path) -> None:
     values = recordings(3, 20)
     for handle in range(3):
-        call.open(handle, "vanilla", f"ahead-{handle}")
+        call.open(handle, "vanilla", f"handle-ahead-{handle}")
     call.send(*(step_each(dict.fromkeys(range(3), step), values[:, step]) for step in range(20)))
     answers = call.answers(60)
     for handle in range(3):
@@ -93,16 +93,16 @@ def test_steps_sent_ahead_of_their_answers_are_applied_in_order(call: Multiplexe
 
 
 def test_a_text_model_reads_a_character_of_each(call: MultiplexedCall, repository: Path) -> None:
-    call.open(0, "text", "a-text")
-    call.open(1, "text", "b-text")
+    call.open(0, "text", "handle-a-text")
+    call.open(1, "text", "handle-b-text")
     outputs = call.step({0: 0, 1: 0}, "ab")
     assert_close(outputs[0], Reference(repository / "text" / "1").predict("a")[0])
     assert_close(outputs[1], Reference(repository / "text" / "1").predict("b")[0])
 
 
 def test_answers_carry_what_each_session_asked_for(call: MultiplexedCall) -> None:
-    call.open(0, "vanilla", "plain")
-    call.open(1, "vanilla", "with-more", options=OutputOptions(probabilities=True, top_k=2))
+    call.open(0, "vanilla", "handle-plain")
+    call.open(1, "vanilla", "handle-with-more", options=OutputOptions(probabilities=True, top_k=2))
     call.send(step_each({0: 0, 1: 0}, random_steps(2)))
     found = {}
     for response in (call.read(), call.read()):
@@ -133,8 +133,8 @@ def accumulate(call: MultiplexedCall, index: int, *handles: int) -> None:
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_step_of_one_session_is_refused_alone(call: MultiplexedCall, case: str) -> None:
     value, bad, why = BAD[case]
-    call.open(0, "accumulator", f"good of {len(case)}".replace(" ", "-"))
-    call.open(1, "accumulator", f"bad of {len(case)}".replace(" ", "-"))
+    call.open(0, "accumulator", f"handle-good of {len(case)}".replace(" ", "-"))
+    call.open(1, "accumulator", f"handle-bad of {len(case)}".replace(" ", "-"))
     call.send(step_each({0: 0, **bad}, [[VALUES[0]], value]))
     responses = {response.WhichOneof("response"): response for response in (call.read(), call.read())}
     assert [tuple(row) for row in array(responses["answer"].answer.prediction.outputs)] == [SUMS[0]]
@@ -175,9 +175,9 @@ def test_a_batch_that_cannot_be_read_is_refused_whole_and_changes_nothing(
 
 
 def test_a_handle_is_never_used_again(call: MultiplexedCall) -> None:
-    call.open(5, "accumulator", "five")
+    call.open(5, "accumulator", "handle-five")
     for handle in (5, 4):
-        call.send(open_handle(handle, "accumulator", "another"))
+        call.send(open_handle(handle, "accumulator", "handle-another"))
         steps, refusal = call.refused()
         assert (list(steps), refusal.reason, refusal.field) == ([handle], "FIELD_INVALID", "open.handle")
     accumulate(call, 0, 5)
@@ -192,14 +192,14 @@ def test_a_handle_is_never_used_again(call: MultiplexedCall) -> None:
         ({"model": "nobody", "session_id": "a"}, "MODEL_NOT_FOUND", "open.open.model"),
         ({"model": "bidirectional", "session_id": "a"}, "MODEL_NOT_STREAMABLE", None),
         ({"model": "accumulator", "session_id": "a b"}, "FIELD_INVALID", "open.open.session_id"),
-        ({"model": "accumulator", "session_id": "taken"}, "SESSION_EXISTS", "open.open.session_id"),
+        ({"model": "accumulator", "session_id": "handle-taken"}, "SESSION_EXISTS", "open.open.session_id"),
     ],
 )
 def test_an_open_that_is_refused_ends_its_handle_alone(
     channel: grpc.Channel, opening: dict[str, Any], reason: str, field: str | None
 ) -> None:
     with multiplexed(channel) as call:
-        call.open(0, "accumulator", "taken")
+        call.open(0, "accumulator", "handle-taken")
         call.send(open_handle(1, **opening))
         handles, refusal = call.ended()
         assert (handles, refusal.reason, refusal.field) == ([1], reason, field)
@@ -209,25 +209,25 @@ def test_an_open_that_is_refused_ends_its_handle_alone(
 def test_a_session_whose_stream_was_cut_goes_on_on_another_one(channel: grpc.Channel) -> None:
     with multiplexed(channel) as call:
         for handle in range(3):
-            call.open(handle, "accumulator", f"cut-{handle}", token=TOKEN)
+            call.open(handle, "accumulator", f"handle-cut-{handle}", token=TOKEN)
         for index in range(4):
             accumulate(call, index, 0, 1, 2)
     with multiplexed(channel) as call:
         for handle, answered in enumerate((4, 2, 0), 7):
             opened = call.open(
-                handle, "accumulator", f"cut-{handle - 7}", token=TOKEN, resume=True, answered_step=answered
+                handle, "accumulator", f"handle-cut-{handle - 7}", token=TOKEN, resume=True, answered_step=answered
             )
             assert opened.opened.next_step == 4
             missed = [tuple(row) for answer in opened.missed for row in array(answer.prediction.outputs)]
             assert missed == SUMS[answered:4]
         accumulate(call, 4, 7, 8, 9)
-    with live_stream(channel, resume(open_("accumulator", "cut-1", token=TOKEN), answered_step=5)) as stream:
+    with live_stream(channel, resume(open_("accumulator", "handle-cut-1", token=TOKEN), answered_step=5)) as stream:
         assert stream.next_step == 5
 
 
 def test_steps_that_are_sent_again_are_answered_again_and_not_applied(call: MultiplexedCall) -> None:
-    call.open(0, "accumulator", "again-0", token=TOKEN)
-    call.open(1, "accumulator", "again-1", token=TOKEN)
+    call.open(0, "accumulator", "handle-again-0", token=TOKEN)
+    call.open(1, "accumulator", "handle-again-1", token=TOKEN)
     for index in range(3):
         accumulate(call, index, 0)
     call.send(step_each({0: 1, 1: 0}, [[VALUES[1]], [VALUES[0]]]))
@@ -237,7 +237,7 @@ def test_steps_that_are_sent_again_are_answered_again_and_not_applied(call: Mult
 
 
 def test_a_step_that_was_acknowledged_is_answered_without_a_row(call: MultiplexedCall) -> None:
-    call.open(0, "accumulator", "acknowledged", token=TOKEN)
+    call.open(0, "accumulator", "handle-acknowledged", token=TOKEN)
     accumulate(call, 0, 0)
     call.step({0: 1}, [[VALUES[1]]], answered=[1])
     answer = call.ask(step_each({0: 0}, [[VALUES[0]]])).answer
@@ -246,7 +246,7 @@ def test_a_step_that_was_acknowledged_is_answered_without_a_row(call: Multiplexe
 
 
 def test_a_reset_begins_with_the_initial_state_and_counting_goes_on(call: MultiplexedCall) -> None:
-    call.open(0, "accumulator", "reset")
+    call.open(0, "accumulator", "handle-reset")
     accumulate(call, 0, 0)
     call.send(step_each({0: 1}, [[VALUES[1]]]), reset_handle(0, 2), step_each({0: 2}, [[VALUES[0]]]))
     assert [tuple(row) for row in array(call.read().answer.prediction.outputs)] == [SUMS[1]]
@@ -259,8 +259,8 @@ def test_a_reset_begins_with_the_initial_state_and_counting_goes_on(call: Multip
 
 
 def test_close_ends_a_session_behind_what_was_sent_before_it(call: MultiplexedCall, server: RunningServer) -> None:
-    call.open(0, "accumulator", "closed", token=TOKEN)
-    call.open(1, "accumulator", "stays", token=TOKEN)
+    call.open(0, "accumulator", "handle-closed", token=TOKEN)
+    call.open(1, "accumulator", "handle-stays", token=TOKEN)
     call.send(step_each({0: 0}, [[VALUES[0]]]), close_handle(0, 1, answered_step=1), step_each({0: 1}, [[VALUES[1]]]))
     assert call.read().HasField("answer")
     rest = [call.read(), call.read()]
@@ -272,7 +272,7 @@ def test_close_ends_a_session_behind_what_was_sent_before_it(call: MultiplexedCa
 
 
 def test_a_close_at_another_step_is_refused_and_the_session_stays(call: MultiplexedCall) -> None:
-    call.open(0, "accumulator", "not-closed")
+    call.open(0, "accumulator", "handle-not-closed")
     call.send(close_handle(0, 3))
     steps, refusal = call.refused()
     assert (steps, refusal.reason, refusal.field) == ({0: 3}, "STEP_OUT_OF_ORDER", "close.close.first_step")
@@ -281,11 +281,11 @@ def test_a_close_at_another_step_is_refused_and_the_session_stays(call: Multiple
 
 def test_a_session_that_is_taken_over_ends_its_handle_and_its_neighbours_go_on(channel: grpc.Channel) -> None:
     with multiplexed(channel) as call:
-        call.open(0, "accumulator", "moved", token=TOKEN)
-        call.open(1, "accumulator", "not-moved", token=TOKEN)
+        call.open(0, "accumulator", "handle-moved", token=TOKEN)
+        call.open(1, "accumulator", "handle-not-moved", token=TOKEN)
         accumulate(call, 0, 0, 1)
         with multiplexed(channel) as other:
-            assert other.open(0, "accumulator", "moved", token=TOKEN, resume=True).opened.next_step == 1
+            assert other.open(0, "accumulator", "handle-moved", token=TOKEN, resume=True).opened.next_step == 1
             handles, refusal = call.ended()
             assert (handles, refusal.reason) == ([0], "SESSION_MOVED")
             accumulate(other, 1, 0)
@@ -296,9 +296,9 @@ def test_a_session_that_is_taken_over_ends_its_handle_and_its_neighbours_go_on(c
 
 def test_a_session_that_is_deleted_ends_its_handle_alone(channel: grpc.Channel) -> None:
     with multiplexed(channel) as call:
-        call.open(0, "accumulator", "deleted", token=TOKEN)
-        call.open(1, "accumulator", "not-deleted", token=TOKEN)
-        SessionServiceStub(channel).DeleteSession(DeleteSessionRequest(session_id="deleted"), timeout=30)
+        call.open(0, "accumulator", "handle-deleted", token=TOKEN)
+        call.open(1, "accumulator", "handle-not-deleted", token=TOKEN)
+        SessionServiceStub(channel).DeleteSession(DeleteSessionRequest(session_id="handle-deleted"), timeout=30)
         handles, refusal = call.ended()
         assert (handles, refusal.reason) == ([0], "SESSION_NOT_FOUND")
         accumulate(call, 0, 1)
@@ -311,7 +311,7 @@ def test_idle_sessions_are_parked_and_their_handles_end(repository: Path) -> Non
         multiplexed(channel) as call,
     ):
         for handle in range(3):
-            call.open(handle, "accumulator", f"idle-{handle}", token=TOKEN)
+            call.open(handle, "accumulator", f"handle-idle-{handle}", token=TOKEN)
         accumulate(call, 0, 0, 1, 2)
         ended: list[int] = []
         while len(ended) < 3:
@@ -319,7 +319,7 @@ def test_idle_sessions_are_parked_and_their_handles_end(repository: Path) -> Non
             assert (refusal.reason, refusal.metadata["limit"]) == ("EVICTED", "idle_timeout_s")
             ended += handles
         assert sorted(ended) == [0, 1, 2]
-        assert call.open(3, "accumulator", "idle-1", token=TOKEN, resume=True).opened.next_step == 1
+        assert call.open(3, "accumulator", "handle-idle-1", token=TOKEN, resume=True).opened.next_step == 1
         accumulate(call, 1, 3)
 
 
@@ -329,8 +329,8 @@ def test_a_multiplexed_session_counts_as_a_live_one(repository: Path) -> None:
         grpc.insecure_channel(server.target) as channel,
         multiplexed(channel) as call,
     ):
-        call.open(0, "accumulator", "a")
-        call.open(1, "accumulator", "b")
+        call.open(0, "accumulator", "handle-a")
+        call.open(1, "accumulator", "handle-b")
         call.send(open_handle(2, "accumulator", "c"))
         handles, refusal = call.ended()
         assert (handles, refusal.reason, refusal.metadata["limit"]) == ([2], "SESSION_LIMIT", "2")
@@ -343,7 +343,7 @@ def test_what_is_durable_is_told_even_if_nothing_else_is(repository: Path, tmp_p
     ):
         with multiplexed(channel) as call:
             for handle in range(3):
-                call.open(handle, "accumulator", f"durable-{handle}", token=TOKEN)
+                call.open(handle, "accumulator", f"handle-durable-{handle}", token=TOKEN)
             accumulate(call, 0, 0, 1, 2)
             accumulate(call, 1, 0)
             call.wait_until_durable({0: 2, 1: 1, 2: 1})
@@ -354,7 +354,7 @@ def test_what_is_durable_is_told_even_if_nothing_else_is(repository: Path, tmp_p
         multiplexed(channel) as call,
     ):
         for handle, step in ((0, 2), (1, 1), (2, 1)):
-            opened = call.open(handle, "accumulator", f"durable-{handle}", token=TOKEN, resume=True)
+            opened = call.open(handle, "accumulator", f"handle-durable-{handle}", token=TOKEN, resume=True)
             assert opened.opened.next_step == step
         accumulate(call, 1, 1, 2)
 
@@ -362,7 +362,7 @@ def test_what_is_durable_is_told_even_if_nothing_else_is(repository: Path, tmp_p
 def test_a_drain_is_announced_and_ends_the_stream_and_no_session_is_lost(repository: Path, tmp_path: Path) -> None:
     with start_server(repository, tmp_path) as server, grpc.insecure_channel(server.target) as channel:
         with multiplexed(channel) as call:
-            call.open(0, "accumulator", "drained", token=TOKEN)
+            call.open(0, "accumulator", "handle-drained", token=TOKEN)
             accumulate(call, 0, 0)
             server.terminate()
             assert call.read().notice.reason == NOTICE_REASON_DRAINING
@@ -378,12 +378,12 @@ def test_a_drain_is_announced_and_ends_the_stream_and_no_session_is_lost(reposit
         grpc.insecure_channel(server.target) as channel,
         multiplexed(channel) as call,
     ):
-        assert call.open(0, "accumulator", "drained", token=TOKEN, resume=True).opened.next_step == 1
+        assert call.open(0, "accumulator", "handle-drained", token=TOKEN, resume=True).opened.next_step == 1
         accumulate(call, 1, 0)
 
 
 def test_what_was_sent_before_the_end_of_the_requests_is_answered(call: MultiplexedCall) -> None:
-    call.open(0, "accumulator", "half-closed")
+    call.open(0, "accumulator", "handle-half-closed")
     call.send(*(step_each({0: index}, [[value]]) for index, value in enumerate(VALUES)))
     call.half_close()
     outputs = [tuple(row) for response in call.rest() for row in array(response.answer.prediction.outputs)]
@@ -398,8 +398,8 @@ def test_steps_ticks_and_refusals_of_multiplexed_sessions_are_counted(repository
         grpc.insecure_channel(server.target) as channel,
         multiplexed(channel) as call,
     ):
-        call.open(0, "accumulator", "a")
-        call.open(1, "accumulator", "b")
+        call.open(0, "accumulator", "handle-a")
+        call.open(1, "accumulator", "handle-b")
         accumulate(call, 0, 0, 1)
         call.send(step_each({0: 9}, [[1.0]]))
         call.refused()
