@@ -890,11 +890,58 @@ def test_a_reset_that_was_refused_with_the_steps_before_it_can_be_done_and_lasts
     gateway.step(a=1.0)
     gateway.send(a=BAD)
     with pytest.raises(NotFinite):
-        gateway.reset("a")
+        gateway.reset("a")  # before step 2
+    gateway.step(a=1.0)
     gateway.reset("a")
     server.crash()
     gateway.lose()
+    assert rows(gateway.step(a=2.0)) == [("a", 2, 2.0)]
+
+
+def test_a_reset_before_a_refused_step_is_done_and_lasts() -> None:
+    server = Server()
+    gateway = Gateway(server)
+    gateway.step(a=1.0)
+    gateway.reset("a")
+    gateway.step(a=BAD)
+    server.crash()
+    gateway.lose()
     assert rows(gateway.step(a=2.0)) == [("a", 1, 2.0)]
+
+
+def test_a_reset_lasts_where_an_older_step_of_another_session_is_refused_together_with_the_one_behind_it() -> None:
+    server = Server()
+    gateway = Gateway(server)
+    gateway.step(a=1.0, b=1.0)
+    a, b = server.handles
+
+    def slow_b(possible: list[str]) -> str:
+        if "response" in possible or "request" in possible:
+            return calmly(possible)
+        gateway.say(*server.work([a]))
+        return "response"
+
+    gateway.send(b=BAD)
+    gateway.choose = slow_b
+    gateway.reset("a")
+    gateway.send(a=BAD)
+    server.take(gateway.requests.popleft())
+    together, other = server.work([a, b])
+    together.refused.MergeFrom(other.refused)
+    gateway.say(together)
+    gateway.choose = calmly
+    gateway.receive()
+    server.crash()
+    gateway.lose()
+    assert rows(gateway.step(a=2.0, b=2.0)) == [("a", 1, 2.0), ("b", 1, 3.0)]
+
+
+def test_resets_without_a_step_between_them_are_kept_as_one() -> None:
+    gateway = Gateway(Server(), replay_buffer_bytes=100)
+    gateway.step(a=1.0)
+    for _ in range(20):
+        gateway.reset("a")
+    assert not gateway.sessions.full
 
 
 def test_a_closed_session_is_gone_and_its_name_begins_anew() -> None:
@@ -975,7 +1022,7 @@ def test_a_full_replay_buffer_may_drop_instead_and_then_a_crash_loses_the_sessio
 
 def test_one_session_that_never_becomes_durable_does_not_keep_what_the_others_sent() -> None:
     server = Server()
-    gateway = Gateway(server, replay_buffer_bytes=2_000)
+    gateway = Gateway(server, replay_buffer_bytes=500)
     gateway.step(idle=1.0)
     for _ in range(100):
         gateway.step(busy=1.0)
@@ -993,6 +1040,14 @@ def test_numbers_are_used_again_so_that_sessions_may_come_and_go() -> None:
         gateway.close(f"s{i}")
     assert gateway.sessions.table.capacity <= 128
     assert rows(gateway.step(stays=1.0, other=3.0)) == [("stays", 500, 501.0), ("other", 0, 3.0)]
+
+
+def test_answers_of_closed_sessions_that_are_not_taken_keep_their_names() -> None:
+    gateway = Gateway(Server())
+    for i in range(300):
+        gateway.send(**{f"s{i}": float(i)})
+        gateway.close(f"s{i}")
+    assert all_rows(gateway.receive_all()) == [(f"s{i}", 0, float(i)) for i in range(300)]
 
 
 def test_an_answer_that_was_left_out_ends_the_session_that_it_is_about() -> None:
