@@ -94,9 +94,6 @@ class BatchAnswer:
     errors: dict[str, RnnserveError]
     """Of the sessions whose step was refused or that have ended: why."""
 
-    def __len__(self) -> int:
-        return len(self.sessions)
-
 
 @dataclass(frozen=True)
 class Notice:
