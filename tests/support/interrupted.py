@@ -25,6 +25,7 @@ from tests.support.faults import Fault, FaultyExecutor, Steps
 Array = NDArray[Any]
 Call = asyncio.Task[AppliedSteps]
 TOKEN = b"0123456789abcdef"
+HANGS_S = 20.0  # a thousand times what it takes
 LIMITS = SessionLimits(
     max_streams=100,
     max_sessions=100,
@@ -60,8 +61,9 @@ class Send:
 
 @dataclass(frozen=True)
 class Reset:
-    """Back to the initial state; the one before comes once more behind it."""
+    """Back to the initial state; or the last such message comes again, behind later steps."""
 
+    again: bool = False
     pause: int = 0
 
 
@@ -118,6 +120,20 @@ class Bench:
 
     async def play(self, scripts: Sequence[Sequence[Act]], seed: int) -> None:
         """Every script in a session of its own, all at once; then look for what they have left behind."""
+        playing = asyncio.create_task(self._play(scripts, seed))
+        broken: list[object] = []
+
+        def stop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            broken.append(context.get("exception") or context["message"])
+            playing.cancel()  # or it might wait for ever
+
+        asyncio.get_running_loop().set_exception_handler(stop)
+        async with asyncio.timeout(HANGS_S):
+            await asyncio.wait([playing])
+        assert not broken
+        await playing
+
+    async def _play(self, scripts: Sequence[Sequence[Act]], seed: int) -> None:
         clients = [Client(self, str(i), np.random.default_rng((seed, i))) for i in range(len(scripts))]
         await asyncio.gather(*(client.play(script) for client, script in zip(clients, scripts, strict=True)))
         for client in clients:
@@ -181,7 +197,7 @@ class Client:
                 case Send():
                     await self.send(act)
                 case Reset():
-                    self._reset()
+                    self._reset(act)
                 case Move():
                     await self._move(act)
             self.check()
@@ -265,14 +281,15 @@ class Client:
         else:
             np.testing.assert_array_equal(found, wanted)
 
-    def _reset(self) -> None:
+    def _reset(self, reset: Reset) -> None:
+        earlier = [step for step in self.resets if step < self.next_step]
+        if reset.again and earlier:
+            with suppress(StepOutOfOrder):  # nobody can still be waiting for the answer to it
+                self.session.reset(earlier[-1])
+            return
         self.session.reset(self.next_step)
         self.bench.registry.changed(self.session)
         self.row = np.zeros_like(self.row)
-        for earlier in self.resets:
-            if earlier < self.next_step:
-                with suppress(StepOutOfOrder):  # if nobody can still be waiting for it
-                    self.session.reset(earlier)
         self.resets.append(self.next_step)
 
     async def _move(self, move: Move) -> None:
