@@ -6,7 +6,6 @@
 from rnnserve.async_client import AsyncClient
 from rnnserve.async_multiplex import AsyncMultiplex
 from rnnserve.async_stream import AsyncStream
-from rnnserve.batches import BatchAnswer
 from rnnserve.client import Client
 from rnnserve.errors import (
     BundleInvalid,
@@ -50,7 +49,7 @@ from rnnserve.errors import (
 )
 from rnnserve.models import Model, Quality, Sample, TrainingData
 from rnnserve.multiplex import Multiplex
-from rnnserve.results import Answer, Notice, Prediction, ResumePoint, TopLabel
+from rnnserve.results import Answer, BatchAnswer, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot

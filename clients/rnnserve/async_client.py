@@ -206,12 +206,15 @@ class AsyncClient:
         when_replay_full: WhenReplayFull = "wait",
         on_notice: Callable[[Notice], object] | None = None,
     ) -> AsyncMultiplex:
-        """Many sessions of one model on one stream, to be used in an `async with` block, which ends them all.
+        """Many real-time sessions on one call, for gateways; to be used in an `async with` block, which ends them.
 
-        A message costs more than a step does, so this is the way for a gateway or a fleet. Args as for `stream`, for
-        all sessions together; the replay buffer is one for them all.
+        A message with a step of each of many sessions costs about as much as one with a step of a single session.
+
+        Args as for `stream`, for all sessions of the call, and:
+            replay_buffer_bytes: how many bytes of steps are kept of all sessions together.
+            on_notice: as for `stream`; a notice about a single session names it in `.session`.
         """
-        multiplexed = Multiplexed(
+        sessions = Multiplexed(
             model,
             version,
             output_options("all", probabilities, top_k),
@@ -225,10 +228,11 @@ class AsyncClient:
         )
 
         def start(requests: AsyncIterator[MultiplexStepsRequest]) -> Any:
-            multiplex_steps: Any = next(self._in_turn).real_time.MultiplexSteps  # typed as those of blocking calls
+            """On the next connection, as a stream."""
+            multiplex_steps: Any = next(self._in_turn).real_time.MultiplexSteps  # as above
             return multiplex_steps(requests, metadata=self._metadata)
 
-        return AsyncMultiplex(multiplexed, start, self._target, self._timeout_s)
+        return AsyncMultiplex(sessions, start, self._target, self._timeout_s)
 
     async def predict(
         self,

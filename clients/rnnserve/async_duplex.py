@@ -8,7 +8,17 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from rnnserve.errors import RnnserveError
-from rnnserve.exchange import Bookkeeper, CallEnded, Event, InputsEnded, NextInput, Response, Turn, earliest
+from rnnserve.exchange import (
+    Bookkeeper,
+    CallEnded,
+    Event,
+    InputsEnded,
+    NextInput,
+    Response,
+    TimePassed,
+    Turn,
+    earliest,
+)
 from rnnserve.statuses import cancelled_here, ended_by_server, error_from_call, timed_out
 
 _X = TypeVar("_X")
@@ -35,39 +45,17 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self._inbox: Inbox = asyncio.Queue()
         self._feeder: _Feeder | None = None
         self._cancelled = False
-        self._asked_s: float | None = None  # the first request since the last response
+        self._deadline: float | None = None  # of the next response, whoever waits for it
         self._call: _Call[_Q] = _Call(start, target, self._inbox)
 
     def send(self, request: _Q) -> None:
         """Does not wait."""
-        if self._asked_s is None:
-            self._asked_s = _now_s()
         self._call.send(request)
 
     async def exchange(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], until_s: float | None = None) -> list[_R]:
         """All results of what needs no inputs, at the latest at `until_s` of the loop's clock."""
         self.stop_feeding()
         return [result async for result in self._run(bookkeeper, None, until_s)]
-
-    async def poll(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], until_s: float | None = None) -> list[_R]:
-        """The next results; none if none come until `until_s`, and then the call goes on."""
-        self.stop_feeding()
-        turn = bookkeeper.begin()
-        while True:
-            await self._obey(turn)
-            if turn.results or bookkeeper.done:
-                break
-            silent_s = self._silent_s() if bookkeeper.waiting else None
-            if until_s is None or (silent_s is not None and silent_s < until_s):
-                event: Event[_X, _A] | None = await self._next_event(silent_s)
-            else:
-                event = await self._event_until(until_s)
-            if event is None:
-                return []
-            turn = bookkeeper.handle(event)
-        if bookkeeper.failure is not None and not turn.results:
-            raise bookkeeper.failure
-        return list(turn.results)
 
     async def drive(
         self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], inputs: Iterable[_X] | AsyncIterable[_X], ahead: int
@@ -108,7 +96,6 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self, bookkeeper: Bookkeeper[_X, _Q, _A, _R], feeder: "_Feeder | None", until_s: float | None = None
     ) -> AsyncGenerator[_R]:
         turn = bookkeeper.begin()
-        deadline: float | None = None
         while True:
             await self._obey(turn)
             for result in turn.results:
@@ -119,11 +106,14 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
                 feeder.free(turn.places)
             if bookkeeper.done:
                 break
-            if turn.reconnect_after_s is not None:
-                deadline = None
-            deadline = self._deadline(deadline) if bookkeeper.waiting else None
-            event = await self._next_event(earliest(deadline, until_s))
-            deadline = None if isinstance(event, Response) else deadline
+            if turn.reconnect_after_s is not None or not bookkeeper.waiting:
+                self._deadline = None
+            elif self._deadline is None:
+                self._deadline = _now_s() + self._timeout_s
+            wake_s = None if turn.wake_after_s is None else _now_s() + turn.wake_after_s
+            event = await self._next_event(earliest(self._deadline, until_s), wake_s)
+            if isinstance(event, Response):  # nothing else gives the server more time
+                self._deadline = None
             turn = bookkeeper.handle(event)
         if bookkeeper.failure is not None:
             raise bookkeeper.failure
@@ -143,44 +133,28 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         self._feeder = _Feeder(inputs, ahead, self._inbox)
         return self._feeder
 
-    def _deadline(self, deadline: float | None) -> float:
-        """Only a response gives the server more time."""
-        return _now_s() + self._timeout_s if deadline is None else deadline
-
-    def _silent_s(self) -> float:
-        """When the server has owed something for too long."""
-        self._asked_s = _now_s() if self._asked_s is None else self._asked_s
-        return self._asked_s + self._timeout_s
-
-    async def _next_event(self, deadline: float | None) -> Event[_X, _A]:
-        """At the deadline that the call has ended."""
-        event = await self._event_until(deadline)
-        if event is None:
-            self._call.cancel()
-            return CallEnded(timed_out(self._target, self._timeout_s))
-        return event
-
-    async def _event_until(self, until_s: float | None) -> Event[_X, _A] | None:
-        """Of the feeder or the call of now; others are late. None = nothing until then."""
+    async def _next_event(self, deadline: float | None, wake_s: float | None = None) -> Event[_X, _A]:
+        """Of the feeder or the call of now; others are late."""
         if self._call.over:  # a reconnect was interrupted
             return CallEnded(ended_by_server(self._target))
-        while taken := await self._take(until_s):
-            source, event = taken
-            if source is self._call and isinstance(event, CallEnded):
+        while True:
+            source, event = await self._take(deadline, wake_s)
+            if isinstance(event, CallEnded) and source is self._call:
                 self._call.cancel()
             if source is self._call or (source is self._feeder and source is not None):
-                self._asked_s = None
                 return event  # type: ignore[no-any-return]
-        return None
 
-    async def _take(self, until_s: float | None) -> tuple[object, Any] | None:
+    async def _take(self, deadline: float | None, wake_s: float | None) -> tuple[object, Any]:
         if not self._inbox.empty():
             return self._inbox.get_nowait()
+        until_s = earliest(deadline, wake_s)
         try:
             async with asyncio.timeout_at(until_s):
                 return await self._inbox.get()
         except TimeoutError:
-            return None
+            if wake_s == until_s:
+                return self._call, TimePassed()
+            return self._call, CallEnded(timed_out(self._target, self._timeout_s))
 
 
 class _Call(Generic[_Q]):

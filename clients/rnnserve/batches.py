@@ -1,242 +1,201 @@
-"""Steps of many sessions on their way to the wire, and the answers to them."""
+"""Requests of many sessions at a time: those that wait to be sent, and those that are kept to send them again."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rnnserve.errors import RnnserveError, ShapeMismatch
-from rnnserve.replay import WhenReplayFull, check_replay
-from rnnserve.results import Prediction, TopLabel, prediction_from
-from rnnserve.tensors import Array, Input, batch_rows, tensor_from
-from rnnserve.v1 import prediction_pb2
-from rnnserve.v1 import real_time_service_pb2 as pb
+from rnnserve.replay import REPLAY_BUFFER_BYTES, WhenReplayFull, check_replay
+from rnnserve.session_table import NEVER, Ints, Mask, SessionTable
 
-if TYPE_CHECKING:
-    from rnnserve.multiplexed import Columns
-
-Integers = npt.NDArray[np.int64]
-ROW_OVERHEAD_BYTES = 30  # at most, of what goes with a row: its handle and two indices
-MESSAGE_OVERHEAD_BYTES = 100
+Inputs = npt.NDArray[np.float32] | npt.NDArray[np.uint32]
+"""(sessions, features), or (sessions,) of the code points of characters."""
 
 
-@dataclass(frozen=True, eq=False)
-class BatchAnswer:
-    """What a model says about a step of each of several sessions, a row for each."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """One request of each of several sessions."""
 
-    sessions: tuple[str, ...]
-    steps: Integers
-    """(sessions,): the index of each one's step, counted from 0 over the whole session; -1 where there is an error."""
-    outputs: Array
-    """(sessions, outputs) float32: before any softmax; not a number where there is an error."""
-    labels: tuple[str | None, ...]
-    """The most probable label of each; None where there is an error, and for a model without labels."""
-    probabilities: Array | None
-    """(sessions, labels) float32 in the order of `Model.labels`; None unless asked for."""
-    top: tuple[tuple[TopLabel, ...], ...]
-    """The most probable labels of each; empty unless asked for."""
-    errors: Mapping[str, RnnserveError]
-    """By session: why its step was refused, or why it has ended."""
+    kind: Literal["steps", "reset", "close"]
+    numbers: Ints
+    """Whose; each at most once."""
+    first_steps: Ints
+    """The index of each one's next step."""
+    inputs: Inputs
 
-    @classmethod
-    def of(
-        cls, names: tuple[str, ...], steps: Integers, prediction: Prediction | None, errors: Mapping[str, RnnserveError]
-    ) -> "BatchAnswer":
-        """prediction: a row for each step."""
-        outputs = np.zeros((0, 0), np.float32) if prediction is None else prediction.outputs
-        return cls(
-            sessions=names,
-            steps=steps,
-            outputs=outputs,
-            labels=(prediction.labels if prediction is not None else ()) or (None,) * len(names),
-            probabilities=None if prediction is None else prediction.probabilities,
-            top=() if prediction is None else prediction.top,
-            errors=errors,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """A step of each of some sessions, or a reset of each, for which `inputs` is None.
-
-    numbers (n,) of the sessions; steps (n,) their indices; inputs (n, features) float32, or (n,) characters.
-    """
-
-    numbers: Integers
-    steps: Integers
-    inputs: npt.NDArray[Any] | None
+    def __len__(self) -> int:
+        return len(self.numbers)
 
     @property
     def size_bytes(self) -> int:
-        """What it counts in the replay buffer."""
-        return 0 if self.inputs is None else self.inputs.nbytes
+        """What it counts in a buffer."""
+        return self.inputs.nbytes + self.numbers.nbytes + self.first_steps.nbytes
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> "Sent":
-        """Only some of it."""
-        if mask.all():
-            return self
-        return Sent(self.numbers[mask], self.steps[mask], None if self.inputs is None else self.inputs[mask])
+    def rows(self, rows: slice | Mask) -> "Batch":
+        """A part of it."""
+        return Batch(self.kind, self.numbers[rows], self.first_steps[rows], self.inputs[rows])
 
-    def parts(self, most_rows: int, most_bytes: int) -> "list[Sent]":
-        """The same in pieces that fit a message."""
-        if self.inputs is not None and len(self.inputs):
-            row_bytes = self.inputs.nbytes // len(self.inputs) + ROW_OVERHEAD_BYTES
-            most_rows = max(1, min(most_rows, (most_bytes - MESSAGE_OVERHEAD_BYTES) // row_bytes))
-        if len(self.numbers) <= most_rows:
-            return [self]
-        rows = np.arange(len(self.numbers)) // most_rows
-        return [self.where(rows == part) for part in range(rows[-1] + 1)]
+    def where(self, mask: Mask) -> "Batch":
+        """A part of it, or all of it without a copy."""
+        return self if mask.all() else self.rows(mask)
 
 
-class Kept:
-    """What the server may still ask for, in order, for all sessions together.
+def bare(kind: Literal["reset", "close"], numbers: Ints, first_steps: Ints) -> Batch:
+    """Requests that have no inputs."""
+    return Batch(kind, numbers, first_steps, np.zeros((len(numbers), 0), np.float32))
 
-    That is what has no answer and, where the server survives a crash, what is behind its last checkpoint.
+
+class BatchReplay:
+    """The batches that the server may still ask for, in order.
+
+    Those are the ones without an answer and, of sessions that survive a crash, those behind the last checkpoint.
     """
 
-    def __init__(self, limit_bytes: int, when_full: WhenReplayFull) -> None:
+    def __init__(
+        self, table: SessionTable, limit_bytes: int = REPLAY_BUFFER_BYTES, when_full: WhenReplayFull = "wait"
+    ) -> None:
         check_replay(limit_bytes, when_full)
+        self._table = table
         self._limit_bytes = limit_bytes
         self._drops = when_full == "drop"
-        self._sent: deque[Sent] = deque()
+        self._batches: deque[Batch] = deque()
         self._size_bytes = 0
 
-    def __iter__(self) -> Iterator[Sent]:
-        return iter(self._sent)
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
 
     @property
     def full(self) -> bool:
         """Whether nothing more should be sent for now."""
         return self._size_bytes > self._limit_bytes
 
-    def add(self, sent: Sent) -> None:
+    def add(self, batch: Batch) -> None:
         """The newest."""
-        self._sent.append(sent)
-        self._size_bytes += sent.size_bytes
+        if len(batch):
+            self._batches.append(batch)
+            self._size_bytes += batch.size_bytes
 
-    def prune(self, columns: "Columns") -> None:
-        """Drops what was answered and is durable, from the oldest on."""
-        while self._sent and _is_over(self._sent[0], columns):
-            self._drop_oldest(columns)
-        while self._drops and self.full and _is_answered(self._sent[0], columns).all():
-            self._drop_oldest(columns)
+    def prune(self) -> None:
+        """Drops what was answered and is durable: whole batches, single rows only where there is no room."""
+        while self._batches and self._is_released(self._batches[0]).all():
+            self._forget(self._batches.popleft())
+        if self.full:
+            self.sweep()
+        if self.full and self._drops:
+            self._drop_answered()
 
-    def drop_from(self, end: Integers, columns: "Columns") -> None:
-        """Drops the steps of each session, by its number, from that one on; resets that were done stay."""
-        self._sent = deque(
-            sent.where((sent.steps < end[sent.numbers]) | _is_reset(sent, columns)) for sent in self._sent
-        )
-        self._size_bytes = sum(sent.size_bytes for sent in self._sent)
+    def sweep(self) -> None:
+        """Drops each row that was answered and is durable."""
+        self._keep(lambda batch: ~self._is_released(batch))
 
-    def _drop_oldest(self, columns: "Columns") -> None:
-        sent = self._sent.popleft()
-        self._size_bytes -= sent.size_bytes
-        behind = sent.steps + (sent.inputs is not None)
-        columns.kept_step[sent.numbers] = np.maximum(columns.kept_step[sent.numbers], behind)
+    def drop_refused(self, from_step: Ints) -> None:
+        """Drops the requests of each session from such a step on; they are among the newest."""
+        table = self._table
+        numbers = np.flatnonzero(from_step < NEVER)
+        counts = table.next_step[numbers] - from_step[numbers] + table.resets[numbers] + table.is_closing[numbers]
+        left = int(counts.sum())
+        newer: list[Batch] = []
+        while left > 0 and self._batches:
+            batch = self._batches.pop()
+            self._size_bytes -= batch.size_bytes
+            kept = batch.where(~is_refused(batch, table, from_step))
+            left -= len(batch) - len(kept)
+            newer.append(kept)
+        for batch in reversed(newer):
+            self.add(batch)
 
+    def _is_released(self, batch: Batch) -> Mask:
+        released: Mask = batch.first_steps < self._table.released_step[batch.numbers]
+        return released
 
-def _is_reset(sent: Sent, columns: "Columns") -> npt.NDArray[np.bool_]:
-    return (columns.reset_step[sent.numbers] >= sent.steps) & (sent.inputs is None)
+    def _drop_answered(self) -> None:
+        """The oldest steps; a reset costs next to nothing and stays."""
+        for _ in range(len(self._batches)):
+            batch = self._batches.popleft()
+            if self.full and batch.kind == "steps":
+                batch = self._reduced(batch, batch.first_steps >= self._table.answered_step[batch.numbers])
+            if len(batch):
+                self._batches.append(batch)
 
+    def _keep(self, keeps: Callable[[Batch], Mask]) -> None:
+        kept = (self._reduced(batch, keeps(batch)) for batch in self._batches)
+        self._batches = deque(batch for batch in kept if len(batch))
 
-def _is_answered(sent: Sent, columns: "Columns") -> npt.NDArray[np.bool_]:
-    answered = columns.answered_step[sent.numbers] > sent.steps
-    return answered | _is_reset(sent, columns) | (columns.gone[sent.numbers] > 0)
+    def _reduced(self, batch: Batch, mask: Mask) -> Batch:
+        if mask.all():
+            return batch
+        self._forget(batch.rows(~mask))
+        return batch.rows(mask)
 
-
-def _is_over(sent: Sent, columns: "Columns") -> bool:
-    """A reset is known to be durable once a step behind it is."""
-    n = sent.numbers
-    durable = (columns.stored[n] == 0) | (columns.durable_step[n] > sent.steps) | (columns.gone[n] > 0)
-    return bool((_is_answered(sent, columns) & durable).all())
-
-
-@dataclass(frozen=True, eq=False)
-class Arrived:
-    """Answers to a step of each of some sessions, by their numbers: (n,); or why there is none."""
-
-    numbers: Integers
-    steps: Integers
-    prediction: Prediction | None
-    errors: Mapping[int, RnnserveError]
-
-    @classmethod
-    def from_prediction(
-        cls, numbers: Integers, steps: Integers, message: prediction_pb2.Prediction, rows: npt.NDArray[np.bool_]
-    ) -> "Arrived":
-        """Of these rows of a message."""
-        return cls(numbers, steps, prediction_from(message), {}).where(rows)
-
-    @property
-    def needed_prediction(self) -> Prediction:
-        """Raises RnnserveError where there is none."""
-        if self.prediction is None:
-            raise RnnserveError("the server answered without an output")
-        return self.prediction
-
-    def where(self, rows: npt.NDArray[np.bool_]) -> "Arrived":
-        """Only some of the answers."""
-        if rows.all():
-            return self
-        prediction = rows_of(self.needed_prediction, np.nonzero(rows)[0].tolist())
-        return Arrived(self.numbers[rows], self.steps[rows], prediction, {})
-
-    @classmethod
-    def from_errors(cls, errors: Mapping[int, RnnserveError]) -> "Arrived":
-        """Nothing but these."""
-        nothing = np.zeros(0, np.int64)
-        return cls(nothing, nothing, None, errors)
+    def _forget(self, batch: Batch) -> None:
+        self._size_bytes -= batch.size_bytes
+        if batch.kind == "steps":
+            self._table.kept_step[batch.numbers] = batch.first_steps + 1
 
 
-def rows_of(prediction: Prediction, rows: Sequence[int]) -> Prediction:
-    """Only some rows, in that order."""
-    return Prediction(
-        outputs=prediction.outputs[rows],
-        labels=tuple(prediction.labels[row] for row in rows) if prediction.labels else (),
-        probabilities=None if prediction.probabilities is None else prediction.probabilities[rows],
-        top=tuple(prediction.top[row] for row in rows) if prediction.top else (),
-    )
+class Backlog:
+    """The batches that wait until their sessions may send them, in order."""
+
+    def __init__(self, table: SessionTable) -> None:
+        self._table = table
+        self._batches: deque[Batch] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def add(self, batch: Batch) -> None:
+        """Behind the others."""
+        if len(batch):
+            self._batches.append(batch)
+            self._table.waiting[batch.numbers] += 1
+
+    def clear(self) -> None:
+        """Nothing waits any more."""
+        self._batches.clear()
+        self._table.waiting[:] = 0
+
+    def keep(self, keeps: Callable[[Batch], Mask]) -> None:
+        """Drops the other rows."""
+        batches, self._batches = self._batches, deque()
+        for batch in batches:
+            mask = keeps(batch)
+            self._table.waiting[batch.numbers] -= 1
+            self.add(batch.where(mask))
+
+    def take(self) -> list[Batch]:
+        """What may be sent now, which then is outstanding."""
+        table, taken, left = self._table, list[Batch](), list[Batch]()
+        ready = table.may_send() & (table.waiting > 0)
+        while self._batches and ready.any():
+            batch = self._batches.popleft()
+            mask = ready[batch.numbers]
+            if mask.any():
+                taken.append(self._lacked(batch.where(mask)))
+                ready[batch.numbers] = table.may_send(batch.numbers) & (table.waiting[batch.numbers] > 0)
+                batch = batch.rows(~mask)
+            left.append(batch)
+        self._batches.extendleft(batch for batch in reversed(left) if len(batch))
+        return [batch for batch in taken if len(batch)]
+
+    def _lacked(self, batch: Batch) -> Batch:
+        """Without what the server has applied already."""
+        table = self._table
+        table.waiting[batch.numbers] -= 1
+        lacked = batch.first_steps >= table.applied_step[batch.numbers]
+        if batch.kind == "reset":
+            table.count_resets(batch.numbers[~lacked], -1)
+        batch = batch.where(lacked)
+        table.outstanding[batch.numbers] += 1
+        return batch
 
 
-def integers(numbers: Collection[int]) -> Integers:
-    """(n,)."""
-    return np.fromiter(numbers, np.int64, len(numbers))
+def is_refused(batch: Batch, table: SessionTable, from_step: Ints) -> Mask:
+    """Which of these go with what was refused: `from_step` says of each session from which step on.
 
-
-def rows_from(x: Input | Sequence[str], sessions: int) -> npt.NDArray[Any]:
-    """(sessions, features), or a text or texts of one character for each session -> a row for each.
-
-    Raises ShapeMismatch, DataTypeMismatch, NotFinite.
+    A reset that was answered is done, and stays.
     """
-    if isinstance(x, str) or (isinstance(x, Sequence) and x and isinstance(x[0], str)):
-        rows: npt.NDArray[Any] = np.array(list(x))
-        if rows.dtype.kind != "U" or rows.dtype.itemsize > np.dtype("U1").itemsize:
-            raise _mismatch("a step of a text model is one character for each session")
-    else:
-        rows = batch_rows(x)
-    if len(rows) != sessions:
-        raise _mismatch(f"there are {len(rows)} steps for {sessions} sessions")
-    return rows
-
-
-def steps_request(handles: Integers, sent: Sent, answered_steps: Integers) -> pb.MultiplexStepsRequest:
-    """The steps as a message."""
-    request = pb.MultiplexStepsRequest()
-    batch = request.steps
-    batch.handles.extend(handles.tolist())
-    batch.first_steps.extend(sent.steps.tolist())
-    batch.answered_steps.extend(answered_steps.tolist())
-    if sent.inputs is None:
-        raise ValueError("a reset has no steps")
-    if sent.inputs.dtype.kind == "U":
-        batch.text = "".join(sent.inputs.tolist())
-    else:
-        batch.tensor.CopyFrom(tensor_from(sent.inputs))
-    return request
-
-
-def _mismatch(message: str) -> ShapeMismatch:
-    return ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
+    mask: Mask = batch.first_steps >= from_step[batch.numbers]
+    return mask & (table.resets[batch.numbers] > 0) if batch.kind == "reset" else mask

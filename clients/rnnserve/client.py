@@ -207,12 +207,15 @@ class Client:
         when_replay_full: WhenReplayFull = "wait",
         on_notice: Callable[[Notice], object] | None = None,
     ) -> Multiplex:
-        """Many sessions of one model on one stream, to be used in a `with` block, which ends them all.
+        """Many real-time sessions on one call, for gateways and fleets, to be used in a `with` block, which ends them.
 
-        A message costs more than a step does, so this is the way for a gateway or a fleet. Args as for `stream`, for
-        all sessions together; the replay buffer is one for them all.
+        A message with a step of each of many sessions costs about as much as one with a step of a single session.
+
+        Args as for `stream`, for all sessions of the call, and:
+            replay_buffer_bytes: how many bytes of steps are kept of all sessions together.
+            on_notice: as for `stream`; a notice about a single session names it in `.session`.
         """
-        multiplexed = Multiplexed(
+        sessions = Multiplexed(
             model,
             version,
             output_options("all", probabilities, top_k),
@@ -226,9 +229,10 @@ class Client:
         )
 
         def start(requests: Iterator[MultiplexStepsRequest]) -> Any:
+            """On the next connection, as a stream."""
             return next(self._in_turn).real_time.MultiplexSteps(requests, metadata=self._metadata)
 
-        return Multiplex(multiplexed, start, self._target, self._timeout_s)
+        return Multiplex(sessions, start, self._target, self._timeout_s)
 
     def predict(
         self,

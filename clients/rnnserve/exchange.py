@@ -43,7 +43,12 @@ class CallEnded:
     error: RnnserveError
 
 
-Event = NextInput[_X] | InputsEnded | Response[_A] | CallEnded
+@dataclass(frozen=True)
+class TimePassed:
+    """Nothing has happened for as long as the last turn said."""
+
+
+Event = NextInput[_X] | InputsEnded | Response[_A] | CallEnded | TimePassed
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Turn(Generic[_Q_co, _R_co]):
     """How many more inputs may be taken."""
     reconnect_after_s: float | None = None
     """To begin a new call after this pause, and only then send the requests."""
+    wake_after_s: float | None = None
+    """To say TimePassed if nothing happens for so long."""
 
 
 def earliest(*times_s: float | None) -> float | None:

@@ -1,168 +1,162 @@
-"""Many real-time sessions on one stream, blocking."""
+"""Many real-time sessions on one call, blocking."""
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
-from rnnserve.awaited import Awaited, StepOfEach
-from rnnserve.batches import Arrived, BatchAnswer, Integers, rows_from
 from rnnserve.duplex import Duplex
 from rnnserve.errors import RnnserveError
-from rnnserve.multiplexed import Multiplexed, Request
-from rnnserve.results import Notice, ResumePoint
+from rnnserve.multiplex_waits import Wait
+from rnnserve.multiplexed import Multiplexed
+from rnnserve.results import BatchAnswer, Notice, ResumePoint
+from rnnserve.session import Durability
+from rnnserve.session_table import Ints
 from rnnserve.statuses import not_open
-from rnnserve.tensors import Input
-from rnnserve.v1.real_time_service_pb2 import MultiplexStepsResponse
+from rnnserve.tensors import Input, rows_array
+from rnnserve.v1.real_time_service_pb2 import MultiplexStepsRequest, MultiplexStepsResponse
 
-_MultiplexDuplex = Duplex[None, Request, MultiplexStepsResponse]
+_MultiplexDuplex = Duplex[Input, MultiplexStepsRequest, MultiplexStepsResponse]
 
 
 class Multiplex:
-    """Many sessions of one model on one stream, for gateways: a message brings a step of each of many.
+    """Many sessions of one model on one call, which takes a step of each of them in a message.
 
-    Use it in a `with` block, from one thread at a time. What happens to one session leaves the others alone: it is
-    among the `errors` of an answer.
+    Use it in a `with` block, from one thread at a time. Sessions are named by their ids and begin with their first
+    step. What happens to one of them, such as a refused step, is in `errors` of the next answer; the others go on.
 
-    Where the connection or the server is lost, all sessions resume by themselves, and no step is applied or answered
-    twice. After TimedOut, Unreachable or Draining that was not possible within `resume_timeout_s`: the stream is over.
-    What is left of a session can be resumed by its resume point.
+    Where the connection or the server is lost, all sessions are resumed, and no step is applied or answered twice.
+    After TimedOut, Unreachable or Draining that was not possible within `resume_timeout_s`: the call is over. What is
+    left of each session can be resumed by its `resume_point`.
     """
 
     def __init__(
-        self, multiplexed: Multiplexed, start: Callable[[Iterator[Request]], Any], target: str, timeout_s: float
+        self,
+        sessions: Multiplexed,
+        start: Callable[[Iterator[MultiplexStepsRequest]], Any],
+        target: str,
+        timeout_s: float,
     ) -> None:
-        self._multiplexed = multiplexed
+        self._sessions = sessions
         self._timeout_s = timeout_s
         self._connect = partial(_MultiplexDuplex, start, target, timeout_s)
         self._duplex: _MultiplexDuplex | None = None
-        self._arrived: deque[Arrived] = deque()
-        self._last_names: tuple[str, ...] = ()
-        self._last_numbers: Integers = np.zeros(0, np.int64)
 
     @property
     def sessions(self) -> list[str]:
-        """The ids of all that have not ended."""
-        return self._multiplexed.names
+        """The ids of the sessions that are not over."""
+        return self._sessions.names
 
     @property
     def notices(self) -> list[Notice]:
         """All notices so far: what `on_notice` was called with."""
-        return self._multiplexed.announcer.notices
+        return self._sessions.notices
 
     def next_step(self, session: str) -> int:
-        """The index of the session's next step. Steps are counted from 0, resets included. Raises KeyError."""
-        return int(self._multiplexed.columns.next_step[self._known(session)])
+        """The index of the next step that is sent. Counted from 0, resets included. Raises SessionNotFound."""
+        return int(self._sessions.table.next_step[self._sessions.number(session)])
 
     def durable_step(self, session: str) -> int:
-        """Each step of the session before this index survives a crash of the server. Raises KeyError."""
-        return int(self._multiplexed.columns.durable_step[self._known(session)])
+        """Each step before this index survives a crash of the server. Raises SessionNotFound."""
+        return int(self._sessions.table.durable_step[self._sessions.number(session)])
+
+    def durability(self, session: str) -> Durability:
+        """What it survives: "none"; "process" = a lost connection; "stored" = also a crash. Raises SessionNotFound."""
+        return self._sessions.durability(session)
 
     def resume_point(self, session: str) -> ResumePoint:
-        """Where the session stands: `open(resume=[point])` goes on from there, in any process. Raises KeyError.
+        """Where a session stands: `open(resume=[point])` or `client.stream(model, resume=point)` goes on from there.
 
-        Take it again after each answer that you have dealt with.
+        Take it again after each answer that you have dealt with. Raises SessionNotFound.
         """
-        return self._multiplexed.resume_point(self._known(session))
+        return self._sessions.resume_point(session)
 
     def open(self, sessions: Sequence[str] = (), *, resume: Sequence[ResumePoint] = ()) -> None:
-        """Begins sessions of these ids, all at once, and goes on with those of the resume points.
+        """Begins sessions, all at once, and goes on with those of resume points.
 
-        `step` and `send` begin those that they don't know by themselves. Answers since a resume point come from
-        `receive`. Raises the first refusal, once all are open or refused; the others stay open.
+        `step` and `send` begin sessions by themselves; here you learn of errors before the first step. Raises the first
+        error, such as SessionExists or SessionLimit; the other sessions are open then. A name whose session is over
+        begins anew. What a resumed session has missed comes by `receive`, and `next_step` says which step comes next.
         """
-        core = self._multiplexed
-        numbers = [core.add(name) for name in sessions if not core.is_open(name)]
-        numbers += [core.add(None, point) for point in resume]
-        self._open(numbers)
-        for failure in filter(None, map(core.failure_of, numbers)):
-            raise failure
+        points = list(resume)
+        self._sessions.forget(self._sessions.known([*sessions, *(point.session for point in points)]))
+        for point in points:
+            self._sessions.resume(point)
+        numbers = self._sessions.numbers([*sessions, *(point.session for point in points)])
+        self._wait(Wait(self._sessions, partial(self._sessions.table.are_begun, numbers)))
+        self._raise_error(numbers)
 
     def step(self, sessions: Sequence[str], x: Input | Sequence[str]) -> BatchAnswer:
-        """Sends a step of each of these sessions, waits, and returns a row of answers for each, in their order.
+        """Sends a step of each session, waits for all of them, and returns the answers in the same order.
 
-        `x` is (sessions, features), or a character for each for a text model. Where a step is refused, or a session has
-        ended, `errors` says why.
+        `x` is (sessions, features), or one character for each session of a text model. A row that is refused costs the
+        others nothing. Raises ShapeMismatch, DataTypeMismatch, FieldInvalid; then nothing was sent.
         """
-        numbers, inputs = self._numbers(sessions), rows_from(x, len(sessions))
-        step = StepOfEach(self._multiplexed, sessions, numbers, inputs)
-        self._exchange(step)
-        self._arrived += step.others
-        return step.answer()
+        make, numbers = self._steps(sessions, x)
+        first_steps = self._sessions.table.next_step[numbers]
+        is_done = partial(self._sessions.table.are_settled, numbers, first_steps)
+        self._wait(Wait(self._sessions, is_done, make, partial(self._may_send, numbers)))
+        return self._sessions.take_steps(sessions, numbers, first_steps)
 
     def send(self, sessions: Sequence[str], x: Input | Sequence[str]) -> None:
-        """Sends a step of each of these sessions and waits for no answer; `receive` has them.
+        """Sends a step of each session, and waits only for room: for what a session may have outstanding.
 
-        Waits only where the replay buffer is full. Those of a session that has ended are dropped: `receive` has told.
+        The answers come by `receive`; until then they are kept here. Behind a refused step nothing more is sent for a
+        session before `receive` has told of it. Raises as `step`.
         """
-        core = self._multiplexed
-        numbers, inputs = self._numbers(sessions), rows_from(x, len(sessions))
-        alive = core.columns.gone[numbers] == 0
-        make_requests = partial(core.steps, numbers[alive], inputs[alive])
-        self._arrived += self._exchange(Awaited(core, make_requests, needs_room=True))
+        make, numbers = self._steps(sessions, x)
+        self._wait(Wait(self._sessions, lambda: True, make, partial(self._may_send, numbers)))
 
     def receive(self, timeout_s: float | None = None) -> BatchAnswer | None:
-        """The next answers, of whichever sessions have them, to steps that were sent ahead.
+        """All answers that have come and that nobody waited for; a session may have several rows, in order.
 
-        None if there are none within the time, or if none are to come.
+        Waits for the first one at most for `timeout_s`, not counted what it takes to resume; None = for as long as one
+        is owed. Returns None if nothing has come. A session in `errors` has one more row.
         """
-        core = self._multiplexed
-        if not self._arrived:
-            until_s = None if timeout_s is None else time.monotonic() + timeout_s
-            self._arrived += self._call().poll(Awaited(core, enough=lambda: core.idle), until_s)
-        if not self._arrived:
-            return None
-        arrived = self._arrived.popleft()
-        core.hand_over(arrived)
-        return core.answer(arrived)
+        sessions = self._sessions
+        if timeout_s is None:
+            self._wait(Wait(sessions, lambda: sessions.has_news or not sessions.pending))
+        else:
+            self._wait(Wait(sessions, lambda: sessions.has_news, timeout_s=timeout_s))
+        self._wait(Wait(sessions, lambda: False, timeout_s=0.0))
+        return sessions.take()
 
     def reset(self, sessions: Sequence[str]) -> None:
-        """Puts these into the initial state, as if no step had been sent. Counting goes on.
-
-        Raises the first refusal.
-        """
-        core = self._multiplexed
-        numbers = self._numbers(sessions)
-        steps = core.columns.next_step[numbers]
-        arrived = self._exchange(
-            Awaited(core, partial(core.resets, numbers), lambda: core.are_reset(numbers, steps), needs_room=True)
-        )
-        self._arrived += arrived
-        for failure in filter(None, (part.errors.get(number) for part in arrived for number in numbers.tolist())):
-            raise failure
+        """Back to the initial state, behind what was sent. Counting goes on. Raises the first error."""
+        numbers = self._sessions.numbers(sessions)
+        is_done = partial(self._sessions.table.are_idle, numbers)
+        self._wait(Wait(self._sessions, is_done, partial(self._sessions.reset, numbers)))
+        self._raise_error(numbers)
 
     def close_sessions(self, sessions: Sequence[str]) -> None:
-        """Ends these. Their answers that are not received yet are dropped. Raises KeyError."""
-        self._close([self._known(name) for name in sessions], None)
+        """Ends sessions and forgets their names, once what was sent of them is answered; unknown names are passed over.
+
+        The notice "not_erased" tells where a crash of the server may bring one back, parked: its store is down.
+        """
+        self._close(self._sessions.known(sessions))
 
     def close(self) -> None:
-        """Ends all sessions. Never fails: what can't be ended within `timeout_s` is left to the server.
-
-        The notice "not_erased" tells of each that a crash of the server may bring back, parked.
-        """
+        """Ends all sessions. Never fails: what can't be ended within `timeout_s` is left to the server."""
         if self._duplex is None:
             return
         until_s = time.monotonic() + self._timeout_s
-        core = self._multiplexed
-        core.limit_closing(self._timeout_s)
+        self._sessions.limit_closing(self._timeout_s)
         with contextlib.suppress(RnnserveError):
-            self._close([self._known(name) for name in core.names], until_s)
+            self._close(self._sessions.known(self._sessions.names), until_s)
         self._duplex.finish(until_s)
         self.abort()
+        self._sessions.closed()
 
     def park(self) -> None:
-        """Ends the stream but not the sessions, which their resume points can resume while the server keeps them."""
+        """Ends the call but no session; each `resume_point` can be resumed for as long as the server keeps it."""
         if self._duplex is not None:
             self._duplex.finish()
             self.abort()
 
     def abort(self) -> None:
-        """Ends the stream at once, whatever is still under way. The sessions are left as `park` leaves them."""
+        """Ends the call at once, whatever is still under way. The sessions are left as `park` leaves them."""
         if self._duplex is not None:
             self._duplex.cancel()
             self._duplex = None
@@ -179,41 +173,28 @@ class Multiplex:
         else:
             self.abort()
 
-    def _numbers(self, sessions: Sequence[str]) -> Integers:
-        """Of these, all of which are open then, or have failed. Raises ValueError for one that is named twice."""
-        names = tuple(sessions)
-        if names == self._last_names:
-            return self._last_numbers
-        core = self._multiplexed
-        if len(set(names)) < len(names):
-            raise ValueError("a session is named twice")
-        self._open([core.add(name) for name in names if core.number(name) is None])
-        self._last_names, self._last_numbers = names, np.array([core.number(name) for name in names], np.int64)
-        return self._last_numbers
+    def _steps(self, sessions: Sequence[str], x: Input | Sequence[str]) -> tuple[Callable[[], None], Ints]:
+        """What makes the steps, and the numbers of the sessions."""
+        inputs = rows_array(x, len(sessions))
+        numbers = self._sessions.numbers(sessions)
+        return partial(self._sessions.steps, numbers, inputs), numbers
 
-    def _known(self, session: str) -> int:
-        number = self._multiplexed.number(session)
-        if number is None:
-            raise KeyError(session)
-        return number
+    def _may_send(self, numbers: Ints) -> bool:
+        return not self._sessions.full and self._sessions.table.have_room(numbers)
 
-    def _open(self, numbers: Sequence[int]) -> None:
-        if numbers:
-            core = self._multiplexed
-            self._last_names = ()
-            opening = Awaited(core, lambda: core.opens(numbers), lambda: not core.are_opening(numbers))
-            arrived = self._exchange(opening)
-            self._arrived += [part for part in arrived if not part.errors.keys() & set(numbers)]
+    def _close(self, numbers: Ints, until_s: float | None = None) -> None:
+        """Behind everything else."""
+        sessions = self._sessions
+        self._wait(Wait(sessions, partial(sessions.table.are_idle, numbers)), until_s)
+        self._wait(Wait(sessions, partial(sessions.table.are_over, numbers), partial(sessions.close, numbers)), until_s)
+        sessions.forget(numbers)
 
-    def _close(self, numbers: Sequence[int], until_s: float | None) -> None:
-        core = self._multiplexed
-        self._last_names = ()
-        self._exchange(Awaited(core, lambda: core.closes(numbers), lambda: core.have_ended(numbers)), until_s)
+    def _raise_error(self, numbers: Ints) -> None:
+        error = self._sessions.take_error(numbers)
+        if error is not None:
+            raise error
 
-    def _exchange(self, awaited: Awaited, until_s: float | None = None) -> list[Arrived]:
-        return self._call().exchange(awaited, until_s)
-
-    def _call(self) -> _MultiplexDuplex:
+    def _wait(self, wait: Wait, until_s: float | None = None) -> None:
         if self._duplex is None:
             raise not_open()
-        return self._duplex
+        self._duplex.exchange(wait, until_s)

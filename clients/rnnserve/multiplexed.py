@@ -1,90 +1,56 @@
-"""The bookkeeping of many sessions on one stream, without I/O: a number for each, and arrays by that number.
+"""The bookkeeping of many sessions on one call, without I/O: what `Session` does for one, done for all of a batch.
 
-Each is as a session on a stream of its own (`session.py`); but what is done for each step is done in one go for all
-sessions that a message is about.
+Whatever is per session here happens only when it begins, ends or goes on; steps and their answers are arrays.
 """
 
 import secrets
-import uuid
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from rnnserve.announcer import Announcer
-from rnnserve.batches import Arrived, BatchAnswer, Integers, Kept, Sent, integers, steps_request
-from rnnserve.errors import (
-    Evicted,
-    ResumePointLost,
-    RnnserveError,
-    SessionNotFound,
-    StreamClosed,
-    TimedOut,
-    TryAgain,
-    Unreachable,
-)
+from rnnserve.answered_rows import AnsweredRows, Arrivals, rows_from
+from rnnserve.batch_requests import BatchRequests
+from rnnserve.batches import Backlog, Batch, BatchReplay, Inputs, bare, is_refused
+from rnnserve.errors import RnnserveError, SessionMoved, SessionNotFound, TimedOut, TryAgain, Unreachable
 from rnnserve.exchange import Turn
+from rnnserve.handles import Handles, ints
+from rnnserve.notices import Notices
 from rnnserve.replay import REPLAY_BUFFER_BYTES, WhenReplayFull
 from rnnserve.requests import checked_version
-from rnnserve.results import Notice, ResumePoint, notice_from
+from rnnserve.results import BatchAnswer, Notice, ResumePoint, notice_from
 from rnnserve.retry import Resumption
-from rnnserve.session import RESUME_TIMEOUT_S, Durability, checked_session_id, durability_from, token_bytes
+from rnnserve.session import (
+    MOVED_PAUSE_S,
+    RESUME_TIMEOUT_S,
+    Durability,
+    outlives,
+    refused_again,
+    resume_point_lost,
+    resume_token,
+    without_advice,
+)
+from rnnserve.session_names import SessionNames
+from rnnserve.session_table import NEVER, Ints, Mask, SessionTable
 from rnnserve.statuses import error_from_status
 from rnnserve.v1 import real_time_service_pb2 as pb
 from rnnserve.v1.prediction_pb2 import OutputOptions
 
-Request = pb.MultiplexStepsRequest
-MultiplexTurn = Turn[Request, Arrived]
+_Requests = list[pb.MultiplexStepsRequest]
+_Turn = Turn[pb.MultiplexStepsRequest, None]
 
-NO_HANDLE = -1
-
-
-@dataclass
-class Named:
-    """What is the same for a session over all its steps."""
-
-    id: str
-    token: bytes
-    taken_over: bool = False  # from another stream, by a resume point
-    was_open: bool = False
-    durability: Durability = "none"
-    failure: RnnserveError | None = None  # it has ended
-    leaving: bool = False
-
-
-class Columns:
-    """A number of each kind for each session: all indices of steps, unless said otherwise."""
-
-    def __init__(self) -> None:
-        self.next_step = _zeros()
-        self.sent_step = _zeros()  # no step from here on was ever sent
-        self.answered_step = _zeros()  # each answer before it has come
-        self.handed_step = _zeros()  # each answer before it is with the caller; what the server is told
-        self.durable_step = _zeros()
-        self.kept_step = _zeros()  # each step from here on is kept to be sent again
-        self.reset_step = _zeros()  # the last reset that was answered came before this one
-        self.owed = _zeros()  # how many answers this call owes
-        self.stale = _zeros()  # how many of them are refusals that follow from the first one
-        self.handle = _zeros()  # on this call; -1 = the session is not open there
-        self.gone = _zeros()  # 1 = it has ended, and nothing of it need be kept
-        self.stored = _zeros()  # 1 = it survives a crash of the server
-
-    def make_room(self, sessions: int) -> None:
-        """For so many sessions in all."""
-        for name, column in vars(self).items():
-            if len(column) < sessions:
-                grown = np.zeros(max(sessions, 2 * len(column)), np.int64)
-                grown[: len(column)] = column
-                setattr(self, name, grown)
+UNOPENED_STEPS = 8  # of a session that is being opened wait here at most
+OPENINGS_PAUSE_S = 0.002  # for more sessions to be open before what waits for them is sent
 
 
 class Multiplexed:
-    """Makes the requests of all sessions of a model on one stream, and reads the responses, in whatever order.
+    """Makes the requests of many sessions and reads the responses, in which those of one session keep their order.
 
-    After `cut` all sessions go on where they were, if the server keeps them: they are opened again, and what the
-    server does not have is sent again. What the caller has already got is dropped.
+    Sessions are told by numbers. Requests of a session wait here while it is being opened, while it has as many
+    outstanding as it may, and while what was sent behind a refused step is still being refused. The first error of
+    each session is kept until the caller takes it; before that nothing more is made for it.
+
+    After `cut` all sessions are opened again on the next call, with new handles, and get again what the server lacks.
     """
 
     def __init__(
@@ -102,463 +68,581 @@ class Multiplexed:
         on_notice: Callable[[Notice], object] | None = None,
     ) -> None:
         self.failure: RnnserveError | None = None
-        self.announcer = Announcer(on_notice)
+        self.table = SessionTable()
         self._opening = pb.OpenSession(
-            model=model, version=checked_version(version), options=options, require_durable=durable,
+            model=model,
+            version=checked_version(version),
+            options=options,
+            require_durable=durable,
             caller_id=secrets.token_bytes(16),
-        )  # fmt: skip
-        self._kept = Kept(replay_buffer_bytes, when_replay_full)
+        )
+        self._names = SessionNames(self.table, self._used_numbers)
+        self._handles = Handles(self.table)
+        self._replay = BatchReplay(self.table, replay_buffer_bytes, when_replay_full)
+        self._backlog = Backlog(self.table)
+        self._backlog_at_s = 0.0  # not before
+        self._requests = BatchRequests(self.table)
+        self._outgoing: _Requests = []
+        self._owed = 0  # responses
+        self._arrivals = Arrivals(self.table)
+        self._errors: dict[int, RnnserveError] = {}  # which the caller has not taken
+        self._ends: dict[int, RnnserveError] = {}  # why sessions are over
+        self._notices = Notices(on_notice)
+        self._to_open: list[int] = []
+        self._openings: set[int] = set()  # under way
+        self._reopen_at_s: dict[int, float] = {}
+        self._resume_timeout_s = resume_timeout_s
         self._resumption = Resumption(resume_timeout_s)
-        self._attempts = open_attempts  # left until a session is open for the first time
-        self._other_connections = other_connections
-        self._named: list[Named] = []
-        self._numbers: dict[str, int] = {}  # of those that have not ended
-        self.columns = Columns()
-        self._number_of = np.zeros(0, np.int64)  # by handle of this call
-        self._handles = 0  # how many this call has had
-        self._waiting_to_open: set[int] = set()
-        self._to_resume: dict[int, int] = {}  # handles of those that are open, but what they lack is not sent yet
-        self._unsent: deque[Sent] = deque()
-        self._to_close: set[int] = set()
-        self._closing: set[int] = set()
-        self._cut = False
-        self._limits = pb.HandleOpened(max_outstanding_steps=1)
+        self._resumptions: dict[int, Resumption] = {}  # of sessions that were lost alone
+        self._open_attempts = open_attempts  # left before the first session is open
+        self._other_connections = other_connections  # on which a server may answer where one is stuck
+        self._was_open = False
+        self._is_cut = False
+        self._is_interrupted = False
+        self._is_leaving = False
 
-    # What the facades ask.
+    @property
+    def notices(self) -> list[Notice]:
+        """All so far."""
+        return self._notices.told
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sessions that are not over."""
+        return list(map(self._names.name, self._alive.tolist()))
 
     @property
     def owes(self) -> bool:
-        """Whether the server owes anything."""
-        return bool(self._waiting_to_open or self.columns.owed.any())
+        """Whether the server owes a response."""
+        return self._owed > 0 or bool(self._openings)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an answer is still to come."""
+        return self.owes or bool(self._backlog) or bool(self._reopen_at_s)
 
     @property
     def full(self) -> bool:
         """Whether no more steps should be made, for they could not be kept."""
-        return self._kept.full
+        return self._replay.full
 
     @property
-    def names(self) -> list[str]:
-        """Of the sessions that have not ended."""
-        return [name for name, number in self._numbers.items() if not self.columns.gone[number]]
+    def has_news(self) -> bool:
+        """Whether `take` has something."""
+        return bool(self._arrivals) or bool(self._errors)
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing more will come unasked."""
-        return not (self.owes or self._unsent or self._to_resume)
+    def wake_after_s(self) -> float | None:
+        """When `wake` has something to do."""
+        times_s = [*self._reopen_at_s.values(), *([self._backlog_at_s] if self._backlog_at_s else [])]
+        return max(0.0, min(times_s) - time.monotonic()) if times_s else None
 
-    def number(self, name: str) -> int | None:
-        """Of the session that has the name, or had it last and has failed."""
-        return self._numbers.get(name)
+    # Sessions by name
 
-    def is_open(self, name: str) -> bool:
-        """Whether there is such a session, and it has not ended."""
-        number = self._numbers.get(name)
-        return number is not None and not self.columns.gone[number]
+    def numbers(self, names: Sequence[str]) -> Ints:
+        """Of sessions, which begin if they are not known yet. Raises TypeError, ValueError, FieldInvalid."""
+        return self._names.group(names, lambda name: self._begin(name, secrets.token_bytes(16)))
 
-    def are_reset(self, numbers: Integers, steps: Integers) -> bool:
-        """Whether a reset of each before that step is answered, in whatever way."""
-        c = self.columns
-        answered = (c.reset_step[numbers] >= steps) | (c.gone[numbers] > 0) | (c.next_step[numbers] < steps)
-        return bool(answered.all())
+    def known(self, names: Iterable[str]) -> Ints:
+        """The numbers of those that have begun."""
+        return self._names.known(names)
 
-    def answer(self, arrived: Arrived) -> BatchAnswer:
-        """For the caller."""
-        names = tuple(self._named[number].id for number in arrived.numbers.tolist())
-        errors = {self._named[number].id: error for number, error in arrived.errors.items()}
-        return BatchAnswer.of(names, arrived.steps, arrived.prediction, errors)
+    def number(self, name: str) -> int:
+        """Of one that has begun. Raises SessionNotFound."""
+        return self._names.number(name)
 
-    def failure_of(self, number: int) -> RnnserveError | None:
-        """Why it has ended."""
-        return self._named[number].failure
+    def forget(self, numbers: Ints) -> None:
+        """The names of those that are over may begin anew."""
+        self._forget([number for number in numbers.tolist() if number in self._ends])
 
-    def are_opening(self, numbers: Sequence[int]) -> bool:
-        """Whether one of these is not open yet."""
-        return not self._waiting_to_open.isdisjoint(numbers)
+    def resume(self, point: ResumePoint) -> None:
+        """A session that another stream had. Raises ValueError if it is known already."""
+        if point.session in self._names:
+            raise ValueError(f"{point.session!r} is open on this call already")
+        number, table = self._begin(point.session, resume_token(point.token)), self.table
+        for steps in (table.next_step, table.sent_step, table.answered_step, table.handed_step, table.kept_step):
+            steps[number] = point.answered_step
+        table.is_taken_over[number] = True
+        if point.reset:
+            self.reset(np.array([number]))
 
-    def have_ended(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these are closed, or have failed."""
-        return bool(self.columns.gone[np.array(numbers, np.int64)].all())
+    def resume_point(self, name: str) -> ResumePoint:
+        """Where a session stands, for another stream to go on. Raises SessionNotFound."""
+        number, table = self.number(name), self.table
+        handed_step = int(table.handed_step[number])
+        was_reset = 0 < table.reset_step[number] == handed_step and not table.resets[number]
+        return ResumePoint(name, self._names.token(number).hex(), handed_step, bool(was_reset))
 
-    def resume_point(self, number: int) -> ResumePoint:
-        """Where the session stands."""
-        named, c = self._named[number], self.columns
-        handed, reset = int(c.handed_step[number]), int(c.reset_step[number])
-        return ResumePoint(named.id, named.token.hex(), handed, 0 < reset == handed)
+    def durability(self, name: str) -> Durability:
+        """What a session survives. Raises SessionNotFound."""
+        number, table = self.number(name), self.table
+        if not table.is_parkable[number]:
+            return "none"
+        return "stored" if table.is_stored[number] else "process"
 
-    # What the caller wants.
+    # What the caller wants
 
-    def add(self, name: str | None, resume: ResumePoint | None = None) -> int:
-        """A session, to be opened. Raises FieldInvalid, ValueError."""
-        name = resume.session if resume else name
-        name = checked_session_id(name) if name is not None else uuid.uuid4().hex
-        number = len(self._named)
-        self.columns.make_room(number + 1)
-        token = token_bytes(resume.token) if resume else secrets.token_bytes(16)
-        self._named.append(Named(name, token, taken_over=resume is not None))
-        self._numbers[name] = number
-        self.columns.handle[number] = NO_HANDLE
-        if resume:
-            for column in (self.columns.next_step, self.columns.answered_step, self.columns.handed_step):
-                column[number] = resume.answered_step
-        self._waiting_to_open.add(number)
-        return number
+    def begin(self) -> _Turn:
+        """What comes before anything else: a new call where the last one was given up."""
+        if self._is_cut and self.failure is None:
+            return Turn(requests=self._open_all(), reconnect_after_s=0.0)
+        return self._turn()
 
-    def opens(self, numbers: Sequence[int]) -> list[Request]:
-        """The requests to open these on this call."""
-        self._attempts -= 1
-        return [] if self._cut else list(map(self._open, numbers))
+    def steps(self, numbers: Ints, inputs: Inputs) -> None:
+        """The next step of each; none of those that have an error."""
+        self._make(Batch("steps", numbers, self.table.next_step[numbers], inputs))
 
-    def steps(self, numbers: Integers, inputs: npt.NDArray[np.generic]) -> list[Request]:
-        """The next step of each: what can be sent now; the rest waits."""
-        steps = self.columns.next_step[numbers]
-        self.columns.next_step[numbers] = steps + 1
-        return self._made(Sent(numbers, steps, inputs))
+    def reset(self, numbers: Ints) -> None:
+        """Back to the initial state; not of those that have an error."""
+        self._make(bare("reset", numbers, self.table.next_step[numbers]))
 
-    def resets(self, numbers: Integers) -> list[Request]:
-        """Back to the initial state before the next step of each."""
-        return self._made(Sent(numbers, self.columns.next_step[numbers], None))
-
-    def closes(self, numbers: Sequence[int]) -> list[Request]:
-        """The end of these, behind everything that was made for them."""
-        self._to_close.update(number for number in numbers if not self.columns.gone[number])
-        return self._pump()
+    def close(self, numbers: Ints) -> None:
+        """Ends these sessions."""
+        numbers = numbers[~self.table.is_over[numbers] & ~self.table.is_closing[numbers]]
+        self.table.is_closing[numbers] = True
+        self._make(bare("close", numbers, self.table.next_step[numbers]))
 
     def limit_closing(self, timeout_s: float) -> None:
         """From now on nothing is resumed for longer than this, and no session begun anew."""
-        for named in self._named:
-            named.leaving = True
-        self._resumption.limit(timeout_s)
+        self._is_leaving = True
+        for resumption in (self._resumption, *self._resumptions.values()):
+            resumption.limit(timeout_s)
 
-    def hand_over(self, arrived: Arrived) -> None:
-        """The caller has these."""
-        c = self.columns
-        rows = arrived.steps >= 0
-        numbers = arrived.numbers[rows]
-        c.handed_step[numbers] = np.maximum(c.handed_step[numbers], arrived.steps[rows] + 1)
+    def closed(self) -> None:
+        """The last use: the caller is told of each session of which the server did not say that nothing is left."""
+        for number in self._alive[self.table.is_parkable[self._alive]].tolist():
+            self._tell_not_erased(number)
 
-    # What happens on the call.
+    def outgoing(self) -> _Requests:
+        """What is to be sent now."""
+        opening, self._to_open = self._to_open, []
+        requests = [*map(self._open, opening), *self._outgoing]
+        self._outgoing = []
+        return requests
 
-    def begin(self) -> MultiplexTurn:
-        """What comes before anything else: a new call where the last one was given up."""
-        if self._cut and self.failure is None:
-            return Turn(requests=self._reopen(), reconnect_after_s=0.0)
-        return Turn()
+    def take(self) -> BatchAnswer | None:
+        """All that has come, and the errors; None = nothing."""
+        if not self.has_news:
+            return None
+        rows = self._arrivals.take_all(np.array(list(self._errors), np.int64))
+        names = list(map(self._names.name, rows.numbers.tolist()))
+        return rows.answer(names, self._take_errors(list(self._errors)))
 
-    def handle(self, response: pb.MultiplexStepsResponse) -> MultiplexTurn:
-        """What has arrived with a response, and what is to be sent because of it."""
-        arrived: list[Arrived] = []
-        requests: list[Request] = []
+    def take_steps(self, names: Sequence[str], numbers: Ints, first_steps: Ints) -> BatchAnswer:
+        """The answers to these steps, in their order, and the errors of those that have none."""
+        rows = self._arrivals.take(numbers, first_steps)
+        return rows.answer(names, self._take_errors(numbers[rows.steps < 0].tolist()))
+
+    def take_error(self, numbers: Ints) -> RnnserveError | None:
+        """The first error of these sessions; the others stay."""
+        for number in numbers.tolist():
+            for error in self._take_errors([number]).values():
+                return error
+        return None
+
+    # What happens
+
+    def handle(self, response: pb.MultiplexStepsResponse) -> _Turn:
+        """Reads a response."""
         match response.WhichOneof("response"):
             case "answer":
-                arrived = self._answered(response.answer)
+                self._answered(response.answer)
             case "opened":
-                arrived = self._opened(response.opened)
+                self._opened(response.opened)
             case "refused":
-                arrived = self._refused(response.refused)
+                self._refused(response.refused)
             case "reset":
-                self._reset(response.reset)
+                self._was_reset(response.reset)
             case "closed":
                 self._closed(response.closed)
             case "ended":
-                arrived, requests = self._ended(response.ended)
+                self._ended(response.ended)
             case "durable":
-                self._became_durable(integers(response.durable.handles), response.durable.durable_steps)
+                self._became_durable(response.durable)
             case "notice":
-                self.announcer.announce(notice_from(response.notice))
-        self._resumption.progress()
-        self._kept.prune(self.columns)
-        return Turn([*requests, *self._pump()], arrived)
+                self._notices.tell(notice_from(response.notice))
+        return self._turn()
 
-    def cut(self, error: RnnserveError) -> MultiplexTurn:
-        """The call has ended: opens all sessions again, unless that is hopeless. Then `failure` says why."""
-        was_open = any(named.was_open for named in self._named)
-        self._lose_call()
-        resumes = self._resumes_after(error, was_open=was_open)
-        pause_s = self._resumption.pause_s(error.retry_after_s) if resumes else None
+    def wake(self) -> _Turn:
+        """Does what it is time for."""
+        now_s = time.monotonic()
+        self._to_open += [number for number, at_s in self._reopen_at_s.items() if at_s <= now_s]
+        return self._turn()
+
+    def cut(self, error: RnnserveError) -> _Turn:
+        """The call has ended: opens all sessions on a new one, unless that is hopeless. Then `failure` says why."""
+        self.lose()
+        pause_s = self._resumption.pause_s(error.retry_after_s) if self._resumes_after(error) else None
         if pause_s is None:
             self.failure = self.failure or error
             return Turn()
-        if was_open:
-            self.announcer.interrupted(error)
-        arrived = self._end_what_is_not_kept(error)
-        return Turn(requests=self._reopen(), results=arrived, reconnect_after_s=pause_s)
+        table = self.table
+        self._end(np.flatnonzero(table.was_open & ~table.is_parkable & ~table.is_over), error)
+        if self._was_open and not self._is_interrupted:
+            self._is_interrupted = True
+            message = f"the call is interrupted and tries to resume: {without_advice(error.message)}"
+            self._notices.tell(Notice("interrupted", message, error=error))
+        return Turn(requests=self._open_all(), reconnect_after_s=pause_s)
 
     def lose(self) -> None:
         """The call has ended; the next use begins a new one."""
-        self._lose_call()
+        self._is_cut = True
+        self._unbind(np.flatnonzero(self.table.handle))
 
-    def _lose_call(self) -> None:
-        c = self.columns
-        self._cut = True
-        c.handle[:] = NO_HANDLE
-        c.owed[:] = 0
-        c.stale[:] = 0
-        self._handles = 0
-        self._unsent.clear()
-        self._to_resume.clear()
-        self._to_close |= self._closing
-        self._closing.clear()
-        self._waiting_to_open = {number for number in self._numbers.values() if not c.gone[number]}
+    # Sessions begin
 
-    def _reopen(self) -> list[Request]:
-        self._cut = False
-        self._attempts -= 1
-        return [self._open(number) for number in sorted(self._waiting_to_open)]
+    @property
+    def _alive(self) -> Ints:
+        numbers = self._names.numbers
+        alive: Ints = numbers[~self.table.is_over[numbers]]
+        return alive
 
-    def _resumes_after(self, error: RnnserveError, *, was_open: bool) -> bool:
-        if not was_open:
-            again = isinstance(error, Unreachable) or (isinstance(error, TimedOut) and self._other_connections)
-            return again and self._attempts > 0
-        if all(named.durability == "none" for named in self._named if named.was_open and not named.failure):
-            return False
-        if isinstance(error, StreamClosed):
-            return error.code == "OK"  # ended by the server, not here
-        return isinstance(error, TryAgain | TimedOut)
+    def _used_numbers(self) -> set[int]:
+        self._replay.sweep()
+        return self._arrivals.numbers | set(self._errors)
 
-    def _end_what_is_not_kept(self, error: RnnserveError) -> list[Arrived]:
-        """The sessions that the server does not keep without a stream."""
-        lost = [
-            number for number in self._waiting_to_open
-            if self._named[number].was_open and self._named[number].durability == "none"
-        ]  # fmt: skip
-        return [self._fail(number, error) for number in lost]
+    def _begin(self, name: str, token: bytes) -> int:
+        number = self._names.add(name, token)
+        self.table.max_outstanding[number] = UNOPENED_STEPS
+        self._to_open.append(number)
+        return number
 
-    def _open(self, number: int) -> Request:
-        """One that can be built from its beginning is not asked to be there: the server may have lost it."""
-        named, c = self._named[number], self.columns
-        handle = self._handles
-        self._handles += 1
-        if handle >= len(self._number_of):
-            self._number_of = np.resize(self._number_of, max(64, 2 * len(self._number_of)))
-        self._number_of[handle] = number
-        self._waiting_to_open.add(number)
-        request = Request(open=pb.OpenHandle(handle=handle, open=self._opening, answered_step=c.handed_step[number]))
+    def _open(self, number: int) -> pb.MultiplexStepsRequest:
+        """With a new handle. A session that can be built from its beginning is not asked to be there."""
+        table = self.table
+        self._reopen_at_s.pop(number, None)
+        self._openings.add(number)
+        request = pb.MultiplexStepsRequest()
+        request.open.handle, request.open.answered_step = self._handles.bind(number), int(table.handed_step[number])
         opening = request.open.open
-        opening.session_id, opening.resume_token = named.id, named.token
-        complete = c.kept_step[number] == 0
-        opening.resume = named.taken_over or (named.was_open and (named.leaving or not complete))
-        opening.rebuild = named.was_open and not opening.resume
-        opening.take_over = named.taken_over and not named.was_open
+        opening.CopyFrom(self._opening)
+        opening.session_id, opening.resume_token = self._names.name(number), self._names.token(number)
+        was_open, is_taken_over = bool(table.was_open[number]), bool(table.is_taken_over[number])
+        must_be_there = self._is_leaving or bool(table.is_closing[number]) or bool(table.kept_step[number])
+        opening.resume = is_taken_over or (was_open and must_be_there)
+        opening.rebuild = was_open and not opening.resume
+        opening.take_over = is_taken_over and not was_open
         return request
 
-    def _made(self, sent: Sent) -> list[Request]:
-        self._kept.add(sent)
-        is_open = self.columns.handle[sent.numbers] != NO_HANDLE
-        if is_open.any():
-            self._unsent.append(sent.where(is_open))
-        return self._pump()
+    def _open_all(self) -> _Requests:
+        """On a new call."""
+        self._is_cut = False
+        self._handles.begin_call()
+        self._reopen_at_s.clear()
+        self._outgoing.clear()
+        alive = self._alive
+        self._make_wait_again(alive)
+        self._to_open = alive.tolist()
+        return self.outgoing()
 
-    def _pump(self) -> list[Request]:
-        """What can be sent now: of a session that has its limit outstanding nothing more, and nothing out of order."""
-        if self._to_resume and not self._waiting_to_open:
-            self._send_again()
-        requests: list[Request] = []
-        c, limit = self.columns, self._limits.max_outstanding_steps
-        for _ in range(len(self._unsent)):
-            sent = self._unsent.popleft()
-            may_go = c.owed[sent.numbers] < limit
-            if may_go.any():
-                requests += self._send(sent.where(may_go))
-            if not may_go.all():
-                self._unsent.append(sent.where(~may_go))
-        for number in [n for n in self._to_close if c.handle[n] != NO_HANDLE and not c.owed[n]]:
-            requests.append(self._close(number))
-        return requests
+    def _make_wait_again(self, numbers: Ints) -> None:
+        """All that is kept of these sessions waits to be sent."""
+        if not len(numbers):
+            return
+        table = self.table
+        is_again = np.zeros(table.capacity, np.bool_)
+        is_again[numbers] = True
+        self._backlog.keep(lambda batch: ~is_again[batch.numbers])
+        table.resets[numbers] = 0
+        for batch in self._replay:
+            kept = batch.where(is_again[batch.numbers])
+            self._backlog.add(kept)
+            if batch.kind == "reset":
+                table.count_resets(kept.numbers, 1)
 
-    def _send(self, sent: Sent) -> list[Request]:
-        c, numbers = self.columns, sent.numbers
-        c.owed[numbers] += 1
-        if sent.inputs is None:
-            return list(map(self._reset_request, numbers.tolist(), sent.steps.tolist()))
-        c.sent_step[numbers] = np.maximum(c.sent_step[numbers], sent.steps + 1)
-        limits = self._limits.opened
-        parts = sent.parts(limits.max_steps_per_message, limits.max_message_bytes)
-        return [steps_request(c.handle[part.numbers], part, c.handed_step[part.numbers]) for part in parts]
+    def _opened(self, message: pb.HandleOpened) -> None:
+        number = int(self._handles.numbers([message.handle])[0])
+        if number < 0:
+            return
+        index = message.opened.next_step
+        self._openings.discard(number)
+        self._requests.note(message.opened)
+        self._fill_in(number, message)
+        for missed in message.missed:
+            self._collect_missed(number, missed)
+        self._advance_durable(np.array([number]), np.array([message.durable_step]))
+        lost = self._what_is_lost(number, index)
+        if lost is not None:
+            self._end(np.array([number]), lost)
+            return
+        self._announce_resumed(number, index)
+        if not self._openings:
+            self._backlog_at_s = 0.0
+        elif not self._backlog_at_s:
+            self._backlog_at_s = time.monotonic() + OPENINGS_PAUSE_S
 
-    def _reset_request(self, number: int, step: int) -> Request:
-        c = self.columns
-        reset = pb.ResetHandle(
-            handle=c.handle[number], reset=pb.ResetSession(first_step=step), answered_step=c.handed_step[number]
-        )
-        return Request(reset=reset)
+    def _fill_in(self, number: int, message: pb.HandleOpened) -> None:
+        table, opened = self.table, message.opened
+        is_first, index = not table.was_open[number], opened.next_step
+        if is_first and table.is_taken_over[number] and index > table.answered_step[number]:
+            table.next_step[number] = table.sent_step[number] = table.kept_step[number] = index
+        self._was_open = table.was_open[number] = table.is_open[number] = True
+        table.max_outstanding[number] = max(1, message.max_outstanding_steps)
+        table.version[number] = opened.version
+        table.applied_step[number] = index
+        is_parkable = opened.durability in (pb.DURABILITY_PROCESS, pb.DURABILITY_STORED)
+        is_stored = opened.durability == pb.DURABILITY_STORED or table.is_stored[number]
+        table.is_parkable[number] = is_parkable
+        table.is_stored[number] = is_parkable and is_stored  # once stored, an outage of the store ends nothing
 
-    def _close(self, number: int) -> Request:
-        self._to_close.discard(number)
-        self._closing.add(number)
-        c = self.columns
-        c.owed[number] += 1
-        close = pb.CloseSession(first_step=int(c.next_step[number]))
-        answered_step = c.answered_step[number]  # who closes wants no more answers
-        return Request(close=pb.CloseHandle(handle=c.handle[number], close=close, answered_step=answered_step))
+    def _collect_missed(self, number: int, missed: pb.StepsAnswer) -> None:
+        """Of several steps of one session, those that are new."""
+        count = missed.next_step - missed.first_step
+        steps = np.arange(missed.first_step, missed.next_step)
+        rows = rows_from(np.full(count, number), steps, missed.prediction)
+        for place in range(len(rows)):
+            self._collect(rows.at(np.array([place])))
 
-    def _send_again(self) -> None:
-        """What the sessions lack that are open again, behind what others wait to send."""
-        c = self.columns
-        resumed = np.zeros(len(c.owed), np.bool_)
-        for number, handle in self._to_resume.items():
-            resumed[number], c.handle[number] = True, handle
-        self._to_resume.clear()
-        for sent in self._kept:
-            again = resumed[sent.numbers] & (sent.steps >= c.sent_step[sent.numbers])
-            if again.any():
-                self._unsent.append(sent.where(again))
-
-    def _opened(self, response: pb.HandleOpened) -> list[Arrived]:
-        number, opened = int(self._number_of[response.handle]), response.opened
-        named, c, index = self._named[number], self.columns, opened.next_step
-        self._limits = response
-        self._waiting_to_open.discard(number)
-        if named.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
-            named.durability = durability_from(opened)  # once stored, an outage ends nothing
-        c.stored[number] = named.durability == "stored"
-        c.durable_step[number] = max(c.durable_step[number], response.durable_step)
-        if not named.was_open:
-            self._begin_at(number, index)
-        arrived = [part for missed in response.missed for part in self._missed(number, missed)]
-        if index > c.sent_step[number]:
-            return [*arrived, self._lose(number, f"the server expects step {index}, but fewer were sent")]
-        if index < c.kept_step[number]:
+    def _what_is_lost(self, number: int, index: int) -> RnnserveError | None:
+        table = self.table
+        sent_step, answered_step = int(table.sent_step[number]), int(table.answered_step[number])
+        if index > sent_step:
+            return resume_point_lost(f"the server expects step {index}, but only {sent_step} were sent")
+        if index > answered_step:
+            return resume_point_lost(f"the server left out the answers from step {answered_step} on")
+        if index < min(table.next_step[number], table.kept_step[number]):
             lost = f"the server has lost the steps from {index} on, which are no longer kept here"
-            return [*arrived, self._lose(number, lost, expected_step=index)]
-        c.sent_step[number] = index
-        self._to_resume[number] = response.handle
-        if not self._waiting_to_open:
-            self.announcer.resumed()
-        return arrived
+            return resume_point_lost(lost, expected_step=index)
+        return None
 
-    def _begin_at(self, number: int, index: int) -> None:
-        """The first time: a new session, or one taken over from another stream."""
-        named, c = self._named[number], self.columns
-        named.was_open = True
-        if not named.taken_over:
-            c.answered_step[number] = c.handed_step[number] = index
-        c.sent_step[number] = index
-        c.kept_step[number] = index
-        if index > c.next_step[number]:
-            c.next_step[number] = index
+    def _announce_resumed(self, number: int, index: int) -> None:
+        """Of a session that was interrupted alone, and of the call once all of it goes on."""
+        self._resumption.progress()
+        if number in self._resumptions and not self._is_interrupted:
+            message = f"the session goes on with step {index}"
+            self._notices.tell(Notice("resumed", message, step=index, session=self._names.name(number)))
+        if self._is_interrupted and not self._openings:
+            self._is_interrupted = False
+            self._notices.tell(Notice("resumed", "the call goes on with all its sessions"))
 
-    def _missed(self, number: int, answer: pb.StepsAnswer) -> list[Arrived]:
-        rows = len(answer.prediction.outputs.shape) and answer.prediction.outputs.shape[0]
-        steps = np.arange(answer.first_step, answer.first_step + rows)
-        return self._take(np.full(rows, number), steps, answer)
+    # Sessions end
 
-    def _answered(self, answer: pb.StepBatchAnswer) -> list[Arrived]:
-        numbers = self._became_durable(integers(answer.handles), answer.durable_steps)
-        self.columns.owed[numbers] -= 1
-        if not answer.HasField("prediction"):
-            return []
-        return self._take(numbers, integers(answer.first_steps), answer)
+    def _ended(self, message: pb.HandlesEnded) -> None:
+        numbers = self._handles.numbers(message.handles)
+        self._lose(numbers[numbers >= 0], error_from_status(message.error))
 
-    def _take(self, numbers: Integers, steps: Integers, answer: pb.StepBatchAnswer | pb.StepsAnswer) -> list[Arrived]:
-        """The rows that are new."""
-        c = self.columns
-        new = steps >= c.answered_step[numbers]
-        if not new.any():
-            return []
-        c.answered_step[numbers[new]] = steps[new] + 1
-        return [Arrived.from_prediction(numbers, steps, answer.prediction, new)]
+    def _lose(self, numbers: Ints, error: RnnserveError) -> None:
+        """These have lost their handles; they are opened again, unless that is hopeless."""
+        table = self.table
+        were_open = table.is_open[numbers].tolist()
+        self._unbind(numbers)
+        for number, was_open in zip(numbers.tolist(), were_open, strict=True):
+            if table.is_closing[number] and isinstance(error, SessionNotFound):
+                self._drop(np.array([number]))
+                self._forget([number])
+            elif not self._reopens(number, error, was_open):
+                self._end(np.array([number]), error)
+        self._make_wait_again(numbers[~table.is_over[numbers]])
 
-    def _became_durable(self, handles: Integers, durable_steps: Sequence[int]) -> Integers:
-        """The numbers of these handles."""
-        c, numbers = self.columns, self._number_of[handles]
-        steps = integers(durable_steps)
-        c.durable_step[numbers] = np.maximum(c.durable_step[numbers], steps)
-        for number in numbers[(steps > 0) & (c.stored[numbers] == 0)]:
-            self._named[number].durability = "stored"  # the store works again
-            c.stored[number] = 1
-        return numbers
+    def _reopens(self, number: int, error: RnnserveError, was_open: bool) -> bool:
+        was_moved = isinstance(error, SessionMoved) and was_open  # perhaps by an open of ours that came late
+        is_kept = self.table.was_open[number] and self.table.is_parkable[number]
+        if not (is_kept and (was_moved or outlives(error))):
+            return False
+        if number not in self._resumptions:
+            self._resumptions[number] = Resumption(self._resume_timeout_s)
+            message = f"the session is interrupted and tries to resume: {without_advice(error.message)}"
+            self._notices.tell(Notice("interrupted", message, error=error, session=self._names.name(number)))
+        pause_s = self._resumptions[number].pause_s(MOVED_PAUSE_S if was_moved else error.retry_after_s)
+        if pause_s is not None:
+            self._reopen_at_s[number] = time.monotonic() + pause_s
+        return pause_s is not None
 
-    def _reset(self, reset: pb.HandleReset) -> None:
-        (number,) = self._became_durable(np.array([reset.handle]), [reset.durable_step])
-        c = self.columns
-        c.owed[number] -= 1
-        c.reset_step[number] = max(c.reset_step[number], reset.next_step)
+    def _end(self, numbers: Ints, error: RnnserveError) -> None:
+        """These are over. One that never was open is forgotten, so that its name may be tried again."""
+        self._drop(numbers)
+        for number in numbers.tolist():
+            self._ends[number] = error
+            self._errors.setdefault(number, error)
+        self._forget(numbers[~self.table.was_open[numbers]].tolist())
 
-    def _refused(self, refused: pb.HandlesRefused) -> list[Arrived]:
-        """The first refusal of a session takes its later steps with it, which are refused for its sake."""
-        error, c = error_from_status(refused.error), self.columns
-        numbers, steps = self._number_of[integers(refused.handles)], integers(refused.first_steps)
-        known = c.handle[numbers] == integers(refused.handles)
-        numbers, steps = numbers[known], steps[known]
-        c.owed[numbers] -= 1
-        arrived = [self._fail(number, error) for number in self._closing.intersection(numbers.tolist())]
-        stale = c.stale[numbers] > 0
-        c.stale[numbers[stale]] -= 1
-        first = numbers[~stale]
-        if len(first):
-            arrived.append(self._drop(first, steps[~stale], error))
-        again = c.answered_step[first] > steps[~stale]
-        message = f"the server refused steps that it had answered before: {error.message}"
-        return [*arrived, *(self._lose(number, message) for number in first[again].tolist())]
+    def _drop(self, numbers: Ints) -> None:
+        """Nothing of these is sent any more."""
+        table = self.table
+        self._unbind(numbers)
+        table.is_over[numbers] = True
+        table.released_step[numbers] = NEVER
+        table.resets[numbers] = 0
+        if table.waiting[numbers].any():
+            self._backlog.keep(lambda batch: ~table.is_over[batch.numbers])
 
-    def _drop(self, numbers: Integers, steps: Integers, error: RnnserveError) -> Arrived:
-        """What was refused is for the caller to decide, so it is not sent again."""
-        c = self.columns
-        end = np.full(len(c.owed), np.iinfo(np.int64).max)
-        end[numbers] = steps
-        self._kept.drop_from(end, c)
-        self._unsent = deque(
-            rest for sent in self._unsent if len((rest := sent.where(sent.steps < end[sent.numbers])).numbers)
-        )
-        c.stale[numbers] = c.owed[numbers]
-        c.next_step[numbers] = np.minimum(c.next_step[numbers], steps)
-        c.sent_step[numbers] = np.minimum(c.sent_step[numbers], steps)
-        return Arrived.from_errors({int(number): error for number in numbers})
+    def _unbind(self, numbers: Ints) -> None:
+        """What these have outstanding is not answered."""
+        table = self.table
+        self._owed -= int(table.outstanding[numbers].sum())
+        table.outstanding[numbers] = 0
+        table.is_open[numbers] = table.is_refused[numbers] = False
+        self._handles.unbind(numbers)
+        self._openings.difference_update(numbers.tolist())
 
-    def _closed(self, closed: pb.HandleClosed) -> None:
-        number = int(self._number_of[closed.handle])
-        self._end(number)
-        self._closing.discard(number)
-        if not closed.closed.erased and self._named[number].durability != "none":
-            self._announce_not_erased(number)
+    def _forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            for known in (self._ends, self._resumptions, self._reopen_at_s):
+                known.pop(number, None)
+        if numbers:
+            self._names.forget(numbers)
 
-    def _ended(self, ended: pb.HandlesEnded) -> tuple[list[Arrived], list[Request]]:
-        error = error_from_status(ended.error)
-        arrived, requests = [], []
-        for number in self._number_of[integers(ended.handles)].tolist():
-            self._waiting_to_open.discard(number)
-            if number in self._closing | self._to_close and isinstance(error, SessionNotFound):
-                self._end(number)
-            elif isinstance(error, Evicted) and error.metadata.get("resumable") == "true":
-                self._leave_call(number)
-                requests.append(self._open(number))
-            else:
-                arrived.append(self._fail(number, error))
-        return arrived, requests
+    def _closed(self, message: pb.HandleClosed) -> None:
+        numbers = self._handles.numbers([message.handle])
+        for number in numbers[numbers >= 0].tolist():
+            self._resumption.progress()
+            if self.table.is_parkable[number] and not message.closed.erased:
+                self._tell_not_erased(number)
+            self._drop(np.array([number]))
+            self._forget([number])
 
-    def _leave_call(self, number: int) -> None:
-        c = self.columns
-        c.handle[number], c.owed[number], c.stale[number] = NO_HANDLE, 0, 0
-        self._to_resume.pop(number, None)
-        self._unsent = deque(rest for sent in self._unsent if len((rest := sent.where(sent.numbers != number)).numbers))
+    def _tell_not_erased(self, number: int) -> None:
+        message = "the server has not said that the session is erased; it may stay parked for its resume window"
+        self._notices.tell(Notice("not_erased", message, session=self._names.name(number)))
 
-    def _lose(self, number: int, message: str, **metadata: int) -> Arrived:
-        known = {name: str(value) for name, value in metadata.items()}
-        return self._fail(number, ResumePointLost(message, reason="RESUME_POINT_LOST", metadata=known))
+    def _resumes_after(self, error: RnnserveError) -> bool:
+        if self._was_open:
+            return outlives(error)
+        self._open_attempts -= 1
+        again = isinstance(error, Unreachable) or (isinstance(error, TimedOut) and self._other_connections)
+        return again and self._open_attempts > 0
 
-    def _fail(self, number: int, error: RnnserveError) -> Arrived:
-        """The session has ended; its neighbours go on."""
-        self._named[number].failure = error
-        self._end(number)
-        return Arrived.from_errors({number: error})
+    # Requests
 
-    def _end(self, number: int) -> None:
-        named = self._named[number]
-        self._leave_call(number)
-        self._waiting_to_open.discard(number)
-        self._closing.discard(number)
-        self._to_close.discard(number)
-        self.columns.gone[number] = 1
-        if named.failure is None:
-            self._numbers.pop(named.id, None)
+    def _make(self, batch: Batch) -> None:
+        """To be sent, now or once it may."""
+        table = self.table
+        if batch.kind != "close" and (self._errors or self._ends):
+            batch = batch.where(~self._have_error(batch.numbers))
+        numbers = batch.numbers
+        if batch.kind == "reset":
+            self._replay.add(batch.where(table.reset_step[numbers] != batch.first_steps))  # two in a row are one
+            table.reset_step[numbers] = batch.first_steps
+            table.count_resets(numbers, 1)
+        else:
+            self._replay.add(batch)
+            table.next_step[numbers] += batch.kind == "steps"
+        if (table.may_send(numbers) & (table.waiting[numbers] == 0)).all():
+            table.outstanding[numbers] += 1
+            self._send(batch)
+        else:
+            self._backlog.add(batch)
+            self._send_waiting()
 
-    def _announce_not_erased(self, number: int) -> None:
-        message = (
-            f"the server has not said that session {self._named[number].id!r} is erased; it may stay parked for its "
-            "resume window"
-        )
-        self.announcer.announce(Notice("not_erased", message))
+    def _have_error(self, numbers: Ints) -> Mask:
+        failed = np.zeros(self.table.capacity, np.bool_)
+        failed[[*self._errors, *self._ends]] = True
+        found: Mask = failed[numbers]
+        return found
 
+    def _send(self, batch: Batch) -> None:
+        """They count as outstanding already."""
+        table, numbers = self.table, batch.numbers
+        self._owed += len(batch)
+        if batch.kind == "steps":
+            table.sent_step[numbers] = np.maximum(table.sent_step[numbers], batch.first_steps + 1)
+        self._outgoing += self._requests.of(batch)
 
-def _zeros() -> Integers:
-    return np.zeros(0, np.int64)
+    def _send_waiting(self) -> None:
+        self._backlog_at_s = 0.0
+        for batch in self._backlog.take() if self._backlog else []:
+            self._send(batch)
+
+    def _turn(self) -> _Turn:
+        if self._backlog_at_s <= time.monotonic():
+            self._send_waiting()
+        return Turn(self.outgoing())
+
+    # Responses
+
+    def _answered(self, answer: pb.StepBatchAnswer) -> None:
+        numbers, durable = self._handles.numbers(answer.handles), ints(answer.durable_steps)
+        rows = rows_from(numbers, ints(answer.first_steps), answer.prediction)
+        is_bound = numbers >= 0
+        if not is_bound.all():
+            rows = rows.at(np.flatnonzero(rows.numbers >= 0))
+            numbers, durable = numbers[is_bound], durable[is_bound]
+        self._responded(numbers)
+        self._collect(rows)
+        self._advance_durable(numbers, durable)
+
+    def _responded(self, numbers: Ints) -> None:
+        """The server owes one response less to each."""
+        table = self.table
+        np.subtract.at(table.outstanding, numbers, 1)
+        self._owed -= len(numbers)
+        table.is_refused[numbers] &= table.outstanding[numbers] > 0
+        self._resumption.progress()
+        if self._resumptions:
+            for number in self._resumptions.keys() & set(numbers.tolist()):
+                del self._resumptions[number]
+
+    def _collect(self, rows: AnsweredRows) -> None:
+        """Those that are new. A session of which one is missing is over."""
+        expected = self.table.answered_step[rows.numbers]
+        if not np.array_equal(rows.steps, expected):
+            for place in np.flatnonzero(rows.steps > expected):
+                lost = resume_point_lost(f"the server left out the answers from step {expected[place]} on")
+                self._end(rows.numbers[[place]], lost)
+            rows = rows.at(np.flatnonzero(rows.steps == expected))
+        self._arrivals.add(rows)
+
+    def _refused(self, message: pb.HandlesRefused) -> None:
+        error = error_from_status(message.error)
+        if not message.handles:  # what was sent is no message to the server
+            self.failure = self.failure or error
+            return
+        numbers, first_steps = self._handles.numbers(message.handles), ints(message.first_steps)
+        is_bound = numbers >= 0
+        numbers, first_steps = numbers[is_bound], first_steps[is_bound]
+        is_first = ~self.table.is_refused[numbers]
+        self._responded(numbers)
+        numbers, places = np.unique(numbers[is_first], return_index=True)
+        first_steps = first_steps[is_first][places]
+        is_again = first_steps < self.table.answered_step[numbers]
+        self._refuse(numbers[~is_again], first_steps[~is_again], error)
+        self._lose(numbers[is_again], error if isinstance(error, TryAgain) else refused_again(error))
+
+    def _refuse(self, numbers: Ints, first_steps: Ints, error: RnnserveError) -> None:
+        """What was refused is for the caller to decide, so it is not sent again; nor is what was sent behind it."""
+        table = self.table
+        from_step = np.full(table.capacity, NEVER)
+        from_step[numbers] = first_steps
+        self._replay.drop_refused(from_step)
+        if table.waiting[numbers].any():
+            self._backlog.keep(lambda batch: ~is_refused(batch, table, from_step))
+        is_reset_refused = (table.resets[numbers] > 0) & (table.reset_step[numbers] >= first_steps)
+        table.reset_step[numbers[is_reset_refused]] = -1
+        table.resets[numbers] = 0
+        table.next_step[numbers] = table.sent_step[numbers] = first_steps
+        table.is_refused[numbers] = table.outstanding[numbers] > 0
+        table.is_closing[numbers] = False
+        for number in numbers.tolist():
+            self._errors.setdefault(number, error)
+
+    def _was_reset(self, message: pb.HandleReset) -> None:
+        numbers = self._handles.numbers([message.handle])
+        numbers = numbers[numbers >= 0]
+        self._responded(numbers)
+        self.table.count_resets(numbers, -1)
+        self._advance_durable(numbers, np.full(len(numbers), message.durable_step))
+
+    def _became_durable(self, message: pb.HandlesDurable) -> None:
+        numbers, durable = self._handles.numbers(message.handles), ints(message.durable_steps)
+        is_bound = numbers >= 0
+        self._advance_durable(numbers[is_bound], durable[is_bound])
+
+    def _advance_durable(self, numbers: Ints, durable: Ints) -> None:
+        """Where more is durable, the store works."""
+        table = self.table
+        is_more = durable > table.durable_step[numbers]
+        if is_more.any():
+            table.durable_step[numbers] = np.maximum(table.durable_step[numbers], durable)
+            table.is_stored[numbers] |= is_more & table.is_parkable[numbers]
+        table.release(numbers)
+        self._replay.prune()
+
+    # What the caller gets
+
+    def _take_errors(self, numbers: Iterable[int]) -> dict[str, RnnserveError]:
+        errors: dict[str, RnnserveError] = {}
+        for number in numbers:
+            error = self._errors.pop(number, None) or self._ends.get(number)
+            if error is not None:
+                errors[self._names.name(number)] = error
+        return errors

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from rnnserve.errors import RnnserveError
 from rnnserve.tensors import Array, array_from
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2
@@ -69,6 +72,29 @@ class Prediction:
         return self.labels[-1] if self.labels else None
 
 
+@dataclass(frozen=True, eq=False)
+class BatchAnswer:
+    """What a model says about steps of many sessions, a row for each of them.
+
+    A session in `errors` has a row without an answer: its outputs are NaN, its label is None and its step is -1.
+    """
+
+    sessions: tuple[str, ...]
+    """Whose steps these are."""
+    steps: npt.NDArray[np.int64]
+    """(rows,): the index of each one's step, counted from 0 over the whole session."""
+    outputs: Array
+    """(rows, outputs) float32: before any softmax. (rows, 0) where there never was an answer."""
+    labels: tuple[str | None, ...]
+    """The most probable label of each row; None for a model without labels."""
+    probabilities: Array | None
+    """(rows, labels) float32 in the order of `Model.labels`; None unless asked for."""
+    top: tuple[tuple[TopLabel, ...], ...]
+    """The most probable labels of each row, the most probable one first; empty unless asked for."""
+    errors: dict[str, RnnserveError]
+    """Of the sessions whose step was refused or that have ended: why."""
+
+
 @dataclass(frozen=True)
 class Notice:
     """Something about a stream that nobody asked for."""
@@ -85,6 +111,8 @@ class Notice:
     """What interrupted the stream."""
     step: int | None = None
     """The step with which a resumed stream goes on: the first one that the server has not applied."""
+    session: str | None = None
+    """Of a multiplexed call: which session it is about; None = all of them."""
 
 
 def prediction_from(message: prediction_pb2.Prediction) -> Prediction:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rnnserve.announcer import Announcer
 from rnnserve.errors import (
     Evicted,
     FieldInvalid,
@@ -22,6 +21,7 @@ from rnnserve.errors import (
     Unreachable,
 )
 from rnnserve.exchange import Turn
+from rnnserve.notices import Notices
 from rnnserve.replay import Message, Replay
 from rnnserve.requests import checked_version, steps_message
 from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_from
@@ -59,6 +59,7 @@ class Session:
     After `cut` it goes on where it was, if the server keeps the session: it opens it again and sends again what the
     server does not have. What the caller has already got is dropped.
 
+    `on_notice` is called with each notice when it comes.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Session:
         self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
         self.durable_step = 0
         self.durability: Durability = "none"
+        self._notices = Notices(on_notice)
         self.refusal: RnnserveError | None = None
         self.failure: RnnserveError | None = None
-        self._token = token_bytes(resume.token) if resume else secrets.token_bytes(16)
+        self._token = resume_token(resume.token) if resume else secrets.token_bytes(16)
         self._opening = pb.OpenSession(
             model=model,
             version=checked_version(version),
@@ -101,11 +103,11 @@ class Session:
         self._taken_over = resume is not None
         self._replay = replay or Replay()
         self._resumption = Resumption(resume_timeout_s)
-        self._announcer = Announcer(on_notice)
         self._open_attempts = open_attempts  # left for the first open
         self._other_connections = other_connections  # on which a server may answer where one is stuck
         self._state: Literal["new", "opening", "open", "cut"] = "new"
         self._was_open = False
+        self._interrupted = False  # and not resumed yet
         self._leaving = False
         self._closing = False
         self._erased = False
@@ -122,7 +124,7 @@ class Session:
     @property
     def notices(self) -> list[Notice]:
         """All so far."""
-        return self._announcer.notices
+        return self._notices.told
 
     @property
     def outstanding(self) -> int:
@@ -201,7 +203,7 @@ class Session:
         """The last use of the session; the caller is told where the server did not say that nothing is left of it."""
         if self.durability != "none" and not self._erased:
             message = "the server has not said that the session is erased; it may stay parked for its resume window"
-            self._announcer.announce(Notice("not_erased", message))
+            self._notices.tell(Notice("not_erased", message))
 
     def receive(self, response: pb.StreamStepsResponse) -> list[Answer]:
         """The new answers in a response."""
@@ -212,7 +214,7 @@ class Session:
         kind = response.WhichOneof("response")
         answers: list[Answer] = []
         if kind == "notice":
-            self._announcer.announce(notice_from(response.notice))
+            self._notices.tell(notice_from(response.notice))
         elif kind not in ("checkpoint", None):
             answers = self._responded(response)
         self._replay.prune(self.durable_step if self.durability == "stored" else None)
@@ -244,8 +246,8 @@ class Session:
         if pause_s is None:
             self.failure = self.failure or error
             return Turn()
-        if self._was_open and not was_moved:  # what never was open is not interrupted
-            self._announcer.interrupted(error)
+        if not was_moved:
+            self._interrupt(error)
         return Turn(requests=[self.open()], reconnect_after_s=pause_s)
 
     def lose(self) -> None:
@@ -278,13 +280,19 @@ class Session:
         if not self._was_open:
             again = isinstance(error, Unreachable) or (isinstance(error, TimedOut) and self._other_connections)
             return again and self._open_attempts > 0
-        if self.durability == "none":
-            return False
-        if isinstance(error, Evicted):
-            return error.metadata.get("resumable") == "true"
-        if isinstance(error, StreamClosed):
-            return error.code == "OK"  # ended by the server, not here
-        return isinstance(error, TryAgain | TimedOut)
+        return self.durability != "none" and outlives(error)
+
+    def _interrupt(self, error: RnnserveError) -> None:
+        """Announced once, however many attempts follow. What never was open is not interrupted."""
+        if self._was_open and not self._interrupted:
+            self._interrupted = True
+            message = f"the stream is interrupted and tries to resume: {without_advice(error.message)}"
+            self._notices.tell(Notice("interrupted", message, error=error))
+
+    def _resume(self, index: int) -> None:
+        if self._interrupted:
+            self._interrupted = False
+            self._notices.tell(Notice("resumed", f"the stream goes on with step {index}", step=index))
 
     def _made(self, message: Message) -> pb.StreamStepsRequest:
         self._replay.add(message)
@@ -328,17 +336,17 @@ class Session:
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
-            self.durability = durability_from(opened)  # once stored, an outage ends nothing
+            self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:
             self._begin_at(index)
         if index > self._sent_step:
-            self._break = _lost(f"the server expects step {index}, but only {self._sent_step} were sent")
+            self._break = resume_point_lost(f"the server expects step {index}, but only {self._sent_step} were sent")
         elif (again := self._replay.since(index, self.next_step)) is None:
             lost = f"the server has lost the steps from {index} on, which are no longer kept here"
-            self._break = _lost(lost, expected_step=index)
+            self._break = resume_point_lost(lost, expected_step=index)
         else:
             self._send_again(again, index)
-            self._announcer.resumed(index)
+            self._resume(index)
 
     def _begin_at(self, index: int) -> None:
         """The first time: a new session, or one taken over from another stream."""
@@ -363,7 +371,7 @@ class Session:
     def _answered(self, answer: pb.StepsAnswer, owed: _Owed) -> list[Answer]:
         answers = [row for row in answers_from(answer) if row.step >= self.answered_step]
         if self._answers_each_step and answers and answers[0].step > self.answered_step:
-            self._break = _lost(f"the server left out the answers from step {self.answered_step} on")
+            self._break = resume_point_lost(f"the server left out the answers from step {self.answered_step} on")
         if answer.HasField("failure") and owed.message is not None:  # if missed, the steps sent again fail, too
             self._refuse(error_from_status(answer.failure), owed, answer.next_step)
         self._advance(answer.next_step)
@@ -382,7 +390,7 @@ class Session:
     def _refuse(self, error: RnnserveError, owed: _Owed, index: int) -> None:
         message = owed.message
         if self._state == "opening" or (self.refusal is None and message is not None and self._is_replayed(owed)):
-            self._break = error if self._state == "opening" or isinstance(error, TryAgain) else _refused_again(error)
+            self._break = error if self._state == "opening" or isinstance(error, TryAgain) else refused_again(error)
         elif self.refusal is None:
             self.refusal = error
             self.next_step = self._sent_step = index
@@ -402,26 +410,37 @@ class Session:
         self._advance(self.answered_step)
 
 
-def durability_from(opened: pb.SessionOpened) -> Durability:
-    """What the server says of a session."""
-    return _DURABILITIES.get(opened.durability, "none")
+def outlives(error: RnnserveError) -> bool:
+    """Whether a session that is parked outlives this."""
+    if isinstance(error, Evicted):
+        return error.metadata.get("resumable") == "true"
+    if isinstance(error, StreamClosed):
+        return error.code == "OK"  # ended by the server, not here
+    return isinstance(error, TryAgain | TimedOut)
 
 
-def token_bytes(digits: str) -> bytes:
-    """Of a resume point. Raises ValueError."""
+def resume_token(digits: str) -> bytes:
+    """The bytes of a resume point's token. Raises ValueError."""
     try:
         return bytes.fromhex(digits)
     except ValueError:
         raise ValueError("the token of a resume point is hex digits") from None
 
 
-def _lost(message: str, **metadata: int) -> ResumePointLost:
+def without_advice(message: str) -> str:
+    """What happened, without what to do about it: that is for whoever has to do something."""
+    return message.partition("; ")[0]
+
+
+def resume_point_lost(message: str, **metadata: int) -> ResumePointLost:
+    """The exception for a session that can't go on where it was."""
     known = {name: str(value) for name, value in metadata.items()}
     return ResumePointLost(message, reason="RESUME_POINT_LOST", metadata=known)
 
 
-def _refused_again(error: RnnserveError) -> ResumePointLost:
-    return _lost(f"the server refused steps that it had answered before: {error.message}")
+def refused_again(error: RnnserveError) -> ResumePointLost:
+    """The exception for steps that were answered once, and are refused when they are sent again."""
+    return resume_point_lost(f"the server refused steps that it had answered before: {error.message}")
 
 
 def checked_session_id(session_id: str) -> str:

@@ -1,5 +1,7 @@
 """Arrays and texts on their way to the wire and back."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,26 +21,26 @@ _KINDS = {"U": "text", "S": "bytes", "c": "complex numbers", "M": "dates", "m": 
 def steps_tensor(x: npt.ArrayLike) -> Tensor:
     """(features,) or (steps, features) -> a tensor of (steps, features)."""
     values = _numbers(x)
-    return tensor_from(
-        _fitting(
-            values[np.newaxis] if values.ndim == 1 else values, "a step is (features,), several are (steps, features)"
-        )
-    )
+    return _tensor(values[np.newaxis] if values.ndim == 1 else values, "a step is (features,), several are")
 
 
 def sequence_tensor(x: npt.ArrayLike) -> Tensor:
     """(steps, features) -> a tensor of the same shape."""
-    return tensor_from(_fitting(_numbers(x), "a sequence is (steps, features)"))
+    return _tensor(_numbers(x), "a sequence is")
 
 
-def batch_rows(x: npt.ArrayLike) -> Array:
-    """(sessions, features) -> an array of its own of the same shape, as it travels."""
-    return _fitting(_numbers(x), "steps of several sessions are (sessions, features)")
+def rows_array(x: Input | Sequence[str], sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
+    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) code points of characters.
 
-
-def tensor_from(values: Array) -> Tensor:
-    """Values as they travel -> a tensor of the same shape."""
-    return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
+    What does not fit float32 becomes infinite, which the server refuses row by row.
+    """
+    if isinstance(x, str) or (isinstance(x, list | tuple) and x and isinstance(x[0], str)):
+        return _code_points([str(text) for text in x], sessions)
+    values = _numbers(x)
+    if values.ndim != 2 or len(values) != sessions:
+        raise _no_step_of_each(f"({sessions}, features)", f"this has the shape {values.shape}")
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def array_from(tensor: Tensor) -> Array:
@@ -66,16 +68,27 @@ def _described(values: npt.NDArray[np.generic]) -> str:
     return f"objects such as {strange[0]!r:.40}" if strange else "Python objects"
 
 
-def _fitting(values: npt.NDArray[np.generic], expected: str) -> Array:
-    """The same as little-endian float32."""
+def _code_points(texts: Sequence[str], sessions: int) -> npt.NDArray[np.uint32]:
+    if len(texts) != sessions or any(len(text) != 1 for text in texts):
+        raise _no_step_of_each(f"{sessions} characters", f"these are {list(texts)!r:.80}")
+    return np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+
+
+def _no_step_of_each(expected: str, found: str) -> ShapeMismatch:
+    message = f"a step of each session is {expected}, but {found}"
+    return ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
+
+
+def _tensor(values: npt.NDArray[np.generic], expected: str) -> Tensor:
     if values.ndim != 2:
-        message = f"{expected}, but this has the shape {values.shape}"
+        message = f"{expected} (steps, features), but this has the shape {values.shape}"
         raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
     try:
         with np.errstate(over="raise"):
-            return values.astype(_WIRE_TYPE)
+            data = values.astype(_WIRE_TYPE).tobytes()
     except FloatingPointError:
         raise _too_large(values) from None
+    return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=data)
 
 
 def _too_large(values: npt.NDArray[np.generic]) -> NotFinite:

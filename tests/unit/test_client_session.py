@@ -139,7 +139,7 @@ def test_a_callback_that_fails_is_logged_and_breaks_nothing(caplog: pytest.LogCa
     assert numbers(session.receive(answered(0))) == [0]
     assert len(session.notices) == 1
     (record,) = caplog.records
-    assert (record.name, record.exc_info and record.exc_info[0]) == ("rnnserve.announcer", KeyError)
+    assert (record.name, record.exc_info and record.exc_info[0]) == ("rnnserve.notices", KeyError)
 
 
 def test_a_random_session_id_differs_each_time_and_travels_as_metadata() -> None:

@@ -134,14 +134,9 @@ def test_steps_sent_behind_a_refused_one_are_refused_too_and_nothing_is_applied_
         stream.open([name])
         for value in (1.0, float("nan"), 2.0, 3.0):
             stream.send([name], np.array([[value]]))
-        first = stream.receive()
-        assert first is not None
-        assert first.outputs[:, 0].tolist() == [1]
-        refused = stream.receive()
-        assert refused is not None
-        assert isinstance(refused.errors[name], NotFinite)
-        while stream.receive():
-            pass
+        answers = list(iter(stream.receive, None))
+        assert [output for answer in answers for output in answer.outputs[answer.steps >= 0, 0]] == [1]
+        assert [type(error) for answer in answers for error in answer.errors.values()] == [NotFinite]
         assert stream.next_step(name) == 1
         assert stream.step([name], [[5]]).outputs[:, 0].tolist() == [6]
 
