@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 from service.errors import Draining, ServingError
@@ -16,7 +17,7 @@ QUIET_S = 0.2  # without a message: a stream that a drain may end, since its ses
 CANCELLATION_S = 0.05  # within this after the end of a call whose client has gone, gRPC cancels it
 
 
-class LiveCall:
+class LiveCall(ABC):
     """One stream of messages, served by the task that makes this."""
 
     def __init__(self, context: Context) -> None:
@@ -45,22 +46,23 @@ class LiveCall:
                     return
 
     @property
+    @abstractmethod
     def busy(self) -> bool:
         """Whether something is being answered."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def resumable(self) -> bool:
         """Whether nothing is lost with the call."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def announce_drain(self, time_left_s: float) -> None:
         """Tell the client that the server ends the call within this time."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def say_lost(self) -> None:
         """Last words before the end, where it was the server's decision."""
 
+    @abstractmethod
     def leave(self) -> None:
         """The call is over: park what it has."""
-        raise NotImplementedError

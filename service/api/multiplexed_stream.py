@@ -160,6 +160,9 @@ class MultiplexedStream(LiveCall):
         notice = Notice(reason=NOTICE_REASON_DRAINING, message=message, time_left=duration(time_left_s))
         self._send(MultiplexStepsResponse(notice=notice))
 
+    async def say_lost(self) -> None:
+        """Nothing: what the server takes from single handles is told by `ended`, and the rest by the status."""
+
     def ended(self, handles: Sequence[_Handle], error: ServingError) -> None:
         """They have no session any more."""
         for handle in handles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Stepped:
 
 
 @dataclass(eq=False, slots=True)
-class TickJob(StepJob):
+class TickJob(StepJob, ABC):
     """Steps that take what becomes of them. places (sessions,): where the states are, one if they go in turn."""
 
     places: Places = field(kw_only=True)
@@ -62,13 +63,13 @@ class TickJob(StepJob):
         """Of the last steps that were taken: (steps,)."""
         return self.places if self.in_turn else self.places[self.taken - steps : self.taken]
 
+    @abstractmethod
     def applied(self, stepped: Stepped) -> None:
         """That is what they gave. Whoever wants the new states keeps them now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self) -> None:
         """`applied` raised: whoever waits is told that nothing more will come."""
-        raise NotImplementedError
 
 
 Share = tuple[TickJob, int]

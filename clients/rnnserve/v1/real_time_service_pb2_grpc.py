@@ -81,8 +81,8 @@ class RealTimeServiceServicer:
         or `closed`. Handles do not wait for each other, so the steps of one message may be answered by several messages,
         and steps of several messages by one.
 
-        At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL, ahead
-        of the answers to those.
+        At most `max_outstanding_steps` requests of a handle may be unanswered; one more is refused with QUEUE_FULL. That,
+        and the refusal of a whole message, may overtake the answers that are still due.
 
         A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
         on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
