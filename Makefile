@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick soak check proto clean
+.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick bench-peers soak check proto clean
 
 setup: $(READY)
 
@@ -53,6 +53,10 @@ bench: $(READY)  ## streams, multiplexed sessions and sessions at rest, beside o
 
 bench-quick: $(READY)  ## the first of these in two or three minutes, nothing written
 	$(BIN)/python -m benchmarks --quick
+
+bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed in build/peers; twenty minutes; docs/benchmarks/
+	$(PIP_INSTALL) --editable '.[service,training,dev,peers]'
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.peers --into docs/benchmarks
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

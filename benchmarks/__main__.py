@@ -6,7 +6,8 @@
 - bare step: the network alone, in a loop.
 
 Servers run on one core, clients on the others. Where a client's core is at work for more than 90 % of the time the
-client is the bottleneck: the table says so, and what the server could do is at least what is shown. All figures are
+client is the bottleneck: from then on there is a second client on a core of its own, or, on a machine of two cores, the
+table says so, and what the server could do is at least what is shown. All figures are
 medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
 
     python -m benchmarks --quick
@@ -21,95 +22,32 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.load import Streamed
-from benchmarks.network import FEATURES, MODEL, write_network
+from benchmarks.network import weights_file, write_network
 from benchmarks.plots import plot
-from benchmarks.processes import CLIENT_CORE, SERVER_CORE, module_server, on_core, pinned_server
+from benchmarks.processes import SERVER_CORE, module_server, on_core, pinned_server
 from benchmarks.report import machine, markdown
+from benchmarks.turns import PERCENTILES, Row, Server, client, ratio, turn
 
 OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
-BOTTLENECK = 0.9  # of the client's core
-PERCENTILES = (50, 90, 99, 99.9)
 OFFERED = (0.25, 0.5, 0.75, 0.9)
 """Of rnnserve's throughput in closed loop: the loads of the open loop."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A process that serves streams."""
-
-    target: str
-    pid: int
-
-
-@dataclass
-class Row:
-    """What one server did at one load: a turn's figures behind each name, in the order of the turns."""
-
-    server: str
-    streams: int
-    offered_steps_per_s: float = 0.0
-    ahead: int = 0  # of multiplexed sessions: steps before their answers
-    turns: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """Of its line in a plot."""
-        return f"{self.server}, multiplexed, {self.ahead} ahead" if self.ahead else self.server
-
-    def median(self, name: str) -> float:
-        return median(turn[name] for turn in self.turns)
-
-    def text(self, name: str, form: str = ",.0f") -> str:
-        """The median, the least and the most."""
-        values = [turn[name] for turn in self.turns]
-        return f"{median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
 @contextmanager
 def all_servers(repository: Path) -> Iterator[dict[str, Server]]:
     """By name."""
+    weights = weights_file(repository)
     with ExitStack() as stack:
-        echo, by_hand = (
-            Server(*stack.enter_context(module_server(f"benchmarks.{name}"))) for name in ("echo_server", "by_hand")
-        )
+        echo = Server(*stack.enter_context(module_server("benchmarks.echo_server")))
+        by_hand = Server(*stack.enter_context(module_server("benchmarks.by_hand", weights)), weights=weights)
         ours = stack.enter_context(pinned_server(repository, session_store="memory"))
-        yield {ECHO: echo, BY_HAND: by_hand, OURS: Server(ours.target, ours.process.pid)}
-
-
-def turn(server: Server, row: Row, seconds: float) -> dict[str, float]:
-    """One client against one server; the figures of this turn."""
-    command = [sys.executable, "-m", "benchmarks.load", "--target", server.target, "--server-pid", str(server.pid)]
-    command += ["--model", MODEL, "--features", str(FEATURES)]
-    command += ["--streams", str(row.streams), "--seconds", str(seconds)]
-    if row.ahead:
-        command += ["--multiplexed", "--ahead", str(row.ahead)]
-    else:
-        command += ["--steps-per-s", str(row.offered_steps_per_s)]
-    with on_core(CLIENT_CORE):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return figures(Streamed(**json.loads(done.stdout)))
-
-
-def figures(streamed: Streamed) -> dict[str, float]:
-    """Throughput, latency, cost, fairness."""
-    latencies_ms = np.array(streamed.latencies_s) * 1e3
-    return {
-        "steps_per_s": streamed.steps_per_s,
-        **{f"p{p:g}_ms": float(np.percentile(latencies_ms, p)) for p in PERCENTILES},
-        "server_cpu_us_per_step": streamed.server_cpu_s / streamed.steps * 1e6,
-        "client_core": streamed.client_cpu_s / streamed.duration_s,
-        "fairness": min(streamed.steps_of_streams) / max(streamed.steps_of_streams),
-    }
+        yield {ECHO: echo, BY_HAND: by_hand, OURS: Server(ours.target, ours.process.pid, weights=weights)}
 
 
 def bare_step(repository: Path, batch: int, seconds: float) -> float:
@@ -136,7 +74,7 @@ def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
         for _ in range(given.turns):
             for row in rows:
                 if row.server in servers:
-                    row.turns.append(turn(servers[row.server], row, given.seconds))
+                    turn(servers[row.server], row, given.seconds)
                 else:
                     row.turns.append({"steps_per_s": bare_step(repository, row.streams, min(1.0, given.seconds))})
                 progress.advance(task)
@@ -146,14 +84,9 @@ def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
         task = progress.add_task("open loop", total=given.turns * len(opened))
         for _ in range(given.turns):
             for row in opened:
-                row.turns.append(turn(servers[row.server], row, given.seconds))
+                turn(servers[row.server], row, given.seconds)
                 progress.advance(task)
     return {"closed": list(closed.values()), "multiplexed": multiplexed, "bare": list(bare.values()), "open": opened}
-
-
-def ratio(over: Row, under: Row, name: str = "steps_per_s") -> float:
-    """The median of the turns' ratios."""
-    return median(a[name] / b[name] for a, b in zip(over.turns, under.turns, strict=True))
 
 
 def closed_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
@@ -201,12 +134,6 @@ def multiplexed_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[
         for row in rows["multiplexed"]
     ]  # fmt: skip
     return head, lines
-
-
-def client(row: Row) -> str:
-    """How busy its core was."""
-    busy = row.median("client_core")
-    return f"{busy:.0%}" + (" bottleneck" if busy > BOTTLENECK else "")
 
 
 def open_table(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:

@@ -1,21 +1,24 @@
 """The server that an engineer writes by hand: states in the handlers, a queue, one `nn.LSTM` call for all that wait.
 
 It checks nothing, keeps nothing, and loses every state with its stream.
+
+    python -m benchmarks.by_hand WEIGHTS
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
-import torch
 import uvloop
 
 from benchmarks.echo_server import serve
-from benchmarks.network import FEATURES, HIDDEN_SIZE, OUTPUTS
+from benchmarks.stacked_lstm import StackedLstm, State
 from rnnserve.v1.prediction_pb2 import Prediction
 from rnnserve.v1.real_time_service_pb2 import (
     MultiplexStepsRequest,
@@ -30,30 +33,28 @@ from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 WINDOW_S = 0.002
 MAX_BATCH = 256
 
-State = tuple[torch.Tensor, torch.Tensor]
-Waiting = tuple[torch.Tensor, State, "asyncio.Future[tuple[np.ndarray[Any, Any], State]]"]
+Waiting = tuple[np.ndarray[Any, Any], State | None, "asyncio.Future[tuple[np.ndarray[Any, Any], State]]"]
 
 
 class Server(RealTimeServiceServicer):
     """Opens any session, and answers steps until the stream ends."""
 
-    def __init__(self) -> None:
-        self._lstm = torch.nn.LSTM(FEATURES, HIDDEN_SIZE)
-        self._head = torch.nn.Linear(HIDDEN_SIZE, OUTPUTS)
+    def __init__(self, weights: Path) -> None:
+        self._lstm = StackedLstm(weights)
         self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
 
     async def StreamSteps(self, requests: AsyncIterator[StreamStepsRequest], context: Any) -> None:  # type: ignore[override]
-        state = torch.zeros(HIDDEN_SIZE), torch.zeros(HIDDEN_SIZE)
+        state = None
         async for request in requests:
             if request.HasField("open"):
                 await context.write(StreamStepsResponse(opened=SessionOpened()))
                 continue
             steps = request.steps
-            x = torch.from_numpy(np.frombuffer(steps.tensor.data, np.float32).copy())
+            x = np.frombuffer(steps.tensor.data, np.float32)
             answered = asyncio.get_running_loop().create_future()
             await self._queue.put((x, state, answered))
             output, state = await answered
-            tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=(1, OUTPUTS), data=output.tobytes())
+            tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=(1, len(output)), data=output.tobytes())
             answer = StepsAnswer(
                 first_step=steps.first_step,
                 next_step=steps.first_step + 1,
@@ -80,19 +81,13 @@ class Server(RealTimeServiceServicer):
                 if not answered.done():
                     answered.set_result((output, state))
 
-    @torch.inference_mode()
     def _step(self, batch: list[Waiting]) -> tuple[np.ndarray[Any, Any], list[State]]:
-        x = torch.stack([x for x, _, _ in batch]).unsqueeze(0)
-        h = torch.stack([state[0] for _, state, _ in batch]).unsqueeze(0)
-        c = torch.stack([state[1] for _, state, _ in batch]).unsqueeze(0)
-        hidden, (h, c) = self._lstm(x, (h, c))
-        return self._head(hidden[0]).numpy(), list(zip(h[0], c[0], strict=True))
+        return self._lstm.step(np.stack([x for x, _, _ in batch]), [state for _, state, _ in batch])
 
 
 async def main() -> None:
     """Until killed."""
-    torch.set_num_threads(1)
-    server = Server()
+    server = Server(Path(sys.argv[1]))
     await asyncio.gather(server.run(), serve(server))
 
 

@@ -9,10 +9,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from rnnserve.v1.real_time_service_pb2 import (
     MultiplexStepsRequest,
@@ -50,13 +51,27 @@ class Load:
         return float(np.percentile(self.latencies_s, percent)) * 1e3
 
 
+class Stream(Protocol):
+    """A session that steps again and again."""
+
+    values: NDArray[np.float32]
+    """Of each step, (1, features)."""
+
+    async def send(self, step: int) -> None:
+        """The step of this index."""
+
+    async def answer(self) -> bytes:
+        """Outputs of the next step as float32 values, once they have come. Raises RuntimeError for something else."""
+        ...
+
+
 class LiveStream:
     """One call that sends the same random step again and again. Its session can be resumed, so it is stored."""
 
     def __init__(self, stub: RealTimeServiceAsyncStub, model: str = MODEL, features: int = FEATURES) -> None:
         self._model = model
-        values = np.random.default_rng().normal(size=(1, features)).astype("<f4")
-        self._tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
+        self.values = np.random.default_rng().normal(size=(1, features)).astype(np.float32)
+        self._tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=self.values.shape, data=self.values.tobytes())
         self._call = stub.StreamSteps()
         self._answered_step = 0
 
@@ -70,14 +85,15 @@ class LiveStream:
         steps = Steps(first_step=step, tensor=self._tensor)
         await self._call.write(StreamStepsRequest(steps=steps, answered_step=self._answered_step))
 
-    async def answer(self) -> None:
-        """Return when the next one has come. Raises RuntimeError if the server says something else."""
+    async def answer(self) -> bytes:
+        """As Stream has it."""
         response = await self._call.read()
         while isinstance(response, StreamStepsResponse) and response.HasField("checkpoint"):
             response = await self._call.read()
         if not isinstance(response, StreamStepsResponse) or response.answer.next_step <= self._answered_step:
             raise RuntimeError(f"not an answer: {response}")
         self._answered_step += 1
+        return response.answer.prediction.outputs.data
 
     async def close(self) -> None:
         await self._call.done_writing()

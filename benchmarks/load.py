@@ -4,7 +4,7 @@ Closed loop: each stream sends its next step when it has the answer to the last.
 on one stream, each `--ahead` steps ahead of its answers; a message brings the next step of all that an answer was
 about. Open loop (`--steps-per-s`, of all streams together): the steps of a stream come as a Poisson process, whether
 or not those before them are answered, and latency counts from the moment that a step was due, so that a server that
-falls behind is asked no less.
+falls behind is asked no less. `--weights`: the first answers of one stream are compared with those of the network.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import uvloop
 
-from benchmarks.live import MAX_AHEAD, LiveStream, multiplexed, opened
+from benchmarks.live import MAX_AHEAD, Stream, multiplexed, opened
 from benchmarks.processes import core_s, cpu_s
 
 WARM_UP_S = 0.5
+CHECKED_STEPS = 20
 
 
 @dataclass
@@ -68,7 +71,7 @@ def used(core: int, server_pid: int) -> Usage:
     return Usage(time.perf_counter(), cpu_s(server_pid), core_s(core))
 
 
-async def closed_loop(stream: LiveStream, first_step: int, until_s: float, streamed: Streamed | None) -> int:
+async def closed_loop(stream: Stream, first_step: int, until_s: float, streamed: Streamed | None) -> int:
     """Step until the time is up; the index of the next step. Raises RuntimeError if a step is not answered."""
     step = first_step
     while (start_s := time.perf_counter()) < until_s:
@@ -80,7 +83,7 @@ async def closed_loop(stream: LiveStream, first_step: int, until_s: float, strea
     return step
 
 
-async def open_loop(stream: LiveStream, first_step: int, due_s: Sequence[float], streamed: Streamed) -> int:
+async def open_loop(stream: Stream, first_step: int, due_s: Sequence[float], streamed: Streamed) -> int:
     """A step at each of these times. Raises RuntimeError if one is not answered."""
 
     async def send() -> None:
@@ -130,21 +133,48 @@ async def run_multiplexed(given: argparse.Namespace) -> Streamed:
     return streamed
 
 
+async def check(stream: Stream, weights: Path) -> int:
+    """Step and compare; the index of the next step. Raises ValueError if a step is not the network's."""
+    from benchmarks.stacked_lstm import StackedLstm  # torch takes a second, which not every turn has to spend
+
+    lstm, state = StackedLstm(weights), None
+    for step in range(CHECKED_STEPS):
+        await stream.send(step)
+        answer = np.frombuffer(await stream.answer(), np.float32)
+        (expected,), (state,) = lstm.step(stream.values, [state])
+        if answer.shape != expected.shape or not np.allclose(answer, expected, atol=1e-5):
+            raise ValueError(f"step {step} is answered with {answer}, not {expected}")
+    return CHECKED_STEPS
+
+
+def streams_of(given: argparse.Namespace) -> AbstractAsyncContextManager[Sequence[Stream]]:
+    """As the server's protocol has them."""
+    if given.protocol == "rnnserve":
+        return opened([given.target], given.streams, given.connections, given.model, given.features)
+    from benchmarks.peers import streams  # needs what `make bench-peers` installs
+
+    return streams.opened(given.protocol, given.target, given.streams, given.model, given.features)
+
+
 async def run(given: argparse.Namespace) -> Streamed:
     """Open, warm up, measure."""
     streamed = Streamed()
-    async with opened([given.target], given.streams, given.connections, given.model, given.features) as streams:
-        warm_s = time.perf_counter() + WARM_UP_S
-        firsts = await asyncio.gather(*(closed_loop(stream, 0, warm_s, None) for stream in streams))
+    async with streams_of(given) as streams:
+        firsts = [0] * len(streams)
+        if given.weights:
+            firsts[0] = await check(streams[0], given.weights)
+        warm_s = max(time.perf_counter() + WARM_UP_S, given.measure_at_s)
+        pairs = zip(streams, firsts, strict=True)
+        firsts = await asyncio.gather(*(closed_loop(stream, first, warm_s, None) for stream, first in pairs))
         core = min(os.sched_getaffinity(0))
         usage = used(core, given.server_pid)
         start_s = usage.start_s
-        pairs = list(zip(streams, firsts, strict=True))
+        warm = zip(streams, firsts, strict=True)
         if given.steps_per_s:
             each = given.steps_per_s / len(streams)
-            work = [open_loop(s, first, poisson(start_s, given.seconds, each), streamed) for s, first in pairs]
+            work = [open_loop(s, first, poisson(start_s, given.seconds, each), streamed) for s, first in warm]
         else:
-            work = [closed_loop(s, first, start_s + given.seconds, streamed) for s, first in pairs]
+            work = [closed_loop(s, first, start_s + given.seconds, streamed) for s, first in warm]
         nexts = await asyncio.gather(*work)
         streamed.end(usage, used(core, given.server_pid))
         streamed.steps_of_streams = [after - first for after, first in zip(nexts, firsts, strict=True)]
@@ -156,11 +186,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--server-pid", type=int, required=True)
+    parser.add_argument("--protocol", default="rnnserve")
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--features", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--measure-at-s", type=float, default=0.0, help="of time.perf_counter(); 0 = once warm")
     parser.add_argument("--steps-per-s", type=float, default=0.0, help="0 = closed loop")
     parser.add_argument("--multiplexed", action="store_true")
     parser.add_argument("--ahead", type=int, default=1, choices=range(1, MAX_AHEAD + 1))

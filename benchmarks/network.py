@@ -19,3 +19,8 @@ def write_network(repository: Path) -> Bundle:
     names = tuple(f"feature {number}" for number in range(FEATURES))
     inputs = FeatureInput(feature_names=names, mean=(0.0,) * FEATURES, std=(1.0,) * FEATURES)
     return write_bundle(repository, manifest(MODEL, spec, inputs))
+
+
+def weights_file(repository: Path) -> Path:
+    """Where they are."""
+    return repository / MODEL / "1" / "weights.safetensors"

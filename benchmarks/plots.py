@@ -12,23 +12,23 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
-    from benchmarks.__main__ import Row
+    from benchmarks.turns import Row
 
 
 def plot(folder: Path, rows: dict[str, list[Row]]) -> None:
     """closed.svg and open.svg."""
     matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
-    _draw(
+    draw(
         folder / "closed.svg",
         [*rows["closed"], *rows["multiplexed"], *rows["bare"]],
         "streams",
         "steps_per_s",
         "steps/s",
     )
-    _draw(folder / "open.svg", rows["open"], "offered_steps_per_s", "p99_ms", "p99, ms")
+    draw(folder / "open.svg", rows["open"], "offered_steps_per_s", "p99_ms", "p99, ms")
 
 
-def _draw(file: Path, rows: Sequence[Row], x: str, y: str, label: str) -> None:
+def draw(file: Path, rows: Sequence[Row], x: str, y: str, label: str) -> None:
     """A line for each server, with the least and the most of the turns."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in dict.fromkeys(row.label for row in rows):

@@ -27,10 +27,11 @@ def on_core(core: int) -> Iterator[None]:
 
 
 @contextmanager
-def module_server(module: str) -> Iterator[tuple[str, int]]:
-    """Target and pid of `python -m module`, which prints its port, on the core for servers."""
+def module_server(module: str, *arguments: object) -> Iterator[tuple[str, int]]:
+    """Target and pid of `python -m module arguments`, which prints its port, on the core for servers."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     with on_core(SERVER_CORE):
-        process = subprocess.Popen([sys.executable, "-m", module], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield f"127.0.0.1:{int(process.stdout.readline())}", process.pid

@@ -1,0 +1,176 @@
+"""`make bench-peers`: live streams against what people would use instead of rnnserve, side by side, in turns.
+
+- mosec: HTTP, its own batcher, states kept by the worker;
+- Triton: gRPC streams, sequences batched by its strategy `oldest`, states kept by a model in its Python backend;
+- the KServe SDK: gRPC calls, a step each, states kept by the model;
+- by hand: the server that an engineer writes on gRPC, as in `make bench`.
+
+All serve the same weights, each from a virtual environment that this command makes in build/peers, and the first
+answers of each are compared with the network's own. A peer that cannot be installed, started or loaded is reported as
+such. Servers run on one core, clients on another; medians over the turns, ratios are medians of a turn's ratios.
+
+    python -m benchmarks.peers --streams 1 64 --turns 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.network import weights_file, write_network
+from benchmarks.peers.servers import PEERS, PeerUnavailable
+from benchmarks.plots import draw
+from benchmarks.processes import module_server, pinned_server
+from benchmarks.report import machine, markdown
+from benchmarks.turns import Row, Server, client, ratio, turn
+
+OURS, BY_HAND = "rnnserve", "by hand"
+MULTIPLEXED, AHEAD = 256, 2
+HEAD = ["server", "streams", "steps/s", "rnnserve ÷ it", "p50 ms", "p99 ms", "rnnserve's p99 ÷ its", "CPU µs/step"]
+HEAD += ["client"]
+
+
+def installed_peers(torch_index: str, progress: Progress, failed: dict[str, str]) -> list[str]:
+    """Names of those that could be; why not goes into `failed`."""
+    task = progress.add_task("installing", total=len(PEERS))
+    for peer in PEERS:
+        progress.update(task, description=f"installing {peer.name}", advance=1)
+        try:
+            peer.install(torch_index)
+        except PeerUnavailable as reason:
+            failed[peer.name] = f"cannot be installed: {reason}"
+    return [peer.name for peer in PEERS if peer.name not in failed]
+
+
+@contextmanager
+def all_servers(
+    repository: Path, folder: Path, names: list[str], failed: dict[str, str]
+) -> Iterator[dict[str, Server]]:
+    """By name; those that do not start go into `failed`."""
+    weights = weights_file(repository)
+    with ExitStack() as stack:
+        ours = stack.enter_context(pinned_server(repository, session_store="memory"))
+        servers = {OURS: Server(ours.target, ours.process.pid, weights=weights)}
+        for peer in PEERS:
+            if peer.name in names:
+                try:
+                    servers[peer.name] = stack.enter_context(peer.server(repository, folder))
+                except PeerUnavailable as reason:
+                    failed[peer.name] = str(reason)
+        by_hand = stack.enter_context(module_server("benchmarks.by_hand", weights))
+        yield {**servers, BY_HAND: Server(*by_hand, weights=weights)}
+
+
+def measure(given: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
+    """A row for each server and number of streams, and one of multiplexed sessions."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        repository = Path(folder) / "repository"
+        write_network(repository)
+        progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        names = installed_peers(given.torch_index, progress, failed)
+        servers = stack.enter_context(all_servers(repository, Path(folder), names, failed))
+        rows = [Row(name, streams) for streams in given.streams for name in servers]
+        rows.append(Row(OURS, MULTIPLEXED, ahead=AHEAD))
+        task = progress.add_task("closed loop", total=given.turns * len(rows))
+        for _ in range(given.turns):
+            for row in rows:
+                if row.server not in failed:
+                    try:
+                        turn(servers[row.server], row, given.seconds)
+                    except RuntimeError as reason:
+                        failed[row.server] = f"failed with {row.streams} streams: {reason}"
+                progress.advance(task)
+    return [row for row in rows if len(row.turns) == given.turns]
+
+
+def lines_of(rows: list[Row]) -> list[list[str]]:
+    """Of the table."""
+    ours = {row.streams: row for row in rows if row.server == OURS and not row.ahead}
+    lines = []
+    for row in rows:
+        compared = ours.get(row.streams)
+        lines.append([
+            row.label, f"{row.streams:,}", row.text("steps_per_s"),
+            f"{ratio(compared, row):.2f}" if compared else "",
+            f"{row.median('p50_ms'):.2f}", f"{row.median('p99_ms'):.2f}",
+            f"{ratio(compared, row, 'p99_ms'):.2f}" if compared else "",
+            f"{row.median('server_cpu_us_per_step'):.0f}", client(row),
+        ])  # fmt: skip
+    return lines
+
+
+def best_peers(rows: list[Row]) -> list[str]:
+    """A line for each number of streams: the fastest of the others, and what rnnserve does beside it."""
+    ours = {(row.streams, row.ahead): row for row in rows if row.server == OURS}
+    lines = []
+    for streams in dict.fromkeys(row.streams for row in rows):
+        peers = [row for row in rows if row.streams == streams and row.server != OURS]
+        if not peers or (streams, 0) not in ours:
+            continue
+        best = max(peers, key=lambda row: row.median("steps_per_s"))
+        quickest = min(peers, key=lambda row: row.median("p99_ms"))
+        line = (
+            f"{streams:,} streams: {ratio(ours[streams, 0], best):.2f} × the steps/s of the best ({best.server}), "
+            f"{ratio(ours[streams, 0], quickest, 'p99_ms'):.2f} × the least p99 ({quickest.server})"
+        )
+        if (streams, AHEAD) in ours:
+            line += f"; multiplexed {ratio(ours[streams, AHEAD], best):.1f} × the steps/s"
+        lines.append(line)
+    return lines
+
+
+def write(folder: Path, rows: list[Row], failed: dict[str, str], command: str) -> None:
+    """peers.json, peers.md and the plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"command": command, "machine": machine(), "failed": failed, "rows": [vars(row) for row in rows]}
+    (folder / "peers.json").write_text(json.dumps(data, indent=1) + "\n")
+    versions = ", ".join(package for peer in PEERS for package in peer.packages)
+    parts = [
+        "# What `make bench-peers` has measured", f"`{command}` on {machine()}.",
+        f"LSTM of 32 features and 256 units, the same random weights for all; {versions}. Servers on one core, the "
+        "client on another; closed loop; medians over the turns (least–most).",
+        markdown(HEAD, lines_of(rows)), "![](peers.svg)", *(f"- {line}" for line in best_peers(rows)),
+        *(f"- {name} {reason}" for name, reason in failed.items()),
+    ]  # fmt: skip
+    (folder / "peers.md").write_text("\n\n".join(parts) + "\n")
+    draw(folder / "peers.svg", rows, "streams", "steps_per_s", "steps/s")
+
+
+def main() -> int:
+    """See above."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
+    parser.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu"))
+    parser.add_argument("--into", type=Path, help="write peers.json, peers.md and a plot there")
+    given = parser.parse_args()
+    failed: dict[str, str] = {}
+    rows = measure(given, failed)
+    table = Table(*HEAD, title="closed loop")
+    for line in lines_of(rows):
+        table.add_row(*line)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for said in [*best_peers(rows), *(f"{name} {reason}" for name, reason in failed.items())]:
+        console.print(said)
+    if given.into:
+        asked = f"--streams {' '.join(map(str, given.streams))} --turns {given.turns} --seconds {given.seconds:g}"
+        write(given.into, rows, failed, f"python -m benchmarks.peers {asked}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
