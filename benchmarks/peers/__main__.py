@@ -98,7 +98,7 @@ def lines_of(rows: list[Row]) -> list[list[str]]:
     ours = {row.streams: row for row in rows if row.server == OURS and not row.ahead}
     lines = []
     for row in rows:
-        compared = ours.get(row.streams)
+        compared = None if row.ahead else ours.get(row.streams)
         lines.append([
             row.label, f"{row.streams:,}", row.text("steps_per_s"),
             f"{ratio(compared, row):.2f}" if compared else "",

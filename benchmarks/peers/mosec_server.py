@@ -28,8 +28,8 @@ class Steps(Worker):  # type: ignore[misc]
         self._lstm = StackedLstm(Path(os.environ["WEIGHTS"]))
         self._states: dict[bytes, State] = {}
 
-    def deserialize(self, data: bytes) -> bytes:
-        return data
+    def deserialize(self, data: bytearray) -> bytes:
+        return bytes(data)
 
     def serialize(self, data: bytes) -> bytes:
         return data
