@@ -115,16 +115,17 @@ def _values(tensor: tensor_pb2.Tensor, spec: FeatureInput, check_steps: Callable
     """(steps, features) as they came."""
     if tensor.data_type != tensor_pb2.DATA_TYPE_FLOAT32:
         raise DataTypeMismatch("the type of the values must be DATA_TYPE_FLOAT32", field="tensor.data_type")
-    shape, width = tuple(tensor.shape), len(spec.feature_names)
+    shape, width, data = tuple(tensor.shape), len(spec.feature_names), tensor.data
     if len(shape) != 2 or shape[1] != width:
         raise ShapeMismatch(f"the shape must be (steps, {width}), not {shape}", field="tensor.shape", features=width)
     check_steps(shape[0])
-    if len(tensor.data) != WIRE_FLOAT32.itemsize * math.prod(shape):
+    size_bytes = WIRE_FLOAT32.itemsize * shape[0] * width
+    if len(data) != size_bytes:
         raise ShapeMismatch(
-            f"a tensor of shape {shape} has {WIRE_FLOAT32.itemsize * math.prod(shape)} bytes, not {len(tensor.data)}",
+            f"a tensor of shape {shape} has {size_bytes} bytes, not {len(data)}",
             field="tensor.data",
         )
-    return np.frombuffer(tensor.data, WIRE_FLOAT32).reshape(shape).astype(np.float32)
+    return np.ndarray(shape, WIRE_FLOAT32, data).astype(np.float32)
 
 
 def _check_count(steps: int, max_steps: int, field: str) -> None:
@@ -136,6 +137,8 @@ def _check_count(steps: int, max_steps: int, field: str) -> None:
 
 def _wrong_values(values: Floats, spec: FeatureInput) -> NDArray[np.bool_] | None:
     """Which of them (steps, features) the model does not take; None = it takes all."""
+    if math.isfinite(np.vdot(values, values)):  # takes a third of the time; infinite, too, for what is just large
+        return None
     finite = np.isfinite(values)
     if finite.all():
         return None

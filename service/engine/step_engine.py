@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -36,7 +37,7 @@ class TickMetrics(Protocol):
 MAX_LOOP_TICK_S = 0.005  # so long a thread may wait for the interpreter's lock anyway
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as what each step makes: that takes a microsecond more
 class Stepped:
     """What a tick, or a part of one, gave: outputs (steps, outputs), and states (steps, row_size) after the steps.
 
@@ -49,7 +50,9 @@ class Stepped:
 
     def part(self, start: int, end: int) -> Stepped:
         """Of some steps only."""
-        failures = {step - start: why for step, why in self.failures.items() if start <= step < end}
+        failures = self.failures
+        if failures:
+            failures = {step - start: why for step, why in failures.items() if start <= step < end}
         return Stepped(self.outputs[start:end], self.states[start:end], failures)
 
 
@@ -72,46 +75,57 @@ class TickJob(StepJob, ABC):
         """`applied` raised: whoever waits is told that nothing more will come."""
 
 
+def _nothing() -> Floats:
+    return np.empty((0, 0), np.float32)
+
+
 Share = tuple[TickJob, int]
 """A job, and how many of its steps a tick has."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepsResult:
-    """What became of steps in a row: outputs (applied, outputs), the state after them, and why there are no more."""
+    """What became of steps in a row, and why there are no more.
+
+    outputs (applied, outputs); row (row_size,), the state after those, if any: keep its values, not the array.
+    """
 
     outputs: Floats
-    state: State
+    row: Floats
     failure: ExecutionFailed | None
 
 
 @dataclass(eq=False, slots=True)
 class _StepsInTurn(TickJob):
-    """Steps of one session that somebody waits for. `state` is their own until then."""
+    """Steps of one session that somebody waits for. `state` is where the next one finds what the last one left."""
 
     state: State = field(kw_only=True)
     result: asyncio.Future[StepsResult] = field(kw_only=True)
+    row: Floats = field(default_factory=_nothing)
     outputs: list[Floats] = field(default_factory=list)
 
     def applied(self, stepped: Stepped) -> None:
-        failure = stepped.failures.get(0)
+        failure = stepped.failures.get(0) if stepped.failures else None
         if failure is None:
-            self.state.row[:] = stepped.states[0]
+            self.row = stepped.states[0]
             self.outputs.append(stepped.outputs)
+            if self.left:
+                self.state.row[:] = self.row
         if self.result.done():  # the caller may have gone before its own cleanup has run
             self.abandoned = True
         elif failure or not self.left:
             self.abandoned = True
-            self.result.set_result(StepsResult(self._all_outputs(), self.state, failure))
+            self.result.set_result(StepsResult(self._all_outputs(), self.row, failure))
 
     def drop(self) -> None:
         if not self.result.done():
-            nothing = np.empty((0, 0), np.float32)
-            self.result.set_result(StepsResult(nothing, self.state, ExecutionFailed("the step's answer was lost")))
+            self.result.set_result(StepsResult(_nothing(), _nothing(), ExecutionFailed("the step's answer was lost")))
 
     def _all_outputs(self) -> Floats:
         """(applied, outputs), in an array of its own: one of a tick's result would keep all of that alive."""
-        return np.concatenate(self.outputs) if self.outputs else np.empty((0, 0), np.float32)
+        if len(self.outputs) == 1:
+            return self.outputs[0].copy()
+        return np.concatenate(self.outputs) if self.outputs else _nothing()
 
 
 class StepEngine:
@@ -168,7 +182,7 @@ class StepEngine:
         The state stays as it is. The caller must not call again for the same session before this call has returned.
         """
         result = asyncio.get_running_loop().create_future()
-        own = state.copy()
+        own = state if len(inputs) == 1 else state.copy()  # only what is between two steps is written there
         job = _StepsInTurn(inputs, in_turn=True, places=np.array([own.place]), state=own, result=result)
         self.submit(model, job)
         try:
@@ -267,7 +281,7 @@ def step_together(executor: StepExecutor, inputs: NDArray[np.generic], rows: Flo
             return _one_by_one(executor, inputs, rows)
         log.exception("a step failed")
         return _all_failed(1, ExecutionFailed("the network could not compute this step"))
-    if np.isfinite(new_rows).all() and np.isfinite(outputs).all():
+    if isfinite(np.vdot(new_rows, new_rows)) and isfinite(np.vdot(outputs, outputs)):  # or else one may just be large
         return Stepped(outputs, new_rows, {})
     finite = np.logical_and(np.isfinite(new_rows).all(axis=1), np.isfinite(outputs).all(axis=1))
     failure = ExecutionFailed("the step leads to a value that is not finite")

@@ -39,7 +39,7 @@ class Owner(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AppliedSteps:
     """outputs (rows, outputs) about the steps before `next_step`, and why that one failed, if it did."""
 
@@ -175,7 +175,7 @@ class Session:
         applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
         known = [] if last_only else self.ledger.rows_about(first_step, before)
         if applied:
-            self._state = result.state
+            self._state.row[:] = result.row
             self.ledger.applied(before, before + applied, outputs)
             self._metrics.steps(self.model, applied)
         self.used_s = self._clock()
