@@ -51,7 +51,7 @@ bench: $(READY)  ## streams, multiplexed sessions and sessions at rest, beside o
 	$(BIN)/python -m benchmarks --into docs/benchmarks
 	$(BIN)/python -m benchmarks.at_rest --into docs/benchmarks
 
-bench-quick: $(READY)  ## the first of these in two or three minutes, nothing written
+bench-quick: $(READY)  ## the first of these in two minutes, nothing written
 	$(BIN)/python -m benchmarks --quick
 
 bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed in build/peers; twenty minutes; docs/benchmarks/

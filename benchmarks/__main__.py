@@ -35,8 +35,6 @@ from benchmarks.report import machine, markdown
 from benchmarks.turns import PERCENTILES, Row, Server, client, ratio, turn
 
 OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
-OFFERED = (0.25, 0.5, 0.75, 0.9)
-"""Of rnnserve's throughput in closed loop: the loads of the open loop."""
 
 
 @contextmanager
@@ -80,7 +78,7 @@ def measure(given: argparse.Namespace) -> dict[str, list[Row]]:
                 progress.advance(task)
         n = given.open_streams
         capacity = closed[OURS, n].median("steps_per_s") if (OURS, n) in closed else 0.0
-        opened = [Row(name, n, share * capacity) for share in OFFERED for name in servers if capacity]
+        opened = [Row(name, n, share * capacity) for share in given.offered for name in servers if capacity]
         task = progress.add_task("open loop", total=given.turns * len(opened))
         for _ in range(given.turns):
             for row in opened:
@@ -178,13 +176,17 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256, 1_000])
     parser.add_argument("--multiplexed", type=int, nargs="+", default=[16, 64, 256, 1_024], help="sessions")
     parser.add_argument("--open-streams", type=int, default=64, help="of the open loop; one of --streams")
+    parser.add_argument(
+        "--offered", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9], help="of rnnserve's steps/s"
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    parser.add_argument("--quick", action="store_true", help="two minutes: 1, 64 and 256 streams, 3 turns of 1.5 s")
+    parser.add_argument("--quick", action="store_true", help="two minutes: 1, 64 and 256 streams, 2 turns of 1 s")
     parser.add_argument("--into", type=Path, help="write results.json, results.md and plots there")
     given = parser.parse_args()
     if given.quick:
-        given.streams, given.multiplexed, given.turns, given.seconds = [1, 64, 256], [256], 2, 1.0
+        given.streams, given.multiplexed, given.offered = [1, 64, 256], [256], [0.5]
+        given.turns, given.seconds = 2, 1.0
     rows = measure(given)
     tables = {
         "closed loop": closed_table(rows), "multiplexed": multiplexed_table(rows), "open loop": open_table(rows)

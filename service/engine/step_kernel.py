@@ -55,7 +55,7 @@ class StepKernel:
 
     def step(self, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """values (batch, features) or (batch,), rows (batch, row_size) -> outputs (batch, outputs), new rows."""
-        state = torch.split(rows, self._split, dim=1)
+        state = rows.split_with_sizes(self._split, dim=1)
         inputs, held = self._predictor.normalised(values, state[-1])  # the last part is what is held, if anything is
         new_state: list[Tensor] = []
         if self._embedding is not None:
