@@ -75,8 +75,7 @@ class TickJob(StepJob, ABC):
         """`applied` raised: whoever waits is told that nothing more will come."""
 
 
-def _nothing() -> Floats:
-    return np.empty((0, 0), np.float32)
+_NOTHING: Floats = np.empty((0, 0), np.float32)
 
 
 Share = tuple[TickJob, int]
@@ -101,7 +100,7 @@ class _StepsInTurn(TickJob):
 
     state: State = field(kw_only=True)
     result: asyncio.Future[StepsResult] = field(kw_only=True)
-    row: Floats = field(default_factory=_nothing)
+    row: Floats = field(default_factory=lambda: _NOTHING)
     outputs: list[Floats] = field(default_factory=list)
 
     def applied(self, stepped: Stepped) -> None:
@@ -119,13 +118,13 @@ class _StepsInTurn(TickJob):
 
     def drop(self) -> None:
         if not self.result.done():
-            self.result.set_result(StepsResult(_nothing(), _nothing(), ExecutionFailed("the step's answer was lost")))
+            self.result.set_result(StepsResult(_NOTHING, _NOTHING, ExecutionFailed("the step's answer was lost")))
 
     def _all_outputs(self) -> Floats:
         """(applied, outputs), in an array of its own: one of a tick's result would keep all of that alive."""
         if len(self.outputs) == 1:
             return self.outputs[0].copy()
-        return np.concatenate(self.outputs) if self.outputs else _nothing()
+        return np.concatenate(self.outputs) if self.outputs else _NOTHING
 
 
 class StepEngine:
