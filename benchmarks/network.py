@@ -13,12 +13,16 @@ MODEL = "benchmark"
 FEATURES, HIDDEN_SIZE, OUTPUTS = 32, 256, 16
 
 
+def features() -> FeatureInput:
+    """Already normalised."""
+    names = tuple(f"feature {number}" for number in range(FEATURES))
+    return FeatureInput(feature_names=names, mean=(0.0,) * FEATURES, std=(1.0,) * FEATURES)
+
+
 def write_network(repository: Path) -> Bundle:
     """Into a repository of its own."""
     spec = NetworkSpec(cell="lstm", features=FEATURES, hidden_size=HIDDEN_SIZE, outputs=OUTPUTS)
-    names = tuple(f"feature {number}" for number in range(FEATURES))
-    inputs = FeatureInput(feature_names=names, mean=(0.0,) * FEATURES, std=(1.0,) * FEATURES)
-    return write_bundle(repository, manifest(MODEL, spec, inputs))
+    return write_bundle(repository, manifest(MODEL, spec, features()))
 
 
 def weights_file(repository: Path) -> Path:

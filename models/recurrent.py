@@ -89,14 +89,21 @@ Values = tuple[Tensor, ...]
 CellStep = Callable[[Tensor, Values, Tensor, Tensor], Values]
 
 
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`functional.linear` from float32 to float32; only the product is bfloat16 where the weight is."""
+    if weight.dtype == torch.bfloat16:
+        return functional.linear(inputs.bfloat16(), weight).float() + bias
+    return functional.linear(inputs, weight, bias)
+
+
 def tanh_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Tensor) -> Values:
     """a⟨t⟩ = tanh(Waa a⟨t−1⟩ + Wax x⟨t⟩ + ba): the vanilla cell."""
-    return (torch.tanh(input_gates + functional.linear(values[0], weight_hh, bias_hh)),)
+    return (torch.tanh(input_gates + linear(values[0], weight_hh, bias_hh)),)
 
 
 def relu_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Tensor) -> Values:
     """a⟨t⟩ = max(0, Waa a⟨t−1⟩ + Wax x⟨t⟩ + ba)."""
-    return (torch.relu(input_gates + functional.linear(values[0], weight_hh, bias_hh)),)
+    return (torch.relu(input_gates + linear(values[0], weight_hh, bias_hh)),)
 
 
 def gru_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Tensor) -> Values:
@@ -105,7 +112,7 @@ def gru_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Te
     The reset gate acts after the hidden product, as in `torch.nn.GRU`.
     """
     (h,) = values
-    hidden_gates = functional.linear(h, weight_hh, bias_hh)
+    hidden_gates = linear(h, weight_hh, bias_hh)
     input_reset, input_update, input_new = input_gates.chunk(3, dim=-1)
     hidden_reset, hidden_update, hidden_new = hidden_gates.chunk(3, dim=-1)
     reset = torch.sigmoid(input_reset + hidden_reset)
@@ -116,8 +123,11 @@ def gru_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Te
 
 def lstm_step(input_gates: Tensor, values: Values, weight_hh: Tensor, bias_hh: Tensor) -> Values:
     """Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997, with the forget gate of Gers et al., 2000."""
-    h, c = values
-    gates = input_gates + functional.linear(h, weight_hh, bias_hh)
+    return lstm_values(input_gates + linear(values[0], weight_hh, bias_hh), values[1])
+
+
+def lstm_values(gates: Tensor, c: Tensor) -> Values:
+    """What the gates make of the cell: the new (h, c)."""
     input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
     c = torch.sigmoid(forget_gate) * c + torch.sigmoid(input_gate) * torch.tanh(candidate)
     return torch.sigmoid(output_gate) * torch.tanh(c), c
@@ -165,7 +175,7 @@ class RecurrentStack(nn.Module):
     def _input_gates(self, inputs: Tensor, suffix: str) -> Tensor:
         """(..., width) -> (..., gates * hidden): the input's share, for one step or all steps at once."""
         weight, bias = self.get_parameter(f"weight_ih_{suffix}"), self.get_parameter(f"bias_ih_{suffix}")
-        return functional.linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
 
     def _step_layer(self, input_gates: Tensor, values: Values, suffix: str) -> Values:
         """One step of one layer in one direction, through all cells of its transition."""
@@ -217,11 +227,18 @@ def reverse(sequences: Tensor, lengths: Tensor) -> Tensor:
     return sequences.gather(1, index.unsqueeze(-1).expand_as(sequences))
 
 
+class Linear(nn.Linear):
+    """A layer whose weight may be bfloat16."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
 def feed_forward(width: int, sizes: tuple[int, ...]) -> nn.Sequential:
     """Linear layers of the given sizes, each with ReLU behind it."""
     layers: list[nn.Module] = []
     for size in sizes:
-        layers += [nn.Linear(width, size), nn.ReLU()]
+        layers += [Linear(width, size), nn.ReLU()]
         width = size
     return nn.Sequential(*layers)
 
@@ -241,6 +258,13 @@ class RecurrentNetwork(nn.Module):
         hidden = spec.hidden_size * spec.directions
         self.output_block = feed_forward(hidden, spec.output_layers)
         self.output = nn.Linear((hidden, *spec.output_layers)[-1], spec.outputs)
+
+    def to_bfloat16(self) -> None:
+        """Round the weights of all matrix products but the last, which would round the answers themselves."""
+        for block in (self.input_block, self.recurrent, self.output_block):
+            for parameter in block.parameters():
+                if parameter.dim() == 2:
+                    parameter.data = parameter.data.bfloat16()
 
     def _read(self, inputs: Tensor) -> Tensor:
         vectors: Tensor = inputs if self.embedding is None else self.embedding(inputs)

@@ -1,7 +1,8 @@
 """One step of each of several sessions of a streamable network, in as few calls of torch as there can be.
 
 A step of a small network costs what its calls cost, not its arithmetic (Zhang et al., "DeepCPU", USENIX ATC 2018). So
-all weights are looked up once, and torch's own cells take the place of a cell's equations; they have the same.
+all weights are looked up once, and torch's own cells take the place of a cell's equations; they have the same. Those
+would make the state bfloat16 where the weights are, so there the equations stay, with both products of a cell in one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.predictor import Predictor
-from models.recurrent import CELL_STEPS, Cell, RecurrentStack, Values
+from models.recurrent import CELL_STEPS, Cell, RecurrentStack, Values, gru_step, linear, lstm_values
 
 Weights = tuple[Tensor, ...]
 
@@ -37,6 +38,32 @@ def _relu(inputs: Tensor, values: Values, *weights: Tensor) -> Values:
 CELLS: dict[Cell, Callable[..., Values]] = {"tanh": _tanh, "relu": _relu, "gru": _gru, "lstm": _lstm}
 
 
+def _gates(inputs: Tensor, values: Values, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(torch.cat([inputs, values[0]], dim=1), weight, bias)
+
+
+def _bfloat16_lstm(inputs: Tensor, values: Values, weight: Tensor, bias: Tensor) -> Values:
+    return lstm_values(_gates(inputs, values, weight, bias), values[1])
+
+
+def _bfloat16_gru(inputs: Tensor, values: Values, *weights: Tensor) -> Values:
+    weight_ih, weight_hh, bias_ih, bias_hh = weights  # apart: the reset gate acts on the hidden product alone
+    return gru_step(linear(inputs, weight_ih, bias_ih), values, weight_hh, bias_hh)
+
+
+def _bfloat16_tanh(inputs: Tensor, values: Values, weight: Tensor, bias: Tensor) -> Values:
+    return (torch.tanh(_gates(inputs, values, weight, bias)),)
+
+
+def _bfloat16_relu(inputs: Tensor, values: Values, weight: Tensor, bias: Tensor) -> Values:
+    return (torch.relu(_gates(inputs, values, weight, bias)),)
+
+
+BFLOAT16_CELLS: dict[Cell, Callable[..., Values]] = {
+    "tanh": _bfloat16_tanh, "relu": _bfloat16_relu, "gru": _bfloat16_gru, "lstm": _bfloat16_lstm,
+}  # fmt: skip
+
+
 class StepKernel:
     """A predictor's network, one step at a time, with the weights that it has when this is made."""
 
@@ -45,8 +72,9 @@ class StepKernel:
         self._predictor = predictor
         self._embedding = None if network.embedding is None else network.embedding.weight.detach()
         self._input_layers = _linear_layers(network.input_block)
-        self._cell, self._deeper_cell = CELLS[spec.cell], CELL_STEPS[spec.cell]
         self._layers = [_layer(network.recurrent, layer) for layer in range(spec.layers)]
+        is_bfloat16 = self._layers[0][0][0].dtype == torch.bfloat16
+        self._cell, self._deeper_cell = (BFLOAT16_CELLS if is_bfloat16 else CELLS)[spec.cell], CELL_STEPS[spec.cell]
         self._output_layers = _linear_layers(network.output_block)
         self._output = network.output.weight.detach(), network.output.bias.detach()
         self._values = spec.state_layout.values_per_layer
@@ -75,9 +103,11 @@ def _layer(stack: RecurrentStack, layer: int) -> tuple[Weights, list[Weights]]:
     """Of its first cell, and of those of a deep transition, which see no input."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     first, *deeper = (f"l{layer}", *(f"l{layer}_t{depth}" for depth in range(1, stack.spec.transition_layers)))
-    return _weights(stack, names, first), [
-        _weights(stack, ("weight_hh", "bias_ih", "bias_hh"), cell) for cell in deeper
-    ]
+    weights = _weights(stack, names, first)
+    if weights[0].dtype == torch.bfloat16 and stack.spec.cell != "gru":
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        weights = torch.cat([weight_ih, weight_hh], dim=1), bias_ih + bias_hh
+    return weights, [_weights(stack, ("weight_hh", "bias_ih", "bias_hh"), cell) for cell in deeper]
 
 
 def _weights(stack: RecurrentStack, names: Iterable[str], cell: str) -> Weights:
@@ -90,5 +120,5 @@ def _linear_layers(block: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
 
 def _feed(inputs: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
     for weight, bias in layers:
-        inputs = torch.relu(functional.linear(inputs, weight, bias))
+        inputs = torch.relu(linear(inputs, weight, bias))
     return inputs
