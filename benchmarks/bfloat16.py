@@ -45,7 +45,8 @@ def step_us(executor: TorchExecutor, inputs: Floats) -> float:
 def main(hidden_sizes: tuple[int, ...]) -> None:
     """On one thread. The first turn warms up; medians over the others."""
     torch.set_num_threads(1)
-    print("| cell | hidden size | batch | float32 µs | bfloat16 µs | times as fast |\n| --- | --- | --- | --- | --- | --- |")
+    print("| cell | hidden size | batch | float32 µs | bfloat16 µs | times as fast |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for cell in CELLS:
         for hidden_size in hidden_sizes:
             both = executors(cell, hidden_size)

@@ -22,6 +22,7 @@ console = Console()
 TOLERANCE = 1e-6
 Seed = Annotated[int, typer.Option(help="seed of the first run")]
 Processes = Annotated[int, typer.Option(min=1, help="how many runs go side by side, a thread each")]
+Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="also measure what bfloat16 weights lose, for a server")]
 Repository = Annotated[Path, typer.Option(help="folder of the bundles")]
 
 
@@ -53,13 +54,19 @@ def ablate(
 
 
 @app.command()
-def evaluate(task: TaskArgument, repository: Repository = publish.REPOSITORY) -> None:
+def evaluate(task: TaskArgument, repository: Repository = publish.REPOSITORY, bfloat16: Bfloat16 = False) -> None:
     """Measure a bundle anew on its held-out data; exit code 1 where the number is not the manifest's."""
     value, manifest = publish.measure_again(task, repository)
     quality = manifest.quality
     console.print(f"{manifest.name}: measured {value:.6f}, manifest {quality.value:.6f} ({quality.metric})")
     if abs(value - quality.value) > TOLERANCE:
         raise typer.Exit(1)
+    if bfloat16:
+        loss = publish.measure_bfloat16(task, repository)
+        console.print(
+            f"{manifest.name}: over all steps {loss.float32_percent:.3f} % right with float32 weights, "
+            f"{loss.bfloat16_percent:.3f} % with bfloat16 ({loss.predictions:,} predictions)"
+        )
 
 
 @app.command("list")

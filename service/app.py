@@ -38,7 +38,7 @@ from service.api.models import ModelService
 from service.api.real_time import RealTimeService
 from service.api.sequences import SequenceService
 from service.api.sessions import SessionService
-from service.catalog.catalog import Catalog, load_catalog
+from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.engine import lane_process
 from service.engine.executor import TorchExecutor
@@ -367,7 +367,8 @@ async def serve(settings: Settings) -> None:
     """Build and run the service in this process, until SIGTERM or SIGINT. Raises StartError and CatalogError."""
     prepare_threads(settings)
     stop = stop_on_signals()
-    catalog = load_catalog(settings.model_repository)
+    bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
+    catalog = load_catalog(settings.model_repository, bfloat16=bfloat16)
     with state_dir.locked(settings.state_dir):
         owner = uuid.uuid4().hex if settings.session_store == "redis" else ""
         service = Service(settings, catalog, owner=owner)

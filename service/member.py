@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.manifest import ModelKey
-from service.catalog.catalog import Catalog, load_catalog
+from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.control import Channel
 from service.errors import Internal, ServingError, packed
@@ -50,8 +50,9 @@ class Member:
             format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        models = begin["models"]
-        catalog = load_catalog(settings.model_repository, models and [ModelKey(*model) for model in models])
+        only = begin["models"] and [ModelKey(*model) for model in begin["models"]]
+        bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
+        catalog = load_catalog(settings.model_repository, only, bfloat16)
         return cls(settings, channel, catalog, begin["owner"], Path(begin["lane"]))
 
     def serving(self) -> None:

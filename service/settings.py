@@ -11,11 +11,12 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -28,6 +29,14 @@ OTHER_VARIABLES = ("RNNSERVE_TARGET", "RNNSERVE_TOKEN", "RNNSERVE_CACHE")  # of 
 
 class SettingsError(ValueError):
     """The settings cannot be used; the message names the setting and its bound."""
+
+
+def _split(names: object) -> object:
+    """`speaker,activity` of a flag or a variable; a file has a list."""
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+
+
+ModelNames = Annotated[frozenset[str], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -45,6 +54,15 @@ class Settings(BaseSettings):
         10.0, ge=1.0, le=600.0, description="a worker that answers nothing for so long is killed and started again"
     )
     model_repository: Path = Field(Path("models/repository"), description="folder of <name>/<version>/ bundles")
+    bfloat16_models: ModelNames = Field(
+        frozenset(),
+        max_length=1_000,
+        description="models, with commas between them, whose live steps have bfloat16 weights; of each must have been "
+        "measured by `python -m models evaluate MODEL --bfloat16` what that loses",
+    )
+    max_bfloat16_loss_points: float = Field(
+        0.5, ge=0.0, le=10.0, description="percentage points of right predictions that bfloat16 may lose, else no start"
+    )
     state_dir: Path = Field(
         Path(".state"),
         description="folder of one server's own: sessions.sqlite, and server.json with its ports while it serves",

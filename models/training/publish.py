@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from models.bfloat16 import Bfloat16Loss, check_streamable, write_loss
 from models.bundle import load_bundle, save_bundle
 from models.manifest import Manifest, Output, Quality, Repeats, Sample
 from models.tasks.task import Recordings, Run, Split, Task
 from models.training.card import write_card
 from models.training.loss import accuracy_percent
-from models.training.measure import accuracy_by_steps, confusions
+from models.training.measure import accuracy_by_steps, confusions, measure_live
 from models.training.plots import draw_curves, draw_heard
 from models.training.runs import Job, Result, run_all
 from models.training.sequences import Recording
@@ -73,6 +74,26 @@ def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Man
     bundle = load_bundle(repository / task.name / str(VERSION))
     items = task.items(test_recordings(task))
     return accuracy_percent(bundle.predictor, items), bundle.manifest
+
+
+def measure_bfloat16(task: Task, repository: Path = REPOSITORY) -> Bfloat16Loss:
+    """What bfloat16 weights lose over all answers that live streams of the held-out recordings get; kept beside them.
+
+    Raises BundleError or DataError.
+    """
+    bundle = load_bundle(repository / task.name / str(VERSION))
+    check_streamable(bundle)
+    recordings = test_recordings(task)
+    exact = measure_live(bundle.predictor, recordings)
+    bundle.predictor.network.to_bfloat16()
+    loss = Bfloat16Loss(
+        manifest_sha256=bundle.manifest.manifest_sha256,
+        predictions=sum(len(recording.values) for recording in recordings),
+        float32_percent=exact.settled,
+        bfloat16_percent=measure_live(bundle.predictor, recordings).settled,
+    )
+    write_loss(bundle.folder, loss)
+    return loss
 
 
 def test_recordings(task: Task) -> Recordings:

@@ -11,7 +11,7 @@ import logging
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from models.bundle import Bundle, BundleError, load_bundle
+from models.bundle import Bundle, BundleError
 from models.manifest import ModelKey
 from service.catalog.catalog import Catalog
 from service.engine.sequence_lane import Lane
@@ -93,10 +93,9 @@ class Loader:
         self._bundle = None
 
     async def _loaded(self, model: ModelKey) -> Bundle:
-        folder = self._catalog.folder(model)
         try:
-            bundle = await asyncio.to_thread(load_bundle, folder)
-            await self._lane.warm_up([folder])
+            bundle = await asyncio.to_thread(self._catalog.load, model)
+            await self._lane.warm_up([bundle.folder])
         except BundleError as error:
             raise BundleInvalid(f"{error.field}: {error.problem}", model=model.name) from None
         return bundle

@@ -43,6 +43,17 @@ def test_a_file_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (settings.port, settings.host) == (1234, "0.0.0.0")
 
 
+def test_names_of_models_have_commas_between_them_and_are_a_list_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert read_settings([]).bfloat16_models == frozenset()
+    use_file(monkeypatch, tmp_path / "rnnserve.toml", 'bfloat16_models = ["speaker", "activity"]\n')
+    assert read_settings([]).bfloat16_models == {"speaker", "activity"}
+    monkeypatch.setenv("RNNSERVE_BFLOAT16_MODELS", "speaker, diacritics")
+    assert read_settings([]).bfloat16_models == {"speaker", "diacritics"}
+    assert read_settings(["--bfloat16-models", "speaker,activity"]).bfloat16_models == {"speaker", "activity"}
+
+
 def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -65,6 +76,8 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
         (["--sequence-niceness", "20"], "sequence_niceness", "19"),
         (["--drain-timeout-s", "-0.5"], "drain_timeout_s", "0"),
         (["--drain-timeout-s", "nan"], "drain_timeout_s", ""),
+        (["--max-bfloat16-loss-points", "10.5"], "max_bfloat16_loss_points", "10"),
+        (["--max-bfloat16-loss-points", "-1"], "max_bfloat16_loss_points", "0"),
         (["--port", "many"], "port", "integer"),
         (["--log-level", "loud"], "log_level", "'debug'"),
     ],
@@ -184,7 +197,16 @@ def test_what_one_process_is_told_by_another_is_all_that_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = read_settings(
-        ["--redis-url", "redis://:secret@host:1/0", "--state-dir", str(tmp_path), "--workers", "2"]
+        [
+            "--redis-url",
+            "redis://:secret@host:1/0",
+            "--state-dir",
+            str(tmp_path),
+            "--workers",
+            "2",
+            "--bfloat16-models",
+            "a,b",
+        ]
     )
     monkeypatch.setenv("RNNSERVE_WORKERS", "3")
     monkeypatch.setenv("RNNSERVE_SETTINGS_FILE", "/no/such/file")

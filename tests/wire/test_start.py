@@ -130,3 +130,11 @@ def test_help_names_the_settings_and_their_meaning() -> None:
     assert ended.returncode == 0
     assert "--drain-timeout-s" in ended.stdout
     assert "gRPC port" in ended.stdout
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bfloat16_weights_that_were_never_measured_are_refused(repository: Path, workers: int) -> None:
+    ended = start(model_repository=repository, bfloat16_models="stacked", workers=workers)
+    assert ended.returncode == 2
+    assert "stacked/1: bfloat16.json: what bfloat16 loses was never measured" in ended.stderr
+    assert "Traceback" not in ended.stderr
