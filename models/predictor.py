@@ -27,6 +27,12 @@ class Predictor:
         self._state_size = network.spec.state_layout.size
         self.row_size = self._state_size + (network.spec.features or 0) * self._holds_last
 
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        self.network.to(device)
+        if self._is_numeric:
+            self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     def normalised(self, values: Tensor, last: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step as the network sees it, and the last numbers where missing values hold them.
 

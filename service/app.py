@@ -41,7 +41,7 @@ from service.api.sessions import SessionService
 from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.engine import lane_process
-from service.engine.executor import TorchExecutor
+from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
@@ -102,8 +102,13 @@ class Service:
         self.metrics = Metrics()
         self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()
+        self._device = _device(settings)
         self.engine = StepEngine(
-            {b.manifest.key: TorchExecutor(b.predictor) for b in catalog if b.manifest.network.streamable},
+            {
+                b.manifest.key: TorchExecutor(b.predictor, self._device)
+                for b in catalog
+                if b.manifest.network.streamable
+            },
             max_tick_sessions=settings.max_tick_sessions,
             metrics=self.metrics,
         )
@@ -213,7 +218,7 @@ class Service:
         """Serve it from now on."""
         manifest = bundle.manifest
         if manifest.network.streamable:
-            self.engine.add(manifest.key, TorchExecutor(bundle.predictor))
+            self.engine.add(manifest.key, TorchExecutor(bundle.predictor, self._device))
         self.sessions.serve(manifest)
         self.catalog.add(bundle)
         await self._report_model(manifest.key)
@@ -284,6 +289,13 @@ def sequence_lane(settings: Settings, metrics: Metrics, spawn: Callable[[], Exec
         max_batch_steps=settings.max_batch_steps,
         metrics=metrics,
     )
+
+
+def _device(settings: Settings) -> torch.device:
+    try:
+        return usable_device(settings.device)
+    except ValueError as error:
+        raise StartError(f"device: {settings.device!r} cannot be used: {error}") from None
 
 
 def _store(settings: Settings, owner: str) -> SessionStore | SharedStore:

@@ -80,6 +80,12 @@ class Settings(BaseSettings):
         10_000, ge=1, le=1_000_000, description="live streams and multiplexed sessions; one more is SESSION_LIMIT"
     )
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
+    device: str = Field(
+        "cpu",
+        min_length=1,
+        max_length=64,
+        description="torch's name of where live steps are computed, such as cuda:0; others than cpu are untested",
+    )
     step_threads: int = Field(1, ge=1, le=64, description="torch threads of a tick")
 
     session_store: Literal["sqlite", "memory", "redis"] = Field(

@@ -27,17 +27,32 @@ class StepExecutor(Protocol):
         ...
 
 
+CPU = torch.device("cpu")
+
+
+def usable_device(name: str) -> torch.device:
+    """Raises ValueError, which says why torch cannot compute there."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    return torch.device(name)
+
+
 class TorchExecutor:
     """A StepExecutor that runs a bundle's own network with torch."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, device: torch.device = CPU) -> None:
+        predictor.to(device)
+        self._device = device
         self._kernel = StepKernel(predictor)
         self.row_size = predictor.row_size
 
     def step(self, inputs: NDArray[np.generic], rows: Floats) -> tuple[Floats, Floats]:
         """As StepExecutor has it."""
-        outputs, new_rows = self._kernel.step(torch.from_numpy(inputs), torch.from_numpy(rows))
-        return outputs.numpy(), new_rows.numpy()
+        there = torch.from_numpy(inputs).to(self._device), torch.from_numpy(rows).to(self._device)
+        outputs, new_rows = self._kernel.step(*there)
+        return outputs.cpu().numpy(), new_rows.cpu().numpy()
 
 
 @torch.inference_mode()

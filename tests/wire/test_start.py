@@ -138,3 +138,11 @@ def test_bfloat16_weights_that_were_never_measured_are_refused(repository: Path,
     assert ended.returncode == 2
     assert "stacked/1: bfloat16.json: what bfloat16 loses was never measured" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cpv", 1), ("cuda:99", 1), ("meta", 1), ("cpv", 2)])
+def test_a_device_that_torch_cannot_use_is_refused_by_its_name(repository: Path, device: str, workers: int) -> None:
+    ended = start(model_repository=repository, device=device, workers=workers)
+    assert ended.returncode == 2
+    assert f"device: '{device}' cannot be used: " in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import load_bundle
+from service.engine.executor import TorchExecutor
+
+
+@pytest.mark.parametrize("model", ["stacked", "text"])
+def test_a_step_is_computed_on_the_device_that_is_set(repository: Path, model: str) -> None:
+    executor = TorchExecutor(load_bundle(repository / model / "1").predictor, torch.device("meta"))
+    inputs = np.zeros((2, 3), np.float32) if model == "stacked" else np.zeros(2, np.int64)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # all went well but the way back
+        executor.step(inputs, np.zeros((2, executor.row_size), np.float32))
