@@ -91,7 +91,7 @@ def run_script(
 
             def note(answers: Iterable[Answer]) -> None:
                 for answer in answers:
-                    record(session, _row(answer), ResumePoint(*stream.resume_point[:2], answer.step + 1))
+                    record(session, row_of(answer), ResumePoint(*stream.resume_point[:2], answer.step + 1))
 
             record(session, "resumed" if resume else "opened", stream.resume_point)
             if resume:
@@ -134,5 +134,6 @@ def _inputs(script: Script, first: int, end: int, watched: Watched | None) -> It
         yield np.array(script.values[start:stop], np.float32).reshape(-1, 1)
 
 
-def _row(answer: Answer) -> Row:
+def row_of(answer: Answer) -> Row:
+    """What is recorded of it."""
     return answer.step, tuple(map(float, answer.output))

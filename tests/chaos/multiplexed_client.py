@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class StepsAhead:
 
     def send(self, values: Mapping[str, float]) -> None:
         """The next step of each of these, and take the answers that have come. Raises the error of a session."""
-        self._multiplex.send(list(values), _column(values))
+        self._multiplex.send(list(values), column(values.values()))
         self._owed += len(values)
         while self._owed > self._ahead * len(values):
             self._receive()
@@ -51,7 +51,7 @@ class StepsAhead:
 
     def step(self, values: Mapping[str, float]) -> None:
         """The next step of each of these, and its answer. Raises the error of a session."""
-        self._take(self._multiplex.step(list(values), _column(values)))
+        self._take(self._multiplex.step(list(values), column(values.values())))
 
     def reset(self, sessions: Sequence[str]) -> None:
         """Behind what was sent. Raises the error of a session."""
@@ -76,10 +76,8 @@ class StepsAhead:
         return answers is not None
 
     def _take(self, answers: BatchAnswer) -> None:
-        rows = zip(answers.sessions, answers.steps.tolist(), answers.outputs.tolist(), strict=True)
-        for session, step, output in rows:
-            if step >= 0:
-                self._note(session, (step, tuple(output)))
+        for session, row in rows_of(answers):
+            self._note(session, row)
         for error in answers.errors.values():
             if not isinstance(error, SessionMoved):
                 raise error
@@ -217,5 +215,12 @@ def _send_again_twice(multiplex: Multiplex) -> None:
     broken.put(sessions, "_make_wait_again", make_wait_twice)
 
 
-def _column(values: Mapping[str, float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    return np.array(list(values.values()), np.float32).reshape(-1, 1)
+def rows_of(answers: BatchAnswer) -> list[tuple[str, Row]]:
+    """Those of the steps that were not refused, and whose they are."""
+    rows = zip(answers.sessions, answers.steps.tolist(), answers.outputs.tolist(), strict=True)
+    return [(session, (step, tuple(output))) for session, step, output in rows if step >= 0]
+
+
+def column(values: Iterable[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """A row of one feature for each value."""
+    return np.array(list(values), np.float32).reshape(-1, 1)
