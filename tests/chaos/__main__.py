@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from tests.chaos import broken
 from tests.chaos.harness import Harness, Outcome
-from tests.chaos.plans import FAULTS, POINTS, make_plan
+from tests.chaos.plans import FAULTS, POINTS, Clients, make_plan
 from tests.support.bundles import write_accumulator
 
 TABLE_WIDTH = 120
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the first plan / 100000; drawn if not given")
     parser.add_argument("--only", type=int, default=None, metavar="SEED", help="the one plan of this seed of its own")
     parser.add_argument("--break", dest="break_name", choices=broken.BREAKS, default="", help="break the code first")
+    parser.add_argument("--clients", choices=get_args(Clients), default="both", help="what the plans may have")
     parser.add_argument("--seconds", type=float, default=None, help="begin no plan after this time")
     given = parser.parse_args()
     seed = random.SystemRandom().randrange(10_000) if given.seed is None else given.seed
@@ -36,11 +38,13 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     console.print(f"seed {seed}" if given.only is None else f"plan {given.only}")
-    outcomes = _run(seeds, given.break_name, given.seconds, console)
-    return _report(outcomes, given.break_name, console)
+    outcomes = _run(seeds, given.clients, given.break_name, given.seconds, console)
+    options = [f" --clients {given.clients}"] if given.clients != "both" else []
+    options += [f" --break {given.break_name}"] if given.break_name else []
+    return _report(outcomes, "".join(options), console)
 
 
-def _run(seeds: list[int], break_name: str, limit_s: float | None, console: Console) -> list[Outcome]:
+def _run(seeds: list[int], clients: Clients, break_name: str, limit_s: float | None, console: Console) -> list[Outcome]:
     broken.break_client(break_name)
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -55,9 +59,9 @@ def _run(seeds: list[int], break_name: str, limit_s: float | None, console: Cons
             for seed in seeds:
                 if limit_s is not None and time.monotonic() - began_s > limit_s:
                     break
-                plan = make_plan(seed)
+                plan = make_plan(seed, clients=clients)
                 progress.update(task, description=f"{plan.fault} {plan.point}")
-                outcome = harness.run(seed)
+                outcome = harness.run(seed, clients)
                 outcomes.append(outcome)
                 for violation in outcome.violations:
                     console.print(f"[red]plan {seed}: {plan.fault} {plan.point}: {violation}[/red]", highlight=False)
@@ -67,7 +71,7 @@ def _run(seeds: list[int], break_name: str, limit_s: float | None, console: Cons
     return outcomes
 
 
-def _report(outcomes: list[Outcome], break_name: str, console: Console) -> int:
+def _report(outcomes: list[Outcome], options: str, console: Console) -> int:
     hits = [outcome for outcome in outcomes if outcome.hit]
     counts = Counter((outcome.plan.fault, outcome.plan.point) for outcome in hits)
     table = Table("fault", *POINTS, "all", "longest recovery")
@@ -83,6 +87,7 @@ def _report(outcomes: list[Outcome], break_name: str, console: Console) -> int:
     missed = [outcome.plan.seed for outcome in outcomes if not outcome.hit and not outcome.violations]
     places = Counter(outcome.plan.target for outcome in hits)
     console.print(f"struck at: {dict(places)}", highlight=False)
+    console.print(f"of multiplexed clients: {sum(outcome.plan.is_multiplexed for outcome in hits)}")
     console.print(f"steps checked: {sum(outcome.steps for outcome in hits)}")
     console.print(f"plans repeated with another step: {sum(outcome.attempts > 1 for outcome in outcomes)}")
     console.print(f"erased sessions looked for after a crash: {sum(outcome.proved_erased for outcome in hits)}")
@@ -90,8 +95,7 @@ def _report(outcomes: list[Outcome], break_name: str, console: Console) -> int:
         console.print(f"not counted, for their fault never hit: {missed}")
     console.print(f"plans with violations: {len(failed)}", style="red" if failed else "green")
     for outcome in failed:
-        broken_by = f" --break {break_name}" if break_name else ""
-        console.print(f"  python -m tests.chaos --only {outcome.plan.seed}{broken_by}", highlight=False)
+        console.print(f"  python -m tests.chaos --only {outcome.plan.seed}{options}", highlight=False)
     return 1 if failed or not hits else 0
 
 

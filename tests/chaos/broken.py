@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rnnserve.batches import BatchReplay
+from rnnserve.multiplexed import Multiplexed
 from rnnserve.replay import Replay
 
 if TYPE_CHECKING:
@@ -95,8 +97,11 @@ def break_client(name: str) -> None:
             return []
 
         put(Replay, "since", nothing)
+        put(BatchReplay, "__iter__", lambda self: iter(()))
     elif name == "forgotten-reset":
         from rnnserve.session import Session as ClientSession
 
         point: Any = ClientSession.resume_point
         put(ClientSession, "resume_point", property(lambda self: point.fget(self)._replace(reset=False)))
+        point_of = Multiplexed.resume_point
+        put(Multiplexed, "resume_point", lambda self, name: point_of(self, name)._replace(reset=False))

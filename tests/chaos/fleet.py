@@ -1,9 +1,10 @@
 """`python -m tests.chaos.fleet --plans 200 --on workers`: faults of whole processes, while several streams are at work.
 
 On workers: three under a supervisor, over one SQLite file. On services: two over one Redis, behind a real Envoy. Each
-plan is one fault in the midst of several streams of whole numbers, which the server sums exactly; it counts if it broke
-off a stream that waited for an answer, or, where the fault is none of the streams', if they went on while it lasted. In
-every third plan several clients want one of the sessions at once, and one must have it.
+plan is one fault in the midst of several clients, which have a stream or several sessions on a multiplexed call, of
+whole numbers, which the server sums exactly; it counts if it broke off a call that waited for an answer, or, where the
+fault is none of the calls', if they went on while it lasted. In every third plan several clients want one of the
+sessions at once, and one must have it.
 """
 
 from __future__ import annotations
@@ -17,45 +18,29 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from rnnserve import Client, Notice, ResumePointLost, SessionMoved, Stream, TimedOut, TryAgain
+from rnnserve import Client, Notice, ResumePointLost, SessionMoved, TimedOut, TryAgain
 from tests.chaos import broken
+from tests.chaos.calls import STEPS, Call, MultiplexedCall, StreamCall, Worked
 from tests.chaos.fleets import Fleet, fleet_of
+from tests.chaos.plans import Clients, is_one_multiplexed
 from tests.support.bundles import accumulated
 
-STREAMS = 4
-STEPS = 60
-PACE_S = 0.01
-SLOW_PACE_S = 0.05  # of a stream that only waits for the end of a fault: its sums stay exact however long that is
+CLIENTS = 4
+SESSIONS = {StreamCall: 1, MultiplexedCall: 3}
 TIMEOUT_S = 40.0
 RIVALS = 3
 CONNECTIONS = 4  # of a client, so that its streams find another process while theirs is paused
-
-
-@dataclass
-class Worked:
-    """What came of a stream."""
-
-    seed: int
-    number: int
-    rows: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    interrupted: bool = False
-    error: BaseException | None = None
-
-    def value(self, index: int) -> float:
-        """Of a step; small, so that the sums of sums stay exact (below 2^24) over some thousand steps."""
-        return float((self.seed * 31 + self.number * 17 + index * index * 7) % 3)
 
 
 @dataclass
@@ -70,16 +55,22 @@ class Outcome:
     violations: list[str] = field(default_factory=list)
 
 
-def run_plan(fleet: Fleet, seed: int) -> Outcome:
-    """One fault in the midst of several streams; every third time one of them changes hands meanwhile, in a race."""
-    drawn = random.Random(seed)
+def run_plan(fleet: Fleet, seed: int, clients: Clients = "both") -> Outcome:
+    """One fault in the midst of several clients; every third time a session changes hands meanwhile, in a race."""
+    drawn, kind_drawn = random.Random(seed), random.Random(f"{seed}/clients")
     names = list(fleet.faults)
     outcome = Outcome(seed, names[seed % len(names)])
     fleet.recover()
-    worked = [Worked(seed, number) for number in range(STREAMS)]
+    kinds = [MultiplexedCall if is_one_multiplexed(clients, kind_drawn) else StreamCall for _ in range(CLIENTS)]
+    numbers = itertools.count()
+    sessions = [[Worked(seed, next(numbers)) for _ in range(SESSIONS[kind])] for kind in kinds]
+    worked = list(itertools.chain(*sessions))
     strike_at, over = drawn.randrange(STEPS // 4, STEPS // 2), threading.Event()
-    with ThreadPoolExecutor(STREAMS) as threads:
-        done = [threads.submit(_work, fleet.target, one, over, moves=seed % 3 == 0 == one.number) for one in worked]
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        done = [
+            threads.submit(_work, fleet.target, kind, own, over, moves=seed % 3 == 0 and own is sessions[0])
+            for kind, own in zip(kinds, sessions, strict=True)
+        ]
         while any(len(one.rows) < strike_at and one.error is None for one in worked):
             time.sleep(0.001)
         before, struck_s = [len(one.rows) for one in worked], time.monotonic()
@@ -95,85 +86,84 @@ def run_plan(fleet: Fleet, seed: int) -> Outcome:
         outcome.hit = any(one.interrupted for one in worked)
     for one in worked:
         outcome.steps += len(one.rows)
-        outcome.violations += [f"stream {one.number}: {problem}" for problem in _problems(one)]
+        outcome.violations += [f"{one.session}: {problem}" for problem in _problems(one)]
     return outcome
 
 
-def _work(target: str, worked: Worked, over: threading.Event, *, moves: bool) -> None:
-    """Steps until the fault is over, and at least so many. If it moves, another client takes it over half-way."""
+def _work(
+    target: str, call_type: type[Call], sessions: Sequence[Worked], over: threading.Event, *, moves: bool
+) -> None:
+    """Steps until the fault is over, and at least so many. If one moves, another client takes it over half-way."""
 
     def told(notice: Notice) -> None:
-        worked.interrupted |= notice.reason in ("interrupted", "draining")
-
-    def step(stream: Stream, end: int | None) -> None:
-        for answer in stream.steps(_inputs(worked, stream.next_step, end, over), ahead=4):
-            worked.rows.append((answer.step, tuple(answer.output.tolist())))
-            worked.times_s.append(time.monotonic())
+        for one in sessions:
+            about = notice.session in (None, one.session)
+            one.interrupted |= about and notice.reason in ("interrupted", "draining")
 
     try:
         with _client(target) as client:
-            stream = client.stream("accumulator", session=f"fleet-{worked.seed}-{worked.number}", on_notice=told)
-            stream.open()
-            step(stream, STEPS // 2 if moves else None)
+            call = call_type(client, told)
+            call.begin(sessions)
             if moves:
-                _move(stream, target, worked, step)
+                call.work(over, STEPS // 2)
+                _move(call, target, sessions, over)
             else:
-                stream.close()
+                call.work(over)
+                call.close()
     except BaseException as error:
-        worked.error = error
+        for one in sessions:
+            one.error = error
 
 
 def _client(target: str) -> Client:
     return Client(target, timeout_s=1.0, resume_timeout_s=TIMEOUT_S, connections=CONNECTIONS)
 
 
-def _inputs(
-    worked: Worked, first: int, end: int | None, over: threading.Event
-) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
-    for index in itertools.count(first):
-        if index == end or (index >= STEPS and over.is_set()):
-            return
-        time.sleep(PACE_S if index < STEPS else SLOW_PACE_S)
-        yield np.full(1, worked.value(index), np.float32)
+def _move(former: Call, target: str, sessions: Sequence[Worked], over: threading.Event) -> None:
+    """One to one of several clients that want it at once; all others must learn of it, also those cut off meanwhile.
 
-
-def _move(former: Stream, target: str, worked: Worked, step: Callable[[Stream, int | None], None]) -> None:
-    """To one of several clients that want it at once; all others must learn of it, also those cut off meanwhile."""
+    What is left to the former one goes on.
+    """
+    one, *others = sessions
     with ExitStack() as stack, ThreadPoolExecutor(RIVALS) as threads:
         clients = [stack.enter_context(_client(target)) for _ in range(RIVALS)]
-        rivals = list(threads.map(lambda client: _taken_over(client, former, worked), clients))
-        winners = [stream for stream in rivals if stream and _has_it(stream, worked)]
-        if len(winners) != 1 or _has_it(former, worked):
+        rivals = list(threads.map(lambda client: _taken_over(client, former, one), clients))
+        winners = [call for call in rivals if call and _has_it(call, one)]
+        if len(winners) != 1 or _has_it(former, one):
             raise AssertionError(f"{len(winners)} clients have the session, or its former one has it again")
-        step(winners[0], None)
-        winners[0].close()
+        (winner,) = winners
+        won = threads.submit(winner.work, over)
+        if others:
+            former.work(over)
+            former.close()
+        won.result()
+        winner.close()
 
 
-def _has_it(stream: Stream, worked: Worked) -> bool:
+def _has_it(call: Call, one: Worked) -> bool:
     """Whether it can go on; then what it has missed, and one more answer, are worked."""
     try:
-        answer = stream.step(np.full(1, worked.value(stream.next_step), np.float32))
+        call.step(one)
     except SessionMoved:
         return False
-    worked.rows += [(row.step, tuple(row.output.tolist())) for row in (*stream.missed, answer)]
     return True
 
 
-def _taken_over(client: Client, former: Stream, worked: Worked) -> Stream | None:
+def _taken_over(client: Client, former: Call, one: Worked) -> Call | None:
     """Tried for as long as there is hope; None if a later one was faster."""
-    point, until_s = former.resume_point, time.monotonic() + TIMEOUT_S
+    point, until_s = former.resume_point(one), time.monotonic() + TIMEOUT_S
     while True:
-        stream = client.stream("accumulator", resume=point)
+        call = type(former)(client)
         try:
-            stream.open()
-            return stream
+            call.take_over(one, point)
+            return call
         except SessionMoved:
             return None
         except ResumePointLost as lost:  # what was answered and not durable is to be sent again, by whoever can
             point = point._replace(answered_step=int(lost.metadata["expected_step"]))
-            if point.answered_step < former.durable_step:
+            if point.answered_step < former.durable_step(one):
                 raise
-            del worked.rows[point.answered_step :]
+            del one.rows[point.answered_step :]
         except (TryAgain, TimedOut):
             if time.monotonic() > until_s:
                 raise
@@ -200,6 +190,7 @@ def main() -> int:
     parser.add_argument("--on", choices=("workers", "services"), default="workers")
     parser.add_argument("--plans", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the first plan / 100000")
+    parser.add_argument("--clients", choices=get_args(Clients), default="both", help="what the plans may have")
     parser.add_argument(
         "--break", dest="break_name", choices=broken.FLEET_BREAKS, default="", help="break the code first"
     )
@@ -214,7 +205,7 @@ def main() -> int:
         Progress(console=console) as progress,
     ):
         for number in progress.track(range(given.plans), description="plans"):
-            outcome = run_plan(fleet, given.seed * 100_000 + number)
+            outcome = run_plan(fleet, given.seed * 100_000 + number, given.clients)
             outcomes.append(outcome)
             for problem in outcome.violations:
                 console.print(f"plan {outcome.seed}, {outcome.fault}: {problem}", style="red", highlight=False)

@@ -13,7 +13,7 @@ from queue import Empty
 
 from rnnserve import Client, ResumePoint, RnnserveError, SessionExists, SessionNotFound
 from tests.chaos.client import Row
-from tests.chaos.plans import OF_PROCESSES, STEPS, Plan, make_plan
+from tests.chaos.plans import OF_PROCESSES, STEPS, Clients, Plan, Script, make_plan
 from tests.chaos.proxy import BOTH, Direction, Proxy
 from tests.chaos.server import ChaosServer
 from tests.chaos.server_with_points import Action, Armed
@@ -58,10 +58,10 @@ class Harness:
     def close(self) -> None:
         self._server.close()
 
-    def run(self, seed: int) -> Outcome:
+    def run(self, seed: int, clients: Clients = "both") -> Outcome:
         """The plan of the seed; with other steps until its fault hits."""
         for attempt in range(ATTEMPTS):
-            outcome = self._run(make_plan(seed, attempt))
+            outcome = self._run(make_plan(seed, attempt, clients))
             outcome.attempts = attempt + 1
             if outcome.hit or outcome.violations:
                 break
@@ -95,11 +95,12 @@ class Harness:
             outcome.violations.append(f"the client failed: {subject.error!r}")
         if plan.fault in ("full_disk", "locked_database"):
             outcome.hit &= self._server.store_failures > failures
-        rows = subject.rows()
-        outcome.steps = len(rows)
-        outcome.violations += violations(rows, plan)
+        for session, script in plan.scripts.items():
+            rows = subject.rows(session)
+            outcome.steps += len(rows)
+            outcome.violations += [f"{session}: {problem}" for problem in violations(rows, script)]
         if subject.erased and (plan.target == "close" or plan.choice * 10 % 1 < 0.3):
-            self._prove_erased(plan, outcome)
+            self._prove_erased(subject.erased, outcome)
         return outcome
 
     def _run_with_server_point(self, plan: Plan, subject: Subject, outcome: Outcome) -> None:
@@ -237,14 +238,16 @@ class Harness:
         if last_words != "moved" and plan.target != "close":  # a close is over in any case
             outcome.violations.append(f"the client that was taken over did not hear so; its last words: {last_words}")
 
-    def _prove_erased(self, plan: Plan, outcome: Outcome) -> None:
+    def _prove_erased(self, sessions: Sequence[str], outcome: Outcome) -> None:
         """A crash must not bring back what its client was told is erased."""
         self._crash(itself=False)
         outcome.proved_erased = True
         client = Client(f"127.0.0.1:{self._server.port}", timeout_s=QUIET_TIMEOUT_S)
-        with client, contextlib.suppress(SessionNotFound):
-            client.session(plan.session)
-            outcome.violations.append("the session was closed and said to be erased, but a crash brought it back")
+        with client:
+            for session in sessions:
+                with contextlib.suppress(SessionNotFound):
+                    client.session(session)
+                    outcome.violations.append(f"{session} was said to be erased, but a crash brought it back")
 
     def _crash(self, itself: bool) -> None:
         if itself:
@@ -299,15 +302,15 @@ class Harness:
             intruder.abort()
 
 
-def violations(rows: Sequence[Row], plan: Plan) -> list[str]:
-    """What is wrong with the answers that the client got."""
+def violations(rows: Sequence[Row], script: Script) -> list[str]:
+    """What is wrong with the answers that the client got about one session."""
     found = []
     steps = [step for step, _ in rows]
     if steps != list(range(STEPS + 1)):
         missing = sorted(set(range(STEPS + 1)) - set(steps))
         repeated = sorted({step for step in steps if steps.count(step) > 1})
         found.append(f"{len(steps)} answers: missing {missing}, repeated {repeated}, in order {steps == sorted(steps)}")
-    expected = plan.script.expected()
+    expected = script.expected()
     wrong = [(step, output) for step, output in rows if step > STEPS or output != expected[step]]
     if wrong:
         step, output = wrong[0]

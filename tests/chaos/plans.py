@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Point = Literal["before_send", "after_send", "after_apply", "after_checkpoint", "before_answer"]
@@ -21,6 +21,8 @@ Fault = Literal[
     "taken_over",
 ]
 Target = Literal["steps", "reset", "close"]
+Clients = Literal["both", "streams", "multiplexed"]
+"""What plans may have; which one of both, the seed says."""
 POINTS: tuple[Point, ...] = get_args(Point)
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 OF_PROCESSES: tuple[Fault, ...] = ("client_dies", "both_die", "taken_over")
@@ -31,6 +33,7 @@ PAIRS = tuple(
 """Each fault at each point; as many in a row as there are faults have each of them."""
 
 STEPS = 40  # besides the last one, which proves the state
+MULTIPLEXED = (2, 3, 5)  # sessions on one call
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Script:
         edges = [0, *self.resets, len(self.values)]
         return [row for start, end in itertools.pairwise(edges) for row in accumulated(self.values[start:end])]
 
+    def of_neighbour(self, number: int) -> Script:
+        """The same with other values, for another session of the same call; that of number 0 is this one."""
+        return replace(self, values=self.values[number:] + self.values[:number])
+
     def messages(self, first: int, end: int) -> list[tuple[int, int]]:
         """From and up to which step each message goes, between these steps."""
         edges = [first, *(edge for edge in self.message_ends if first < edge < end), end]
@@ -70,20 +77,35 @@ class Plan:
     script: Script
     choice: float
     """0 to 1, for what differs between two faults of one kind."""
+    multiplexed: int
+    """How many sessions the client has on one multiplexed call; 0 = it has a stream."""
+
+    @property
+    def is_multiplexed(self) -> bool:
+        return self.multiplexed > 0
 
     @property
     def first_of_message(self) -> int:
         """How many steps are answered when all before the message are."""
         if self.target != "steps":
             return min(self.step, STEPS + 1)
+        if self.is_multiplexed:
+            return self.step
         return max(edge for edge in (0, *self.script.message_ends) if edge <= self.step)
 
     @property
     def session(self) -> str:
+        """That at which the plan strikes."""
         return f"chaos-{self.seed}-{self.attempt}"
 
+    @property
+    def scripts(self) -> dict[str, Script]:
+        """Of all sessions of the client, by name; the struck one is the first."""
+        neighbours = {f"{self.session}-{n}": self.script.of_neighbour(n) for n in range(1, self.multiplexed)}
+        return {self.session: self.script, **neighbours}
 
-def make_plan(seed: int, attempt: int = 0) -> Plan:
+
+def make_plan(seed: int, attempt: int = 0, clients: Clients = "both") -> Plan:
     """Seeds in a row go round all pairs of fault and point. Another attempt differs in where it strikes alone."""
     drawn = random.Random(seed)
     fault, point = PAIRS[seed % len(PAIRS)]
@@ -99,7 +121,14 @@ def make_plan(seed: int, attempt: int = 0) -> Plan:
     )
     choice = drawn.random()
     target, step = _place(script, fault, point, random.Random(f"{seed}/{attempt}"))
-    return Plan(seed, attempt, point, fault, target, step, script, choice)
+    sessions, is_multiplexed = drawn.choice(MULTIPLEXED), is_one_multiplexed(clients, drawn)
+    return Plan(seed, attempt, point, fault, target, step, script, choice, sessions if is_multiplexed else 0)
+
+
+def is_one_multiplexed(clients: Clients, drawn: random.Random) -> bool:
+    """Whether the next client is; of both kinds every other one, by chance."""
+    chance = drawn.random()
+    return clients == "multiplexed" or (clients == "both" and chance < 0.5)
 
 
 def _place(script: Script, fault: Fault, point: Point, drawn: random.Random) -> tuple[Target, int]:

@@ -14,17 +14,22 @@ import signal
 import socket
 import sys
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from service.api.live_call import LiveCall
+from service.api.multiplexed_stream import MultiplexedStream
 from service.api.session_stream import SessionStream
 from service.app import serve
 from service.engine.sequence_lane import SequenceLane
+from service.engine.step_engine import Stepped
 from service.sessions.registry import SessionRegistry
 from service.sessions.session import Owner, Session
 from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import StoreError
+from service.sessions.together import StepsTogether
 from service.settings import read_settings
 from tests.chaos import broken
 from tests.chaos.plans import Point, Target
@@ -110,7 +115,7 @@ def _concerns(armed: Armed | None, point: Point, session: str, target: Target, n
 def wrap(points: Points) -> None:
     """Put the points around the methods of the service."""
     apply, reset, close, write = Session.apply, Session.reset, SessionRegistry.close, SqliteStore.write
-    init: Any = SessionStream.__init__
+    keep = StepsTogether._keep
 
     async def apply_and_reach(self: Session, *given: Any, **named: Any) -> Any:
         before = self.next_step
@@ -118,6 +123,12 @@ def wrap(points: Points) -> None:
         if self.next_step > before:
             points.reach("after_apply", self.key.session_id, self.next_step)
         return applied
+
+    def keep_and_reach(self: StepsTogether, stepped: Stepped, applied: list[int]) -> None:
+        keep(self, stepped, applied)
+        first = self.taken - len(stepped.outputs)
+        for session in [self._sessions[first + i] for i in applied]:
+            points.reach("after_apply", session.key.session_id, session.next_step)
 
     def reset_and_reach(self: Session, first_step: int) -> None:
         reset(self, first_step)
@@ -138,37 +149,78 @@ def wrap(points: Points) -> None:
             points.reach("after_checkpoint", record.key.session_id, record.next_step)
         points.checkpoint_written()
 
-    def init_with_points(self: Any, context: Any, *given: Any) -> None:
-        init(self, _Context(context, self, points), *given)
-
     async def no_warm_up(self: SequenceLane, folders: object) -> None:
         """No whole sequences here."""
 
     broken.put(Session, "apply", apply_and_reach)
+    broken.put(StepsTogether, "_keep", keep_and_reach)
     broken.put(Session, "reset", reset_and_reach)
     broken.put(SessionRegistry, "close", close_and_reach)
     broken.put(SqliteStore, "write", write_and_reach)
-    broken.put(SessionStream, "__init__", init_with_points)
+    _write_by_way_of(_StreamContext, SessionStream, points)
+    _write_by_way_of(_MultiplexedContext, MultiplexedStream, points)
     broken.put(SequenceLane, "warm_up", no_warm_up)
 
 
-class _Context:
+class _Context(ABC):
     """Of a call; answers come by their point before they are written."""
 
-    def __init__(self, context: Any, stream: Any, points: Points) -> None:
-        self._context, self._stream, self._points = context, stream, points
+    def __init__(self, context: Any, call: Any, points: Points) -> None:
+        self._context, self._call, self._points = context, call, points
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
+    @abstractmethod
+    def _answered(self, kind: str, message: Any) -> list[tuple[str, int]]:
+        """Of which sessions it is, and which step is the next of each."""
+
     async def write(self, response: Any) -> None:
         kind = response.WhichOneof("response")
+        answered = self._answered(kind, getattr(response, kind))
         target: Target | None = TARGETS.get(kind)
         if target is not None:
-            session, next_step = self._stream.opened.session.key.session_id, getattr(response, kind).next_step
-            await self._points.hold_answer(session, next_step)
-            self._points.reach("before_answer", session, next_step, target)
+            for session, next_step in answered:
+                await self._points.hold_answer(session, next_step)
+                self._points.reach("before_answer", session, next_step, target)
         await self._context.write(response)
+
+
+class _StreamContext(_Context):
+    """Of a stream of one session."""
+
+    def _answered(self, kind: str, message: Any) -> list[tuple[str, int]]:
+        return [(self._call.opened.session.key.session_id, message.next_step)] if kind in TARGETS else []
+
+
+class _MultiplexedContext(_Context):
+    """Of a multiplexed call, which forgets a handle before its close is answered."""
+
+    def __init__(self, context: Any, call: Any, points: Points) -> None:
+        super().__init__(context, call, points)
+        self._sessions: dict[int, str] = {}  # by handle
+
+    def _answered(self, kind: str, message: Any) -> list[tuple[str, int]]:
+        match kind:
+            case "opened" if handle := self._call._handles.get(message.handle):
+                self._sessions[message.handle] = handle.session.key.session_id
+            case "answer":
+                steps = zip(message.handles, message.first_steps, strict=True)
+                return [(self._sessions[handle], step + 1) for handle, step in steps]
+            case "reset":
+                return [(self._sessions[message.handle], message.next_step)]
+            case "closed":
+                return [(self._sessions[message.handle], message.closed.next_step)]
+        return []
+
+
+def _write_by_way_of(context_type: type[_Context], call_type: type[LiveCall], points: Points) -> None:
+    init: Any = call_type.__init__
+
+    def init_with_points(self: LiveCall, context: Any, *given: Any) -> None:
+        init(self, context_type(context, self, points), *given)
+
+    broken.put(call_type, "__init__", init_with_points)
 
 
 def run_service() -> int:

@@ -10,11 +10,15 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rnnserve import ResumePoint
-from tests.chaos.client import Event, Row, Watched, first_line, read_record, run_script
+from tests.chaos.client import Event, Row, Watched, run_script
+from tests.chaos.client_process import first_line
+from tests.chaos.multiplexed_client import run_scripts
 from tests.chaos.plans import Plan
+from tests.chaos.record import read_record
 from tests.support.server import ROOT
 
 MESSAGE_TIMEOUT_S = 3.0
@@ -40,7 +44,7 @@ class Subject(ABC):
         """Begin the script."""
 
     @abstractmethod
-    def rows(self) -> list[Row]:
+    def rows(self, session: str) -> list[Row]:
         """The answers so far."""
 
     @abstractmethod
@@ -49,18 +53,18 @@ class Subject(ABC):
 
     @property
     @abstractmethod
-    def erased(self) -> bool:
-        """Whether it was told that nothing is left of the session."""
+    def erased(self) -> list[str]:
+        """The sessions of which it was told that nothing is left."""
 
     @property
     @abstractmethod
     def resets(self) -> int:
-        """How many were answered."""
+        """How many were answered, of the session at which the plan strikes."""
 
     @property
     def answered(self) -> int:
-        """How many steps were."""
-        return len(self.rows())
+        """How many steps of it were."""
+        return len(self.rows(self.plan.session))
 
     @property
     def waits(self) -> bool:
@@ -78,42 +82,36 @@ class ThreadSubject(Subject):
     """In a thread of the harness."""
 
     def start(self) -> None:
-        self._rows: list[Row] = []
-        self._resets = 0
-        self._erased = False
+        self._events: dict[str, list[Event]] = {session: [] for session in self.plan.scripts}
         threading.Thread(target=self._run, name="subject", daemon=True).start()
 
-    def rows(self) -> list[Row]:
-        return list(self._rows)
+    def rows(self, session: str) -> list[Row]:
+        return [event for event in self._events[session] if isinstance(event, tuple)]
 
     @property
     def resets(self) -> int:
-        return self._resets
+        return sum(isinstance(event, int) for event in self._events[self.plan.session])
 
     @property
-    def erased(self) -> bool:
-        return self._erased
+    def erased(self) -> list[str]:
+        return [session for session, events in self._events.items() if "erased" in events]
 
     def close(self) -> None:
         """The thread ends with its script."""
 
-    def _record(self, event: Event, _point: ResumePoint) -> None:
-        if isinstance(event, tuple):
-            self._rows.append(event)
-        self._resets += isinstance(event, int)
-        self._erased |= event == "erased"
+    def _record(self, session: str, event: Event, _point: ResumePoint) -> None:
+        self._events[session].append(event)
 
     def _run(self) -> None:
         try:
-            watched = Watched(self.plan.target, self.plan.step, lambda: self.giving(), lambda: self.made())
-            run_script(
-                self.target,
-                self.plan.session,
-                self.plan.script,
-                self._record,
-                watched=watched if self.watches else None,
-                before_last=lambda: self.before_last(),
-            )
+            plan, watched = self.plan, None
+            if self.watches:
+                watched = Watched(plan.target, plan.step, lambda: self.giving(), lambda: self.made())
+            if plan.is_multiplexed:
+                run = partial(run_scripts, self.target, plan.scripts)
+            else:
+                run = partial(run_script, self.target, plan.session, plan.script)
+            run(self._record, watched=watched, before_last=lambda: self.before_last())
         except BaseException as error:
             self.error = error
         self.over.set()
@@ -134,16 +132,16 @@ class ProcessSubject(Subject):
         self._begin(watches=self.watches)
         self._former, self._former_listener = self._process, self._listener
 
-    def rows(self) -> list[Row]:
-        return read_record(self._file).rows
+    def rows(self, session: str) -> list[Row]:
+        return read_record(self._file, session).rows
 
     @property
     def resets(self) -> int:
-        return len(read_record(self._file).resets)
+        return len(read_record(self._file, self.plan.session).resets)
 
     @property
-    def erased(self) -> bool:
-        return read_record(self._file).erased
+    def erased(self) -> list[str]:
+        return [session for session in self.plan.scripts if read_record(self._file, session).erased]
 
     def die(self) -> None:
         self._process.kill()
@@ -179,7 +177,7 @@ class ProcessSubject(Subject):
 
     def _begin(self, *, watches: bool) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.client", self.target, str(self._file)],
+            [sys.executable, "-m", "tests.chaos.client_process", self.target, str(self._file)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

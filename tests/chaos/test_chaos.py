@@ -57,8 +57,8 @@ def test_broken_code_is_found_out(
 
 
 def test_holes_repetitions_and_wrong_answers_are_found_out() -> None:
-    plan = make_plan(0)
-    right = list(enumerate(plan.script.expected()))
-    assert violations(right, plan) == []
+    script = make_plan(0).script
+    right = list(enumerate(script.expected()))
+    assert violations(right, script) == []
     for wrong in (right[:-1], right[:3] + right[4:], [*right[:3], *right[2:]], [*right[:STEPS], (STEPS, (0.5, 0.5))]):
-        assert violations(wrong, plan)
+        assert violations(wrong, script)
