@@ -5,8 +5,8 @@
 - rnnserve: this one;
 - bare step: the network alone, in a loop.
 
-Servers run on one core, clients on the others. Where a client's core is at work for more than 90 % of the time the
-client is the bottleneck: from then on there is a second client on a core of its own, or, on a machine of two cores, the
+Servers run on one core, clients on the others. Where a client is at work for more than 90 % of the time it is
+the bottleneck: from then on there is a second client on a core of its own, or, on a machine of two cores, the
 table says so, and what the server could do is at least what is shown. All figures are
 medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import sys
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.live import MAX_AHEAD, Stream, multiplexed, opened
-from benchmarks.processes import core_s, cpu_s
+from benchmarks.processes import cpu_s
 
 WARM_UP_S = 0.5
 CHECKED_STEPS = 20
@@ -41,7 +40,7 @@ class Streamed:
     duration_s: float = 0.0
     server_cpu_s: float = 0.0
     client_cpu_s: float = 0.0
-    """Of the client's core, by whomever."""
+    """Of this process alone: on a shared machine others may be on its core."""
 
     @property
     def steps(self) -> int:
@@ -66,9 +65,9 @@ class Usage(NamedTuple):
     client_s: float
 
 
-def used(core: int, server_pid: int) -> Usage:
+def used(server_pid: int) -> Usage:
     """Now."""
-    return Usage(time.perf_counter(), cpu_s(server_pid), core_s(core))
+    return Usage(time.perf_counter(), cpu_s(server_pid), time.process_time())
 
 
 async def closed_loop(stream: Stream, first_step: int, until_s: float, streamed: Streamed | None) -> int:
@@ -115,7 +114,7 @@ async def run_multiplexed(given: argparse.Namespace) -> Streamed:
         for ahead in range(given.ahead):
             await call.send(range(given.streams), [ahead] * given.streams, [0] * given.streams)
         warm_s = time.perf_counter() + WARM_UP_S
-        core, usage = min(os.sched_getaffinity(0)), Usage(0.0, 0.0, 0.0)
+        usage = Usage(0.0, 0.0, 0.0)
         measured = False
         while True:
             sent_s, handles, firsts = await call.answer()
@@ -126,9 +125,9 @@ async def run_multiplexed(given: argparse.Namespace) -> Streamed:
                 if now_s > usage.start_s + given.seconds:
                     break
             elif now_s > warm_s:
-                measured, usage = True, used(core, given.server_pid)
+                measured, usage = True, used(given.server_pid)
             await call.send(handles, [step + given.ahead for step in firsts], [step + 1 for step in firsts])
-        streamed.end(usage, used(core, given.server_pid))
+        streamed.end(usage, used(given.server_pid))
         streamed.steps_of_streams = steps.tolist()
     return streamed
 
@@ -166,8 +165,7 @@ async def run(given: argparse.Namespace) -> Streamed:
         warm_s = max(time.perf_counter() + WARM_UP_S, given.measure_at_s)
         pairs = zip(streams, firsts, strict=True)
         firsts = await asyncio.gather(*(closed_loop(stream, first, warm_s, None) for stream, first in pairs))
-        core = min(os.sched_getaffinity(0))
-        usage = used(core, given.server_pid)
+        usage = used(given.server_pid)
         start_s = usage.start_s
         warm = zip(streams, firsts, strict=True)
         if given.steps_per_s:
@@ -176,7 +174,7 @@ async def run(given: argparse.Namespace) -> Streamed:
         else:
             work = [closed_loop(s, first, start_s + given.seconds, streamed) for s, first in warm]
         nexts = await asyncio.gather(*work)
-        streamed.end(usage, used(core, given.server_pid))
+        streamed.end(usage, used(given.server_pid))
         streamed.steps_of_streams = [after - first for after, first in zip(nexts, firsts, strict=True)]
     return streamed
 

@@ -20,10 +20,12 @@ from benchmarks.network import FEATURES, MODEL
 from benchmarks.processes import SERVER_CORE, on_core
 
 CLIENT_CORES = sorted(os.sched_getaffinity(0) - {SERVER_CORE})
-BOTTLENECK = 0.9  # of a client's core
+BOTTLENECK = 0.9  # of a core, by one client
 PERCENTILES = (50, 90, 99, 99.9)
 START_UP_S = 2.0
 """Of client processes that are to measure at the same time."""
+MAX_EXTRA_S = 60.0
+"""What a client may take besides its measurement."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _load(server: Server, row: Row, seconds: float) -> list[Streamed]:
     command = [sys.executable, "-m", "benchmarks.load", "--target", server.target, "--server-pid", str(server.pid)]
     command += ["--protocol", server.protocol, "--model", MODEL, "--features", str(FEATURES)]
     command += ["--seconds", str(seconds)]
-    if server.weights and not row.turns:
+    if server.weights and not row.turns:  # once is enough, and takes a second
         command += ["--weights", str(server.weights)]
     if row.ahead:
         command += ["--multiplexed", "--ahead", str(row.ahead)]
@@ -94,11 +96,22 @@ def _load(server: Server, row: Row, seconds: float) -> list[Streamed]:
             with on_core(CLIENT_CORES[number]):
                 process = subprocess.Popen([*command, *own], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             processes.append(stack.enter_context(process))
-        outcomes = [process.communicate() for process in processes]
+        try:
+            outcomes = [process.communicate(timeout=seconds + MAX_EXTRA_S) for process in processes]
+        except subprocess.TimeoutExpired:
+            for process in processes:
+                process.kill()
+            raise RuntimeError(f"no end after {seconds + MAX_EXTRA_S:g} s") from None
     for process, (_, said) in zip(processes, outcomes, strict=True):
         if process.returncode:
-            raise RuntimeError(said.strip().splitlines()[-1])
+            raise RuntimeError(last_line(said))
     return [Streamed(**json.loads(printed)) for printed, _ in outcomes]
+
+
+def last_line(said: str) -> str:
+    """Of what a process has said: mostly why it failed."""
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def figures_of(clients: Iterable[Streamed]) -> dict[str, float]:

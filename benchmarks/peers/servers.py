@@ -18,7 +18,7 @@ import torch
 from benchmarks.network import FEATURES, MODEL, OUTPUTS, weights_file
 from benchmarks.peers.streams import KSERVE, MOSEC, TRITON
 from benchmarks.processes import SERVER_CORE, on_core
-from benchmarks.turns import Server
+from benchmarks.turns import Server, last_line
 from tests.support.server import free_port
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -89,8 +89,11 @@ class Peer:
     @contextmanager
     def server(self, repository: Path, folder: Path) -> Iterator[Server]:
         """Ended with the block. Raises PeerUnavailable."""
-        command = self.command(self.environment, repository, folder)
         log = folder / f"{self.name}.log"
+        try:
+            command = self.command(self.environment, repository, folder)
+        except OSError as error:
+            raise PeerUnavailable(f"lacks a file: {error}") from None
         variables = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **command.variables}
         with on_core(SERVER_CORE), log.open("wb") as output:
             process = subprocess.Popen(command.arguments, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -107,9 +110,12 @@ class Peer:
 
 
 def _checked(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise PeerUnavailable(str(error)) from None
     if done.returncode:
-        raise PeerUnavailable(done.stderr.strip().splitlines()[-1])
+        raise PeerUnavailable(last_line(done.stdout))
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -119,8 +125,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    lines = log.read_text(errors="replace").strip().splitlines()
-    raise PeerUnavailable(f"does not start: {lines[-1] if lines else 'it said nothing'}")
+    raise PeerUnavailable(f"does not start: {last_line(log.read_text(errors='replace'))}")
 
 
 def _module(environment: Path, module: str, *arguments: object) -> list[str]:

@@ -34,7 +34,7 @@ def usable_device(name: str) -> torch.device:
     """Raises ValueError, which says why torch cannot compute there."""
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
     return torch.device(name)
 

@@ -139,6 +139,13 @@ async def test_a_state_that_is_not_finite_is_a_failed_step_and_its_neighbours_go
     assert sums(await neighbour) == [5]
 
 
+async def test_a_state_that_is_just_large_is_no_failure(bench: Bench) -> None:
+    await bench.hold()
+    large, neighbour = bench.send(2.0**120), bench.send(5)
+    await bench.let_go()
+    assert (sums(await large), sums(await neighbour)) == ([2.0**120], [5])
+
+
 @pytest.mark.parametrize("bad", [RAISES, TURNS_NAN])
 async def test_the_steps_before_a_failed_one_are_kept_and_those_behind_it_are_not_applied(
     bench: Bench, bad: float
