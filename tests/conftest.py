@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.bundles import write_test_repository
 from tests.support.redis_server import RedisServer, start_redis
 from tests.support.server import RunningServer, start_server
+
+settings.register_profile("shared machine", deadline=None)  # where others run, too, any example may take long once
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
