@@ -69,7 +69,8 @@ class AsyncMultiplex:
     def resume_point(self, session: str) -> ResumePoint:
         """Where a session stands: `open(resume=[point])` or `client.stream(model, resume=point)` goes on from there.
 
-        Take it again after each answer that you have dealt with. Raises SessionNotFound.
+        Take it again after each answer that you have dealt with. It knows of a reset once the answers to what was sent
+        before that are received. Raises SessionNotFound.
         """
         return self._sessions.resume_point(session)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.harness import Harness, violations
-from tests.chaos.plans import FAULTS, PAIRS, STEPS, Fault, Point, make_plan
+from tests.chaos.plans import FAULTS, PAIRS, STEPS, Clients, Fault, Point, make_plan
 from tests.support.bundles import write_accumulator
 
 SEEDS = [
@@ -35,23 +35,25 @@ def harness(accumulator: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     harness.close()
 
 
+@pytest.mark.parametrize("clients", ["streams", "multiplexed"])
 @pytest.mark.parametrize("seed", SEEDS, ids=IDS)
-def test_every_step_counts_exactly_once(harness: Harness, seed: int) -> None:
-    outcome = harness.run(seed)
+def test_every_step_counts_exactly_once(harness: Harness, seed: int, clients: Clients) -> None:
+    outcome = harness.run(seed, clients)
     assert outcome.violations == []
     assert outcome.hit
 
 
+@pytest.mark.parametrize("clients", ["streams", "multiplexed"])
 @pytest.mark.parametrize(
     ("break_name", "fault"),
     [("no-held-answers", ("kill", "after_checkpoint")), ("no-index-check", ("kill", "before_send"))],
 )
 def test_broken_code_is_found_out(
-    accumulator: Path, tmp_path: Path, break_name: str, fault: tuple[Fault, Point]
+    accumulator: Path, tmp_path: Path, break_name: str, fault: tuple[Fault, Point], clients: Clients
 ) -> None:
     harness = Harness(accumulator, tmp_path, break_name)
     try:
-        assert harness.run(PAIRS.index(fault)).violations
+        assert harness.run(PAIRS.index(fault), clients).violations
     finally:
         harness.close()
 
