@@ -111,6 +111,7 @@ class Service:
             },
             max_tick_sessions=settings.max_tick_sessions,
             metrics=self.metrics,
+            prepare_thread=partial(torch.set_num_threads, settings.step_threads),  # each thread has its own number
         )
         spawn = partial(lane_process.spawn, settings.sequence_threads, settings.sequence_niceness)
         self.lane = lane or sequence_lane(settings, self.metrics, spawn)

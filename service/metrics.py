@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from models.manifest import ModelKey
 from service.errors import reasons
 from service.sessions.limits import EVICTING
+from service.tallies import TallyCounter, TallyHistogram
 
 DURATION_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600,
@@ -18,21 +18,6 @@ DURATION_BUCKETS_S = (
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
 MODEL = ("model", "version")
-
-
-_Metric = TypeVar("_Metric", Counter, Histogram)
-
-
-class _Children(dict[tuple[str | int, ...], _Metric]):
-    """A metric's child for each value of its labels, for what each step counts: `labels` costs more than to count."""
-
-    def __init__(self, metric: _Metric) -> None:
-        self._metric: _Metric = metric
-
-    def __missing__(self, labels: tuple[str | int, ...]) -> _Metric:
-        child: _Metric = self._metric.labels(*labels)
-        self[labels] = child
-        return child
 
 
 class Metrics:
@@ -49,9 +34,8 @@ class Metrics:
         r = self.registry
         self._started = Counter("grpc_server_started_total", "Calls begun.", METHOD, registry=r)
         self._handled = Counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"), registry=r)
-        self._received = Counter("grpc_server_msg_received_total", "Messages received.", METHOD, registry=r)
-        self._sent = Counter("grpc_server_msg_sent_total", "Messages sent.", METHOD, registry=r)
-        self._received_by, self._sent_by = _Children(self._received), _Children(self._sent)
+        self._received = TallyCounter("grpc_server_msg_received_total", "Messages received.", METHOD, r)
+        self._sent = TallyCounter("grpc_server_msg_sent_total", "Messages sent.", METHOD, r)
         self._handling = Histogram(
             "grpc_server_handling_seconds", "Duration of calls.", METHOD, registry=r, buckets=DURATION_BUCKETS_S
         )
@@ -63,15 +47,10 @@ class Metrics:
 
     def _declare_work(self) -> None:
         r = self.registry
-        self._steps = Counter("rnnserve_steps_total", "Steps applied to a session.", MODEL, registry=r)
-        self._step_s = Histogram(
-            "rnnserve_step_seconds",
-            "From a message of steps to its answer.",
-            MODEL,
-            registry=r,
-            buckets=DURATION_BUCKETS_S,
+        self._steps = TallyCounter("rnnserve_steps_total", "Steps applied to a session.", MODEL, r)
+        self._step_s = TallyHistogram(
+            "rnnserve_step_seconds", "From a message of steps to its answer.", MODEL, r, DURATION_BUCKETS_S
         )
-        self._steps_of, self._step_s_of = _Children(self._steps), _Children(self._step_s)
         self._sessions = Gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL, registry=r)
         self._opened = Counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL, registry=r)
         self._resumed = Counter(
@@ -90,12 +69,10 @@ class Metrics:
         self._checkpoint_s = Histogram(
             "rnnserve_checkpoint_seconds", "Duration of such a write.", registry=r, buckets=DURATION_BUCKETS_S
         )
-        self._tick_sessions = Histogram(
-            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, registry=r, buckets=COUNT_BUCKETS
+        self._tick_sessions = TallyHistogram(
+            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, r, COUNT_BUCKETS
         )
-        self._tick_s = Histogram(
-            "rnnserve_tick_seconds", "Duration of a tick.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
-        )
+        self._tick_s = TallyHistogram("rnnserve_tick_seconds", "Duration of a tick.", MODEL, r, DURATION_BUCKETS_S)
         self._sequences = Counter("rnnserve_sequences_total", "Whole sequences computed.", MODEL, registry=r)
         self._sequence_s = Histogram(
             "rnnserve_sequence_seconds", "From whole sequences to their answers.", MODEL, registry=r,
@@ -118,10 +95,10 @@ class Metrics:
         self._handling.labels(*method).observe(duration_s)
 
     def message_received(self, method: tuple[str, str, str]) -> None:
-        self._received_by[method].inc()
+        self._received.inc(method)
 
     def message_sent(self, method: tuple[str, str, str]) -> None:
-        self._sent_by[method].inc()
+        self._sent.inc(method)
 
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
@@ -156,14 +133,14 @@ class Metrics:
         self._checkpoint_s.observe(duration_s)
 
     def steps(self, model: ModelKey, applied: int) -> None:
-        self._steps_of[model].inc(applied)
+        self._steps.inc(model, applied)
 
     def steps_answered(self, model: ModelKey, duration_s: float) -> None:
-        self._step_s_of[model].observe(duration_s)
+        self._step_s.observe(model, duration_s)
 
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
-        self._tick_sessions.labels(*model).observe(sessions)
-        self._tick_s.labels(*model).observe(duration_s)
+        self._tick_sessions.observe(model, sessions)
+        self._tick_s.observe(model, duration_s)
 
     def count_tasks(self, count: Callable[[], int]) -> None:
         """Ask there at each scrape."""

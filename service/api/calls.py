@@ -84,7 +84,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._metrics.call_started(method)
             code: int = code_pb2.CANCELLED
             try:
-                response = await self._run(behaviour, self._read(request, handler, method), context, method)
+                response = await self._run(behaviour, self._read(request, context, handler, method), context, method)
                 code = code_pb2.OK
                 return response
             except grpc.aio.AbortError:  # the health service's own
@@ -126,18 +126,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._metrics.message_sent(method)
             return None
 
-    def _read(self, request: Any, handler: Handler, method: Method) -> Any:
+    def _read(self, request: Any, context: grpc.aio.ServicerContext[Any, Any], handler: Handler, method: Method) -> Any:
         """The request, or the stream of them, counted and decoded. Raises MessageMalformed."""
         decode = cast("Callable[[bytes], Any]", handler.request_deserializer)
         if handler.request_streaming:
-            return self._read_each(request, decode, method)
+            return self._read_each(context, decode, method)
         self._metrics.message_received(method)
         return _decoded(request, decode)
 
     async def _read_each(
-        self, requests: AsyncIterator[bytes], decode: Callable[[bytes], Any], method: Method
+        self, context: grpc.aio.ServicerContext[Any, Any], decode: Callable[[bytes], Any], method: Method
     ) -> AsyncIterator[Any]:
-        async for request in requests:
+        while (request := await context.read()) is not grpc.aio.EOF:
             self._metrics.message_received(method)
             yield _decoded(request, decode)
 

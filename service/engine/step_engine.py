@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import isfinite
@@ -39,7 +39,7 @@ MAX_LOOP_TICK_S = 0.005  # so long a thread may wait for the interpreter's lock 
 
 @dataclass(slots=True)  # not frozen, as what each step makes: that takes a microsecond more
 class Stepped:
-    """What a tick, or a part of one, gave: outputs (steps, outputs), and states (steps, row_size) after the steps.
+    """What a tick gave: outputs (steps, outputs), and states (steps, row_size) after the steps.
 
     Those of the steps in `failures` mean nothing.
     """
@@ -50,6 +50,8 @@ class Stepped:
 
     def part(self, start: int, end: int) -> Stepped:
         """Of some steps only."""
+        if end - start == len(self.outputs):
+            return self
         failures = self.failures
         if failures:
             failures = {step - start: why for step, why in failures.items() if start <= step < end}
@@ -67,8 +69,8 @@ class TickJob(StepJob, ABC):
         return self.places if self.in_turn else self.places[self.taken - steps : self.taken]
 
     @abstractmethod
-    def applied(self, stepped: Stepped) -> None:
-        """That is what they gave. Whoever wants the new states keeps them now."""
+    def applied(self, stepped: Stepped, start: int, end: int) -> None:
+        """The last steps that were taken gave what is there from start to end. Keep the states that you want, now."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -103,16 +105,17 @@ class _StepsInTurn(TickJob):
     row: Floats = field(default_factory=lambda: _NOTHING)
     outputs: list[Floats] = field(default_factory=list)
 
-    def applied(self, stepped: Stepped) -> None:
-        failure = stepped.failures.get(0) if stepped.failures else None
+    def applied(self, stepped: Stepped, start: int, end: int) -> None:
+        failure = stepped.failures.get(start) if stepped.failures else None
+        over = failure is not None or self.taken == len(self.inputs)
         if failure is None:
-            self.row = stepped.states[0]
-            self.outputs.append(stepped.outputs)
-            if self.left:
+            self.row = stepped.states[start]
+            self.outputs.append(stepped.outputs[start:end])
+            if not over:
                 self.state.row[:] = self.row
         if self.result.done():  # the caller may have gone before its own cleanup has run
             self.abandoned = True
-        elif failure or not self.left:
+        elif over:
             self.abandoned = True
             self.result.set_result(StepsResult(self._all_outputs(), self.row, failure))
 
@@ -142,8 +145,9 @@ class StepEngine:
         max_tick_sessions: int,
         metrics: TickMetrics,
         max_loop_tick_s: float = MAX_LOOP_TICK_S,
+        prepare_thread: Callable[[], object] | None = None,
     ) -> None:
-        """`max_loop_tick_s` 0 = all in the thread."""
+        """`max_loop_tick_s` 0 = all in the thread, which calls `prepare_thread` first."""
         self._executors: dict[ModelKey, StepExecutor] = {}
         self._states: dict[ModelKey, StateArray] = {}
         self._metrics = metrics
@@ -151,7 +155,7 @@ class StepEngine:
         self._tick_s: dict[ModelKey, float] = {}
         self._batcher: Batcher[ModelKey, TickJob] = Batcher(max_tick_sessions)
         self._under_way = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ticks")
+        self._thread = ThreadPoolExecutor(1, "ticks", initializer=prepare_thread)
         for model, executor in executors.items():
             self.add(model, executor)
 
@@ -238,7 +242,7 @@ class StepEngine:
         start = 0
         for job, steps in shares:
             try:
-                job.applied(stepped if len(shares) == 1 else stepped.part(start, start + steps))
+                job.applied(stepped, start, start + steps)
             except Exception:
                 log.exception("what a tick gave was lost")
                 job.abandoned = True

@@ -173,7 +173,7 @@ class Session:
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
         applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
-        known = [] if last_only else self.ledger.rows_about(first_step, before)
+        known = self.ledger.rows_about(first_step, before) if first_step < before and not last_only else []
         if applied:
             self._state.row[:] = result.row
             self.ledger.applied(before, before + applied, outputs)

@@ -42,8 +42,9 @@ class StepsTogether(TickJob):
     def drop(self) -> None:
         self._dropped()
 
-    def applied(self, stepped: Stepped) -> None:
-        steps, failures, now_s = len(stepped.outputs), stepped.failures, self._clock()
+    def applied(self, stepped: Stepped, start: int, end: int) -> None:
+        stepped = stepped.part(start, end)
+        steps, failures, now_s = end - start, stepped.failures, self._clock()
         first = self.taken - steps
         outputs, row_bytes = stepped.outputs.tobytes(), stepped.outputs[0].nbytes
         sessions, owners = self._sessions[first : self.taken], self._owners[first : self.taken]

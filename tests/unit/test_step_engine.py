@@ -243,7 +243,7 @@ class Careless(TickJob):
 
     dropped = False
 
-    def applied(self, stepped: Stepped) -> None:
+    def applied(self, stepped: Stepped, start: int, end: int) -> None:
         raise RuntimeError("careless")
 
     def drop(self) -> None:
@@ -289,3 +289,18 @@ async def test_the_event_loop_is_free_while_a_tick_runs(bench: Bench) -> None:
     assert not busy.done()
     bench.one.gate.set()
     assert sums(await busy) == [1]
+
+
+async def test_the_thread_of_long_ticks_is_prepared_before_its_first_one() -> None:
+    prepared = []
+    executor = FakeExecutor()
+    engine = StepEngine(
+        {ONE: executor},
+        max_tick_sessions=4,
+        metrics=CountingMetrics(),
+        max_loop_tick_s=0,
+        prepare_thread=lambda: prepared.append((threading.current_thread().name, len(executor.ticks))),
+    )
+    await engine.step(ONE, column(1), engine.states(ONE).add(ZERO))
+    engine.close()
+    assert prepared == [("ticks_0", 0)]

@@ -111,9 +111,10 @@ def test_answers_to_what_was_sent_ahead_are_not_lost_to_a_step(client: Client) -
     with client.multiplex("accumulator") as stream:
         stream.send([a, b], [[1], [2]])
         assert stream.step([a], [[10]]).outputs[0, 0] == 11
-        answer = stream.receive()
-        assert answer is not None
-        assert dict(zip(answer.sessions, answer.outputs[:, 0].tolist(), strict=True)) == {a: 1, b: 2}
+        answered: dict[str, float] = {}
+        while answer := stream.receive():
+            answered |= zip(answer.sessions, answer.outputs[:, 0].tolist(), strict=True)
+        assert answered == {a: 1, b: 2}
 
 
 def test_a_refused_step_costs_its_neighbours_nothing_and_may_be_sent_again_corrected(client: Client) -> None:
