@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ class StepJob:
 
     inputs: NDArray[np.generic]
     in_turn: bool
+    tenant: str = ""
     taken: int = 0  # steps that ticks have had
     abandoned: bool = False
 
@@ -37,15 +40,17 @@ class StepJob:
 
 
 class Batcher(Generic[Model, Job]):
-    """First come, first served.
+    """First come, first served among the sessions of a tenant; tenants share a tick equally.
 
-    A job that has more steps than a tick takes goes to the end of its model's queue, so a long job, or one of many
-    sessions, delays a short one by at most one tick. Models take turns.
+    A tick goes to the tenants that want least of it first, and what they leave to the others (max-min fairness:
+    Bertsekas, Gallager, "Data Networks", 1992, 6.5.2). A job that has more steps than a tick takes goes to the end of
+    its queue, so a long job, or one of many sessions, delays a short one by at most one tick. Models take turns.
     """
 
     def __init__(self, max_tick_sessions: int) -> None:
         self._max_tick_sessions = max_tick_sessions
-        self._queues: dict[Model, deque[Job]] = {}  # only models with jobs, the one whose turn it is first
+        # Only models and tenants with jobs, those whose turn it is first.
+        self._queues: dict[Model, dict[str, deque[Job]]] = {}
 
     def __bool__(self) -> bool:
         """Whether a job is waiting."""
@@ -53,7 +58,7 @@ class Batcher(Generic[Model, Job]):
 
     def add(self, model: Model, job: Job) -> None:
         """Let the job wait for its next steps. A session must not have two jobs at once: they would share a state."""
-        self._queues.setdefault(model, deque()).append(job)
+        self._queues.setdefault(model, {}).setdefault(job.tenant, deque()).append(job)
 
     def take(self) -> tuple[Model, list[tuple[Job, int]]]:
         """The next tick, all of one model: jobs, and how many of its next steps each has in it.
@@ -61,13 +66,37 @@ class Batcher(Generic[Model, Job]):
         Abandoned jobs are left out, so there may be none. Raises StopIteration if no job waits.
         """
         model = next(iter(self._queues))
-        queue, shares, room = self._queues.pop(model), list[tuple[Job, int]](), self._max_tick_sessions
-        while queue and room:
-            job = queue.popleft()
-            if steps := min(job.ready, room):
-                job.taken += steps
-                room -= steps
-                shares.append((job, steps))
-        if queue:
-            self._queues[model] = queue
+        tenants, shares, room = self._queues.pop(model), list[tuple[Job, int]](), self._max_tick_sessions
+        served = list(islice(tenants, room))
+        if len(served) > 1:
+            served.sort(key=lambda tenant: _wanted(tenants[tenant], self._max_tick_sessions))
+        for others, tenant in zip(reversed(range(len(served))), served, strict=True):
+            queue = tenants.pop(tenant)
+            room -= _take_up_to(room // (others + 1), queue, shares)
+            if queue:
+                tenants[tenant] = queue
+        if tenants:
+            self._queues[model] = tenants
         return model, shares
+
+
+def _wanted(queue: Iterable[StepJob], most: int) -> int:
+    """How many steps a tick could take of these, as far as it matters."""
+    wanted = 0
+    for job in queue:
+        wanted += job.ready
+        if wanted >= most:
+            return most
+    return wanted
+
+
+def _take_up_to(most: int, queue: deque[Job], shares: list[tuple[Job, int]]) -> int:
+    """Take so many steps at most; how many it were."""
+    room = most
+    while queue and room:
+        job = queue.popleft()
+        if steps := min(job.ready, room):
+            job.taken += steps
+            room -= steps
+            shares.append((job, steps))
+    return most - room

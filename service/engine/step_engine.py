@@ -179,14 +179,14 @@ class StepEngine:
         """The state of a session before its first step."""
         return np.zeros(self._states[model].row_size, np.float32)
 
-    async def step(self, model: ModelKey, inputs: NDArray[np.generic], state: State) -> StepsResult:
+    async def step(self, model: ModelKey, inputs: NDArray[np.generic], state: State, tenant: str = "") -> StepsResult:
         """Apply steps of one session in order: inputs (steps, features) or (steps,), from its state before them.
 
         The state stays as it is. The caller must not call again for the same session before this call has returned.
         """
         result = asyncio.get_running_loop().create_future()
         own = state if len(inputs) == 1 else state.copy()  # only what is between two steps is written there
-        job = _StepsInTurn(inputs, in_turn=True, places=np.array([own.place]), state=own, result=result)
+        job = _StepsInTurn(inputs, True, tenant, places=np.array([own.place]), state=own, result=result)
         self.submit(model, job)
         try:
             return await job.result

@@ -169,7 +169,7 @@ class Session:
             rows = self.ledger.rows_about(first_step, first_step + len(inputs))
             return AppliedSteps(first_step + len(inputs), joined(rows[-1:] if last_only else rows))
         before = self.ledger.next_step
-        result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._state)
+        result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._state, self.key.tenant)
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
         applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs

@@ -16,7 +16,7 @@ Applied = Callable[[int, Stepped, list[int]], None]
 
 
 class StepsTogether(TickJob):
-    """The next step of each of several sessions of one model, sent by their owners.
+    """The next step of each of several sessions of one model and tenant, sent by their owners.
 
     A session that has another owner by the time that its step is computed stays as it is.
     """
@@ -31,7 +31,8 @@ class StepsTogether(TickJob):
         clock: Callable[[], float],
     ) -> None:
         """inputs (sessions, features) or (sessions,), in the order of the sessions; at least one."""
-        super().__init__(inputs, in_turn=False, places=np.array([session.state.place for session in sessions]))
+        places = np.array([session.state.place for session in sessions])
+        super().__init__(inputs, False, sessions[0].key.tenant, places=places)
         self.model: ModelKey = sessions[0].model
         self._sessions = sessions
         self._owners = owners

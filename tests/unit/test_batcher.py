@@ -11,17 +11,17 @@ class Transcript:
         self.batcher: Batcher[str, StepJob] = Batcher(max_tick_sessions)
         self.jobs: dict[str, StepJob] = {}
 
-    def add(self, model: str, **steps: int) -> None:
+    def add(self, model: str, tenant: str = "", **steps: int) -> None:
         """Jobs of one session each, by name, with how many steps each has."""
-        self._add(model, in_turn=True, **steps)
+        self._add(model, tenant, in_turn=True, **steps)
 
-    def add_together(self, model: str, **steps: int) -> None:
+    def add_together(self, model: str, tenant: str = "", **steps: int) -> None:
         """The same of as many sessions as there are steps."""
-        self._add(model, in_turn=False, **steps)
+        self._add(model, tenant, in_turn=False, **steps)
 
-    def _add(self, model: str, *, in_turn: bool, **steps: int) -> None:
+    def _add(self, model: str, tenant: str, *, in_turn: bool, **steps: int) -> None:
         for name, count in steps.items():
-            self.jobs[name] = StepJob(column(*range(count)), in_turn)
+            self.jobs[name] = StepJob(column(*range(count)), in_turn, tenant)
             self.batcher.add(model, self.jobs[name])
 
     def tick(self) -> str:
@@ -77,6 +77,29 @@ def test_models_take_turns() -> None:
     t.add("m", a=2, b=1)
     t.add("n", c=2)
     assert t.ticks() == ["m: a", "n: c", "m: b", "n: c", "m: a"]
+
+
+def test_a_tenant_of_many_sessions_delays_one_of_few_by_at_most_one_tick() -> None:
+    t = Transcript(max_tick_sessions=2)
+    t.add("m", tenant="many", a=2, b=2, c=2, d=2)
+    assert t.tick() == "m: a b"
+    t.add("m", tenant="few", x=2)
+    assert t.ticks() == ["m: x c", "m: x d", "m: a b", "m: c d"]
+
+
+def test_what_a_tenant_leaves_of_its_share_goes_to_the_others() -> None:
+    t = Transcript(max_tick_sessions=6)
+    t.add_together("m", tenant="large", l=10)
+    t.add_together("m", tenant="middle", m=10)
+    t.add("m", tenant="small", s=1)
+    assert t.ticks() == ["m: s l*2 m*3", "m: l*3 m*3", "m: m*3 l*3", "m: m l*2"]
+
+
+def test_more_tenants_than_a_tick_takes_take_turns() -> None:
+    t = Transcript(max_tick_sessions=2)
+    for tenant in "abc":
+        t.add("m", tenant=tenant, **{tenant: 2})
+    assert t.ticks() == ["m: a b", "m: c a", "m: b c"]
 
 
 def test_an_abandoned_job_is_left_out_and_its_neighbours_stay() -> None:
