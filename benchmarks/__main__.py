@@ -5,10 +5,10 @@
 - rnnserve: this one;
 - bare step: the network alone, in a loop.
 
-Servers run on one core, clients on the others. Where a client is at work for more than 90 % of the time it is
-the bottleneck: from then on there is a second client on a core of its own, or, on a machine of two cores, the
-table says so, and what the server could do is at least what is shown. All figures are
-medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
+Servers run on one core, clients on the others. A client that is at work for more than 90 % of the time is the
+bottleneck: if it is in its first turn, there are two, each on a core of its own; on a machine of two cores, or where
+all sessions are on one stream, the table says so, and what the server could do is at least what is shown. All figures
+are medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
 
     python -m benchmarks --quick
 """

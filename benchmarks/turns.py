@@ -67,11 +67,12 @@ class Row:
 def turn(server: Server, row: Row, seconds: float) -> None:
     """Clients against a server for so long; adds its figures to the row.
 
-    One process, or two from then on if its core is the bottleneck and there is another. Raises RuntimeError with what
-    a client said that failed.
+    One process, or two in all turns if its core is the bottleneck in the first one and there is another; multiplexed
+    sessions have one stream, which cannot be shared. Raises RuntimeError with what a client said that failed.
     """
     figures = figures_of(_load(server, row, seconds))
-    if figures["client_core"] > BOTTLENECK and row.clients < min(2, len(CLIENT_CORES), row.streams) and not row.ahead:
+    most_clients = 1 if row.ahead or row.turns else min(2, len(CLIENT_CORES), row.streams)
+    if figures["client_core"] > BOTTLENECK and row.clients < most_clients:
         row.clients += 1
         figures = figures_of(_load(server, row, seconds))
     row.turns.append(figures)

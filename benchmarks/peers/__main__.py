@@ -28,22 +28,22 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.network import weights_file, write_network
+from benchmarks.peers.report import AHEAD, HEAD, OURS, best_peers, lines_of
 from benchmarks.peers.servers import PEERS, PeerUnavailable
 from benchmarks.plots import draw
 from benchmarks.processes import module_server, pinned_server
 from benchmarks.report import machine, markdown
-from benchmarks.turns import Row, Server, client, ratio, turn
+from benchmarks.turns import Row, Server, turn
 
-OURS, BY_HAND = "rnnserve", "by hand"
-MULTIPLEXED, AHEAD = 256, 2
-HEAD = ["server", "streams", "steps/s", "rnnserve ÷ it", "p50 ms", "p99 ms", "rnnserve's p99 ÷ its", "CPU µs/step"]
-HEAD += ["client"]
+BY_HAND = "by hand"
+MULTIPLEXED = 256
 
 
 def installed_peers(torch_index: str, progress: Progress, failed: dict[str, str]) -> list[str]:
     """Names of those that could be; why not goes into `failed`."""
     task = progress.add_task("installing", total=len(PEERS))
     for peer in PEERS:
+        progress.console.print(f"{peer.name}: installing, unless it is there")
         progress.update(task, description=f"installing {peer.name}", advance=1)
         try:
             peer.install(torch_index)
@@ -92,42 +92,6 @@ def measure(given: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
                         failed[load] = f"failed: {reason}"
                 progress.advance(task)
     return [row for row in rows if len(row.turns) == given.turns]
-
-
-def lines_of(rows: list[Row]) -> list[list[str]]:
-    """Of the table."""
-    ours = {row.streams: row for row in rows if row.server == OURS and not row.ahead}
-    lines = []
-    for row in rows:
-        compared = None if row.ahead else ours.get(row.streams)
-        lines.append([
-            row.label, f"{row.streams:,}", row.text("steps_per_s"),
-            f"{ratio(compared, row):.2f}" if compared else "",
-            f"{row.median('p50_ms'):.2f}", f"{row.median('p99_ms'):.2f}",
-            f"{ratio(compared, row, 'p99_ms'):.2f}" if compared else "",
-            f"{row.median('server_cpu_us_per_step'):.0f}", client(row),
-        ])  # fmt: skip
-    return lines
-
-
-def best_peers(rows: list[Row]) -> list[str]:
-    """A line for each number of streams: the fastest of the others, and what rnnserve does beside it."""
-    ours = {(row.streams, row.ahead): row for row in rows if row.server == OURS}
-    lines = []
-    for streams in dict.fromkeys(row.streams for row in rows):
-        peers = [row for row in rows if row.streams == streams and row.server != OURS]
-        if not peers or (streams, 0) not in ours:
-            continue
-        best = max(peers, key=lambda row: row.median("steps_per_s"))
-        quickest = min(peers, key=lambda row: row.median("p99_ms"))
-        line = (
-            f"{streams:,} streams: {ratio(ours[streams, 0], best):.2f} × the steps/s of the best ({best.server}), "
-            f"{ratio(ours[streams, 0], quickest, 'p99_ms'):.2f} × the least p99 ({quickest.server})"
-        )
-        if (streams, AHEAD) in ours:
-            line += f"; multiplexed {ratio(ours[streams, AHEAD], best):.1f} × the steps/s"
-        lines.append(line)
-    return lines
 
 
 def write(folder: Path, rows: list[Row], failed: dict[str, str], command: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +20,9 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
 from service.engine.executor import Floats, run_sequences
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def spawn(threads: int, niceness: int) -> Executor:
@@ -30,6 +36,15 @@ def begin_thread(threads: int) -> Executor:
     return ThreadPoolExecutor(1, "sequences", initializer=torch.set_num_threads, initargs=(threads,))
 
 
+def submit(executor: Executor, work: Callable[[Argument], Result], argument: Argument) -> asyncio.Future[Result]:
+    """Let it be done there. A process that this starts never hears of Ctrl-C, which reaches the whole group."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return asyncio.wrap_future(executor.submit(work, argument))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
 def end(executor: Executor) -> None:
     """At once, whatever it computes; a thread ends with its process."""
     for process in list((getattr(executor, "_processes", None) or {}).values()):  # `kill_workers` from Python 3.14 on
@@ -39,7 +54,6 @@ def end(executor: Executor) -> None:
 
 def _begin(threads: int, niceness: int) -> None:
     """Set up the process once, before its first work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.nice(niceness)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -65,8 +79,9 @@ def forget(folder: Path) -> None:
     _bundles.pop(folder, None)
 
 
-def run(folder: Path, sequences: list[NDArray[np.generic]]) -> list[Floats]:
-    """Run whole sequences through the bundle of that folder."""
+def run(batch: tuple[Path, list[NDArray[np.generic]]]) -> list[Floats]:
+    """Run whole sequences through the bundle of a folder."""
+    folder, sequences = batch
     if folder not in _bundles:  # after the death of a process that had it
         load([folder])
     return run_sequences(_bundles[folder].predictor, sequences)

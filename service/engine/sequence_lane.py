@@ -120,7 +120,7 @@ class SequenceLane:
     async def _in_process(self, work: Callable[[Argument], None], argument: Argument) -> None:
         process = self._process
         try:
-            await asyncio.get_running_loop().run_in_executor(process, work, argument)
+            await lane_process.submit(process, work, argument)
         except BrokenProcessPool:
             self._replace(process)
             raise lost() from None
@@ -191,9 +191,7 @@ class SequenceLane:
         start_s, process = time.perf_counter(), self._process
         bundle, sequences = batch[0].bundle, [job.sequence for job in batch]
         try:
-            outputs = await asyncio.get_running_loop().run_in_executor(
-                process, lane_process.run, bundle.folder, sequences
-            )
+            outputs = await lane_process.submit(process, lane_process.run, (bundle.folder, sequences))
         except Exception as error:
             if isinstance(error, BrokenProcessPool):
                 self._replace(process)

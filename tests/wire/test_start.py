@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.server import ROOT, start_server
+from tests.support.wire import eventually
 
 START_TIMEOUT_S = 60.0
 
@@ -146,3 +148,31 @@ def test_a_device_that_torch_cannot_use_is_refused_by_its_name(repository: Path,
     assert ended.returncode == 2
     assert f"device: '{device}' cannot be used: " in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_while_the_lane_starts_ends_it_all_without_a_complaint(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "--port", "0", "--metrics-port", "0", "--state-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [*command, "--model-repository", str(repository)],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        eventually(lambda: any("spawn_main" in command_of(pid) for pid in children.read_text().split()))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert "ERROR" not in said
+    eventually(lambda: not is_alive(process.pid))
+
+
+def is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def command_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
