@@ -33,7 +33,7 @@ from benchmarks.peers.servers import PEERS, PeerUnavailable
 from benchmarks.plots import draw
 from benchmarks.processes import module_server, pinned_server
 from benchmarks.report import machine, markdown
-from benchmarks.turns import Row, Server, turn
+from benchmarks.turns import CLIENTS, Row, Server, turn
 
 BY_HAND = "by hand"
 MULTIPLEXED = 256
@@ -103,7 +103,7 @@ def write(folder: Path, rows: list[Row], failed: dict[str, str], command: str) -
     parts = [
         "# What `make bench-peers` has measured", f"`{command}` on {machine()}.",
         f"LSTM of 32 features and 256 units, the same random weights for all; {versions}. Servers on one core, the "
-        "client on another; closed loop; medians over the turns (least–most).",
+        f"client on another; closed loop; medians over the turns (least–most). {CLIENTS}",
         markdown(HEAD, lines_of(rows)), "![](peers.svg)", *(f"- {line}" for line in best_peers(rows)),
         *(f"- {name} {reason}" for name, reason in failed.items()),
     ]  # fmt: skip
