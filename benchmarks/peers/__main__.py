@@ -43,12 +43,12 @@ def installed_peers(torch_index: str, progress: Progress, failed: dict[str, str]
     """Names of those that could be; why not goes into `failed`."""
     task = progress.add_task("installing", total=len(PEERS))
     for peer in PEERS:
-        progress.console.print(f"{peer.name}: installing, unless it is there")
         progress.update(task, description=f"installing {peer.name}", advance=1)
         try:
-            peer.install(torch_index)
+            peer.install(torch_index, progress.console.print)
         except PeerUnavailable as reason:
             failed[peer.name] = f"cannot be installed: {reason}"
+        progress.console.print(f"{peer.name}: {failed.get(peer.name, 'installed')}")
     return [peer.name for peer in PEERS if peer.name not in failed]
 
 
