@@ -32,7 +32,7 @@ from benchmarks.network import weights_file, write_network
 from benchmarks.plots import plot
 from benchmarks.processes import SERVER_CORE, module_server, on_core, pinned_server
 from benchmarks.report import machine, markdown
-from benchmarks.turns import PERCENTILES, Row, Server, client, ratio, turn
+from benchmarks.turns import CLIENTS, PERCENTILES, Row, Server, client, ratio, turn
 
 OURS, ECHO, BY_HAND = "rnnserve", "echo", "by hand"
 
@@ -158,7 +158,7 @@ def write(folder: Path, rows: dict[str, list[Row]], command: str) -> None:
     (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
     parts = [
         "# What `make bench` has measured", f"`{command}` on {machine()}.",
-        "LSTM of 32 features and 256 units, random weights; servers on one core, the client on another.",
+        f"LSTM of 32 features and 256 units, random weights; servers on one core, the client on another. {CLIENTS}",
         "## Closed loop: steps/s, medians over the turns (least–most)", markdown(*closed_table(rows)),
         "![](closed.svg)", "## Multiplexed: the same on one stream, with messages of all sessions",
         markdown(*multiplexed_table(rows)), "## Open loop: latency from the moment that a step was due",

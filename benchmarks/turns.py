@@ -21,6 +21,11 @@ from benchmarks.processes import SERVER_CORE, on_core
 
 CLIENT_CORES = sorted(os.sched_getaffinity(0) - {SERVER_CORE})
 BOTTLENECK = 0.9  # of a core, by one client
+CLIENTS = (
+    "Where one client is busy for more than 90 % of the first turn, all turns have two, if there is a core for the "
+    "second one; not where all sessions are on one stream, which cannot be shared."
+)
+"""Said in reports."""
 PERCENTILES = (50, 90, 99, 99.9)
 START_UP_S = 2.0
 """Of client processes that are to measure at the same time."""

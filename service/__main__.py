@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from service.settings import Settings, SettingsError, read_settings
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 try:
     from uvloop import new_event_loop
@@ -35,7 +37,11 @@ def _of_processes(settings: Settings) -> tuple[Callable[[Settings], Coroutine[An
 
 
 def main() -> int:
-    """Exit code 0 after a drain, 2 if the service could not start."""
+    """Exit code 0 once a signal has ended it, 2 if the service could not start."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # until what runs here hears of them: imports take seconds
+        signal.signal(number, lambda *_: os._exit(0))  # nothing has begun yet
+    from service.settings import SettingsError, read_settings
+
     try:
         settings = read_settings()
         logging.basicConfig(

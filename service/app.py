@@ -58,6 +58,7 @@ from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import SessionStore, StoreError
 from service.settings import Settings
+from service.stopping import finished_before
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ class Service:
     ) -> None:
         """Serve until `stop`, then drain. `serving` is entered with the port once it is open. Raises StartError.
 
+        Where `stop` comes before that, the port is never opened.
+
         `dead` are owners of sessions that no longer live.
         """
         event_loop = asyncio.get_running_loop()
@@ -187,7 +190,8 @@ class Service:
         for name, part in ((STORE_HEALTH, self.sessions.checkpoints), (SEQUENCE_SERVICE, self.lane)):
             loops.append(asyncio.create_task(self._report_health(name, part)))
         try:
-            await self.lane.warm_up([bundle.folder for bundle in self.catalog])
+            if not await finished_before(stop, self.lane.warm_up([bundle.folder for bundle in self.catalog])):
+                return
             port = self._bind()  # only now, for clients that connect would wait until we serve
             await self.server.start()
             await self._set_health()

@@ -54,15 +54,18 @@ class Child:
         return self.served.is_set() and self.process.returncode is None
 
     async def start(self, **begin: Any) -> None:
-        """As a fresh interpreter, in a session of its own, so that Ctrl-C reaches us alone; then tell it the rest."""
+        """As a fresh interpreter, in a session of its own, so that Ctrl-C reaches us alone; then tell it the rest.
+
+        Where this is cancelled, there is no process.
+        """
         module = "service.lane" if self.is_lane else "service.worker"
         ours, theirs = socket.socketpair()
         with theirs:
+            self.channel = await Channel.of(ours)
             command = [sys.executable, "-m", module, str(theirs.fileno())]
             self.process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[theirs.fileno()], start_new_session=True
             )
-        self.channel = await Channel.of(ours)
         self._listening = asyncio.create_task(self._listen())
         self.channel.send(owner=self.owner, **begin)
 

@@ -9,13 +9,16 @@ import difflib
 import os
 import sys
 import tomllib
+from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    CliSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -37,10 +40,20 @@ def _split(names: object) -> object:
 
 
 ModelNames = Annotated[frozenset[str], NoDecode, BeforeValidator(_split)]
+VALUES = {
+    "str": "TEXT", "SecretStr": "URL", "Path": "PATH", "{Path,null}": "PATH", "bool": "{true,false}",
+    "frozenset[str]": "NAME,NAME",
+}  # fmt: skip
+"""What `--help` calls them."""
 
 
 class Settings(BaseSettings):
-    """Limits are per service."""
+    """Limits are per service. A setting is a flag, a variable, or in the file that RNNSERVE_SETTINGS_FILE names:
+
+    --bfloat16-models speaker,activity
+    RNNSERVE_BFLOAT16_MODELS=speaker,activity
+    bfloat16_models = ["speaker", "activity"]
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_prog_name="python -m service"
@@ -57,7 +70,7 @@ class Settings(BaseSettings):
     bfloat16_models: ModelNames = Field(
         frozenset(),
         max_length=1_000,
-        description="models, with commas between them, whose live steps have bfloat16 weights; of each must have been "
+        description="models whose live steps have bfloat16 weights; of each must have been "
         "measured by `python -m models evaluate MODEL --bfloat16` what that loses",
     )
     max_bfloat16_loss_points: float = Field(
@@ -198,7 +211,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     flags = sys.argv[1:] if arguments is None else arguments
     problems = _unknown_variables()
     try:
-        settings = Settings(_cli_parse_args=flags)
+        settings = Settings(_cli_settings_source=_flags(flags))
     except ValidationError as error:
         raise SettingsError("; ".join([*problems, *map(_sentence, error.errors())])) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -206,6 +219,42 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     if problems:
         raise SettingsError("; ".join(problems))
     return settings
+
+
+def _flags(given: list[str]) -> CliSettingsSource[Settings]:
+    return CliSettingsSource(Settings, cli_parse_args=given, add_argument_method=_add_flag)
+
+
+def _add_flag(parser: ArgumentParser, *names: str, **about: Any) -> None:
+    """As its user knows it: with the values that it takes, and not the Python type that they become."""
+    field = Settings.model_fields.get(names[0].removeprefix("--").replace("-", "_"))
+    if field is not None:  # not --help itself
+        about["metavar"] = _bounds(field) or VALUES.get(about["metavar"], about["metavar"])
+        about["help"] = f"{field.description} (default: {_shown(field.default)})"
+    parser.add_argument(*names, **about)
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Of a number; else empty."""
+    least = [_shown(bound.ge) for bound in field.metadata if hasattr(bound, "ge")]
+    most = [_shown(bound.le) for bound in field.metadata if hasattr(bound, "le")]
+    return "..".join(least + most)
+
+
+def _shown(value: object) -> str:
+    """As its user would write it."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:.15g}"
+        case SecretStr():  # a default is no secret
+            return value.get_secret_value()
+        case frozenset():
+            return ",".join(sorted(value)) or "none"
+        case None:
+            return "none"
+    return str(value)
 
 
 class _Given(Settings):

@@ -27,6 +27,7 @@ from service.child import LANE, Change, Child
 from service.errors import Draining
 from service.merged_metrics import MergedMetrics, Snapshot, Values, counted, registry_of
 from service.settings import Settings, SettingsError, packed, read_settings
+from service.stopping import finished_before
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ class Supervisor:
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._roll()))
         self._unburied = state_dir.former_owners(self._settings.state_dir)
         try:
-            await self._start_all()
+            if not await finished_before(self._stopping, self._start_all()):
+                await self._drain()
+                return
             self._started.set()
             with self._metrics_page() as metrics_port, self._announced(metrics_port):
                 for name in list(self._children):
@@ -139,9 +142,9 @@ class Supervisor:
         if not child.is_lane:
             owners = [worker.owner for worker in self._all if not worker.is_lane]
             state_dir.keep_owners(self._settings.state_dir, [*self._unburied, *owners, child.owner])
+        settings = self._settings.model_copy(update={"port": self._port})
+        await child.start(settings=packed(settings), lane=str(self._lane_socket), models=self._changes.models)
         try:
-            settings = self._settings.model_copy(update={"port": self._port})
-            await child.start(settings=packed(settings), lane=str(self._lane_socket), models=self._changes.models)
             await child.wait_until_serving()
         except BaseException:
             child.kill()

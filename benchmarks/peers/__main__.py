@@ -33,7 +33,7 @@ from benchmarks.peers.servers import PEERS, PeerUnavailable
 from benchmarks.plots import draw
 from benchmarks.processes import module_server, pinned_server
 from benchmarks.report import machine, markdown
-from benchmarks.turns import Row, Server, turn
+from benchmarks.turns import CLIENTS, Row, Server, turn
 
 BY_HAND = "by hand"
 MULTIPLEXED = 256
@@ -43,12 +43,12 @@ def installed_peers(torch_index: str, progress: Progress, failed: dict[str, str]
     """Names of those that could be; why not goes into `failed`."""
     task = progress.add_task("installing", total=len(PEERS))
     for peer in PEERS:
-        progress.console.print(f"{peer.name}: installing, unless it is there")
         progress.update(task, description=f"installing {peer.name}", advance=1)
         try:
-            peer.install(torch_index)
+            peer.install(torch_index, progress.console.print)
         except PeerUnavailable as reason:
             failed[peer.name] = f"cannot be installed: {reason}"
+        progress.console.print(f"{peer.name}: {failed.get(peer.name, 'installed')}")
     return [peer.name for peer in PEERS if peer.name not in failed]
 
 
@@ -103,7 +103,7 @@ def write(folder: Path, rows: list[Row], failed: dict[str, str], command: str) -
     parts = [
         "# What `make bench-peers` has measured", f"`{command}` on {machine()}.",
         f"LSTM of 32 features and 256 units, the same random weights for all; {versions}. Servers on one core, the "
-        "client on another; closed loop; medians over the turns (least–most).",
+        f"client on another; closed loop; medians over the turns (least–most). {CLIENTS}",
         markdown(HEAD, lines_of(rows)), "![](peers.svg)", *(f"- {line}" for line in best_peers(rows)),
         *(f"- {name} {reason}" for name, reason in failed.items()),
     ]  # fmt: skip

@@ -73,16 +73,19 @@ class Peer:
     def python(self) -> Path:
         return self.environment / "bin" / "python"
 
-    def install(self, torch_index: str) -> None:
-        """Unless it is installed. Raises PeerUnavailable."""
+    def install(self, torch_index: str, say: Callable[[str], None]) -> None:
+        """Unless it is installed; `say` is told what, before it takes its minutes. Raises PeerUnavailable."""
         done, packages = self.environment / ".installed", " ".join([*COMMON_PACKAGES, *self.packages])
         if done.exists() and done.read_text() == packages:
             return
         pip = [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        torch_version = torch.__version__.partition("+")[0]
+        torch_package = f"torch=={torch.__version__.partition('+')[0]}"
         index = ["--retries", "0", "--timeout", "10", "--extra-index-url", torch_index]
+        say(f"{self.name}: making {self.environment.relative_to(PROJECT)}")
         _checked([sys.executable, "-m", "venv", "--clear", str(self.environment)])
-        _checked([*pip, *index, f"torch=={torch_version}"])
+        say(f"{self.name}: installing {torch_package}")
+        _checked([*pip, *index, torch_package])
+        say(f"{self.name}: installing {packages}")
         _checked([*pip, *packages.split()])
         done.write_text(packages)
 

@@ -14,6 +14,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.live import Stream
+from benchmarks.peers.http import body_of
 
 MOSEC, TRITON, KSERVE = "mosec", "triton", "kserve"
 
@@ -59,17 +60,14 @@ class MosecStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        head, blank, body = self._received.partition(b"\r\n\r\n")
-        if not blank:
+        try:
+            body = body_of(self._received)
+        except RuntimeError as refusal:
+            self._answered.set_exception(refusal)
             return
-        status, *fields = head.lower().split(b"\r\n")
-        (length,) = (int(field.partition(b":")[2]) for field in fields if field.startswith(b"content-length"))
-        if len(body) == length:
+        if body is not None:
             self._received = b""
-            if b" 200 " in status + b" ":
-                self._answered.set_result(body)
-            else:
-                self._answered.set_exception(RuntimeError(f"not an answer: {status + body!r}"))
+            self._answered.set_result(body)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._answered.done():

@@ -24,6 +24,9 @@ from service.engine.executor import Floats, run_sequences
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
+OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Signals that a terminal or a service manager sends to all processes at once; when to end is for the parent to say."""
+
 
 def spawn(threads: int, niceness: int) -> Executor:
     """A process that computes beside this one, so that this one's event loop never waits for it."""
@@ -37,8 +40,8 @@ def begin_thread(threads: int) -> Executor:
 
 
 def submit(executor: Executor, work: Callable[[Argument], Result], argument: Argument) -> asyncio.Future[Result]:
-    """Let it be done there. A process that this starts never hears of Ctrl-C, which reaches the whole group."""
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Let it be done there. A process that this starts never hears of `OF_THE_PARENT`."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)
     try:
         return asyncio.wrap_future(executor.submit(work, argument))
     finally:

@@ -1,3 +1,6 @@
+import pytest
+
+from benchmarks.peers.http import body_of
 from benchmarks.peers.report import AHEAD, HEAD, OURS, best_peers, lines_of
 from benchmarks.turns import PERCENTILES, Row
 
@@ -40,3 +43,16 @@ def test_a_line_has_the_median_its_range_and_the_ratio_within_turns() -> None:
     assert line["steps/s"] == "20 (10–30)"
     assert line["rnnserve ÷ it"] == "2.00"
     assert line["rnnserve's p99 ÷ its"] == "0.25"
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nServer: x\r\nContent-Length: 8\r\n\r\n\r\n\r\nabcd"
+
+
+def test_an_answer_over_http_is_whole_once_all_of_its_length_has_come() -> None:
+    whole = [body_of(ANSWER[:received]) for received in range(len(ANSWER) + 1)]
+    assert whole == [None] * len(ANSWER) + [b"\r\n\r\nabcd"]
+
+
+def test_an_answer_that_is_not_200_is_an_error_with_what_was_said() -> None:
+    with pytest.raises(RuntimeError, match=r"http/1\.1 500 internal server error no 200 here"):
+        body_of(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 11\r\n\r\nno 200 here")

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 
+from benchmarks import turns
 from benchmarks.load import Streamed
-from benchmarks.turns import Row, figures_of, last_line, ratio
+from benchmarks.turns import Row, Server, figures_of, last_line, ratio, turn
 
 
 def streamed(steps: list[int], *, latency_s: float, server_cpu_s: float = 1.0, client_cpu_s: float = 1.0) -> Streamed:
@@ -31,3 +34,33 @@ def test_a_ratio_is_that_of_turns_beside_each_other() -> None:
 @pytest.mark.parametrize(("said", "last"), [("Traceback\nValueError: no\n", "ValueError: no"), ("", "it said nothing")])
 def test_why_a_process_failed_is_its_last_line(said: str, last: str) -> None:
     assert last_line(said) == last
+
+
+def row_after_turns(monkeypatch: pytest.MonkeyPatch, busy: list[float], **of_row: Any) -> Row:
+    """Where each client process in turn was busy for such a share, on a machine with a core for a second one."""
+
+    def load(server: Server, row: Row, seconds: float) -> list[Streamed]:
+        return [
+            streamed([10], latency_s=0.001, client_cpu_s=2.0 * busy.pop(0) if client == 0 else 0.0)
+            for client in range(row.clients)
+        ]
+
+    monkeypatch.setattr(turns, "_load", load)
+    monkeypatch.setattr(turns, "CLIENT_CORES", [1, 2])
+    row = Row("server", **of_row)
+    while busy:
+        turn(Server("target", pid=1), row, seconds=2.0)
+    return row
+
+
+def test_a_second_client_is_there_in_all_turns_or_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy_at_once = row_after_turns(monkeypatch, [0.95, 0.6, 0.5, 0.95], streams=64)
+    assert (busy_at_once.clients, [turn["steps_per_s"] for turn in busy_at_once.turns]) == (2, [10, 10, 10])
+    busy_later = row_after_turns(monkeypatch, [0.5, 0.95, 0.95], streams=64)
+    assert (busy_later.clients, [turn["steps_per_s"] for turn in busy_later.turns]) == (1, [5, 5, 5])
+
+
+def test_sessions_on_one_stream_have_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for of_row in ({"streams": 1}, {"streams": 64, "ahead": 2}):
+        row = row_after_turns(monkeypatch, [0.95, 0.95], **of_row)
+        assert (row.clients, len(row.turns)) == (1, 2)

@@ -1,10 +1,11 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from service.settings import SettingsError, packed, read_settings, unpacked
+from service.settings import Settings, SettingsError, packed, read_settings, unpacked
 
 
 @pytest.fixture(autouse=True)
@@ -182,15 +183,24 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         read_settings(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in (
-        "--port",
-        "--metrics-port",
-        "--model-repository",
-        "--state-dir",
-        "--max-sessions",
-        "--drain-timeout-s",
+    for name in Settings.model_fields:
+        assert f"[--{name.replace('_', '-')} " in text
+
+
+def test_help_says_what_to_write_and_not_what_python_makes_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--help"])
+    text = capsys.readouterr().out
+    for written in (
+        "--port 0..65535",
+        "--store-timeout-s 0.05..600",
+        "--power-loss-safe {true,false}",
+        "--snapshot-key-file PATH",
+        "--bfloat16-models NAME,NAME",
+        "RNNSERVE_BFLOAT16_MODELS=speaker,activity",
     ):
-        assert flag in text
+        assert written in text
+    assert re.findall(r"\b(?:str|int|float|bool|Path|\w*Str|frozenset|None|null|True|False)\b", text) == []
 
 
 def test_what_one_process_is_told_by_another_is_all_that_counts(

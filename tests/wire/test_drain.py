@@ -1,3 +1,4 @@
+import os
 import signal
 import sqlite3
 import time
@@ -42,6 +43,7 @@ def test_a_drain_answers_what_was_sent_refuses_what_is_new_and_ends_well(reposit
             eventually(lambda: metric(server.metrics_url, "rnnserve_queued_sequences") == 1)
             eventually(lambda: metric(server.metrics_url, "grpc_server_started_total", **STREAM) == 2)
             stream.send(*(steps(i, random_steps(1)) for i in range(50)))
+            os.kill(server.lane_pid(), signal.SIGTERM)  # a service manager tells all processes
             server.terminate()
 
             responses = [stream.read() for _ in range(51)]

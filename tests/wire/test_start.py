@@ -5,7 +5,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -150,29 +151,59 @@ def test_a_device_that_torch_cannot_use_is_refused_by_its_name(repository: Path,
     assert "Traceback" not in ended.stderr
 
 
-def test_ctrl_c_while_the_lane_starts_ends_it_all_without_a_complaint(repository: Path, tmp_path: Path) -> None:
+def imports_torch(process: subprocess.Popen[str]) -> bool:
+    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def starts_the_lane(process: subprocess.Popen[str]) -> bool:
+    return any("spawn_main" in command_of(pid) for pid in children(process.pid))
+
+
+def starts_the_lane_of_all(process: subprocess.Popen[str]) -> bool:
+    return any("service.lane" in command_of(pid) for pid in children(process.pid))
+
+
+def starts_workers(process: subprocess.Popen[str]) -> bool:
+    return any("service.worker" in command_of(pid) for pid in children(process.pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("begun", "workers"), [(imports_torch, 1), (starts_the_lane, 1), (starts_the_lane_of_all, 2), (starts_workers, 2)]
+)
+def test_a_signal_to_all_processes_in_the_midst_of_the_start_ends_them_without_a_complaint(
+    repository: Path, tmp_path: Path, begun: Callable[[subprocess.Popen[str]], bool], workers: int, number: int
+) -> None:
     command = [sys.executable, "-m", "service", "--port", "0", "--metrics-port", "0", "--state-dir", str(tmp_path)]
     with subprocess.Popen(
-        [*command, "--model-repository", str(repository)],
+        [*command, "--model-repository", str(repository), "--workers", str(workers)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        eventually(lambda: any("spawn_main" in command_of(pid) for pid in children.read_text().split()))
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        eventually(lambda: begun(process))
+        started = children(process.pid)
+        os.killpg(process.pid, number)  # as a terminal does
+        if number == signal.SIGTERM:  # as a service manager does, who knows the processes of other groups, too
+            for pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
         _, said = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, said
-    assert "Traceback" not in said
-    assert "ERROR" not in said
-    eventually(lambda: not is_alive(process.pid))
+    assert not (tmp_path / "server.json").exists()
+    for complaint in ("Traceback", "ERROR", "did not start", "metrics on"):
+        assert complaint not in said
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
-def is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def children(pid: int) -> list[int]:
+    """Of all of its threads. Linux only."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return []
 
 
-def command_of(pid: str) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
+def command_of(pid: int) -> str:
+    """Empty once it has gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
