@@ -158,7 +158,8 @@ def write(folder: Path, rows: dict[str, list[Row]], command: str) -> None:
     (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
     parts = [
         "# What `make bench` has measured", f"`{command}` on {machine()}.",
-        f"LSTM of 32 features and 256 units, random weights; servers on one core, the client on another. {CLIENTS}",
+        f"LSTM of 32 features and 256 units, random weights, sessions in memory; servers on one core, the client "
+        f"on another. {CLIENTS}",
         "## Closed loop: steps/s, medians over the turns (least–most)", markdown(*closed_table(rows)),
         "![](closed.svg)", "## Multiplexed: the same on one stream, with messages of all sessions",
         markdown(*multiplexed_table(rows)), "## Open loop: latency from the moment that a step was due",

@@ -132,8 +132,13 @@ async def measure(given: argparse.Namespace) -> list[tuple[str, str]]:
         ]
         found = []
         for what, much in progress.track(work, description="sessions at rest"):
-            found.append((what, f"{await much:,.3g}"))
+            found.append((what, _text(await much)))
         return found
+
+
+def _text(value: float) -> str:
+    """Bytes without decimals, a ratio with two."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def main() -> int:

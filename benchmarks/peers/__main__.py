@@ -102,8 +102,8 @@ def write(folder: Path, rows: list[Row], failed: dict[str, str], command: str) -
     versions = ", ".join(package for peer in PEERS for package in peer.packages)
     parts = [
         "# What `make bench-peers` has measured", f"`{command}` on {machine()}.",
-        f"LSTM of 32 features and 256 units, the same random weights for all; {versions}. Servers on one core, the "
-        f"client on another; closed loop; medians over the turns (least–most). {CLIENTS}",
+        f"LSTM of 32 features and 256 units, the same random weights for all; {versions}. Sessions in memory; servers "
+        f"on one core, the client on another; closed loop; medians over the turns (least–most). {CLIENTS}",
         markdown(HEAD, lines_of(rows)), "![](peers.svg)", *(f"- {line}" for line in best_peers(rows)),
         *(f"- {name} {reason}" for name, reason in failed.items()),
     ]  # fmt: skip

@@ -67,9 +67,11 @@ class Batcher(Generic[Model, Job]):
         """
         model = next(iter(self._queues))
         tenants, shares, room = self._queues.pop(model), list[tuple[Job, int]](), self._max_tick_sessions
-        served = list(islice(tenants, room))
+        served = list(tenants)
         if len(served) > 1:
-            served.sort(key=lambda tenant: _wanted(tenants[tenant], self._max_tick_sessions))
+            wanted = {tenant: _wanted(queue, room) for tenant, queue in tenants.items()}
+            tenants = {tenant: queue for tenant, queue in tenants.items() if wanted[tenant]}
+            served = sorted(islice(tenants, room), key=wanted.__getitem__)
         for others, tenant in zip(reversed(range(len(served))), served, strict=True):
             queue = tenants.pop(tenant)
             room -= _take_up_to(room // (others + 1), queue, shares)

@@ -102,6 +102,22 @@ def test_more_tenants_than_a_tick_takes_take_turns() -> None:
     assert t.ticks() == ["m: a b", "m: c a", "m: b c"]
 
 
+def test_a_tenant_of_abandoned_jobs_takes_no_place_from_the_others() -> None:
+    t = Transcript(max_tick_sessions=2)
+    for tenant in "abc":
+        t.add("m", tenant=tenant, **{tenant: 1})
+    t.jobs["a"].abandoned = True
+    assert t.ticks() == ["m: b c"]
+
+
+def test_tenants_of_abandoned_jobs_alone_leave_nothing_behind() -> None:
+    t = Transcript()
+    t.add("m", tenant="a", a=1)
+    t.add("m", tenant="b", b=1)
+    t.jobs["a"].abandoned = t.jobs["b"].abandoned = True
+    assert t.ticks() == ["m: "]
+
+
 def test_an_abandoned_job_is_left_out_and_its_neighbours_stay() -> None:
     t = Transcript()
     t.add("m", a=1, b=1, c=1)
