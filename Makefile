@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick bench-peers soak check proto clean
+.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
 
 setup: $(READY)
 
@@ -57,6 +57,9 @@ bench-quick: $(READY)  ## the first of these in two minutes, nothing written
 bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed in build/peers; twenty minutes; docs/benchmarks/
 	$(PIP_INSTALL) --editable '.[service,training,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.peers --into docs/benchmarks
+
+bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches; ten minutes; docs/benchmarks/
+	$(BIN)/python -m benchmarks.sequences --into docs/benchmarks
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

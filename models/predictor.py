@@ -58,6 +58,22 @@ class Predictor:
         outputs: Tensor = self.network(self._fill_with_mean(inputs), lengths)[0]
         return outputs
 
+    def read(self, values: Tensor) -> Tensor:
+        """One whole sequence (steps, features) or (steps,) -> what the first recurrent layer sees (steps, width)."""
+        inputs = self._normalise(values)
+        if self._holds_last:
+            inputs = hold_last(inputs.unsqueeze(0)).squeeze(0)
+        return self.network.read(self._fill_with_mean(inputs))
+
+    def answer(self, hidden: Tensor) -> Tensor:
+        """What the last recurrent layer gave for one (steps, hidden * directions) -> (steps, outputs).
+
+        (1, outputs) where the network answers about the whole sequence only.
+        """
+        if self.network.spec.readout == "mean":
+            hidden = hidden.mean(dim=0, keepdim=True)
+        return self.network.answer(hidden)
+
     def _normalise(self, values: Tensor) -> Tensor:
         return (values - self._mean) / self._std if self._is_numeric else values
 

@@ -266,12 +266,14 @@ class RecurrentNetwork(nn.Module):
                 if parameter.dim() == 2:
                     parameter.data = parameter.data.bfloat16()
 
-    def _read(self, inputs: Tensor) -> Tensor:
+    def read(self, inputs: Tensor) -> Tensor:
+        """(…, features) or (…,) -> what the first recurrent layer sees (…, width)."""
         vectors: Tensor = inputs if self.embedding is None else self.embedding(inputs)
         read: Tensor = self.input_block(vectors)
         return read
 
-    def _answer(self, hidden: Tensor) -> Tensor:
+    def answer(self, hidden: Tensor) -> Tensor:
+        """(…, hidden * directions) of the last recurrent layer -> (…, outputs)."""
         outputs: Tensor = self.output(self.output_block(self.dropout(hidden)))
         return outputs
 
@@ -286,8 +288,8 @@ class RecurrentNetwork(nn.Module):
         if state is None:
             state = initial_state(inputs.shape[0], self.spec.state_layout)
         start = unpack_state(state, self.spec.state_layout)
-        hidden, values = self.recurrent(self._read(inputs), lengths, start)
+        hidden, values = self.recurrent(self.read(inputs), lengths, start)
         if self.spec.readout == "mean":
             live = torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
             hidden = (hidden * live.unsqueeze(-1)).sum(dim=1) / lengths.unsqueeze(1)
-        return self._answer(hidden), pack_state(values)
+        return self.answer(hidden), pack_state(values)

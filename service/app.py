@@ -11,7 +11,6 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 
@@ -40,9 +39,9 @@ from service.api.sequences import SequenceService
 from service.api.sessions import SessionService
 from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
-from service.engine import lane_process
 from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
+from service.engine.sequence_worker import ProcessWorker, Worker
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
 from service.sessions.checkpoints import Checkpointer
@@ -114,8 +113,8 @@ class Service:
             metrics=self.metrics,
             prepare_thread=partial(torch.set_num_threads, settings.step_threads),  # each thread has its own number
         )
-        spawn = partial(lane_process.spawn, settings.sequence_threads, settings.sequence_niceness)
-        self.lane = lane or sequence_lane(settings, self.metrics, spawn)
+        niceness = settings.sequence_niceness
+        self.lane = lane or sequence_lane(settings, self.metrics, partial(ProcessWorker, niceness=niceness))
         self.loader = Loader(catalog, self.lane, self)
         refusals = Refusals(self.metrics)
         limits = Limits(
@@ -285,12 +284,11 @@ class Service:
             await self.health.set(name, SERVING if part.available else NOT_SERVING)
 
 
-def sequence_lane(settings: Settings, metrics: Metrics, spawn: Callable[[], Executor]) -> SequenceLane:
-    """The lane for whole sequences, as it is set, to be computed in what `spawn` starts."""
+def sequence_lane(settings: Settings, metrics: Metrics, worker: Callable[[int, int], Worker]) -> SequenceLane:
+    """The lane for whole sequences, as it is set; `worker` begins one, given the most of a tick and its threads."""
     return SequenceLane(
-        spawn,
+        partial(worker, settings.max_batch_sequences, settings.sequence_threads),
         max_queued=settings.max_queued_sequences,
-        max_batch=settings.max_batch_sequences,
         max_batch_steps=settings.max_batch_steps,
         metrics=metrics,
     )

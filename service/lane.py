@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import sys
-from functools import partial
 
 from prometheus_client import generate_latest
 
@@ -16,8 +15,8 @@ from service.app import sequence_lane, stop_on_signals
 from service.catalog.catalog import Catalog, CatalogError
 from service.catalog.loading import Change, Loader
 from service.control import Message
-from service.engine import lane_process
 from service.engine.remote_lane import LaneServer
+from service.engine.sequence_worker import ThreadWorker
 from service.member import Member, Tasks
 from service.metrics import Metrics
 
@@ -44,8 +43,7 @@ class LaneProcess:
     def __init__(self, member: Member) -> None:
         self._member = member
         self._metrics = Metrics()
-        begin_thread = partial(lane_process.begin_thread, member.settings.sequence_threads)
-        self._lane = sequence_lane(member.settings, self._metrics, begin_thread)
+        self._lane = sequence_lane(member.settings, self._metrics, ThreadWorker)
         self._loader = Loader(member.catalog, self._lane, LaneModels(member.catalog))
         self._tasks = Tasks()
 

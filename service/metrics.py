@@ -79,10 +79,10 @@ class Metrics:
             buckets=DURATION_BUCKETS_S,
         )  # fmt: skip
         self._batch_sequences = Histogram(
-            "rnnserve_batch_sequences", "Sequences that shared a forward.", MODEL, registry=r, buckets=COUNT_BUCKETS
+            "rnnserve_batch_sequences", "Sequences that shared a tick.", MODEL, registry=r, buckets=COUNT_BUCKETS
         )
         self._batch_s = Histogram(
-            "rnnserve_batch_seconds", "Duration of such a forward.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
+            "rnnserve_batch_seconds", "Duration of such a tick.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
         )
         self._queued = Gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.", registry=r)
         self._models = Gauge("rnnserve_models", "Models served, always 1.", MODEL, registry=r)
@@ -150,9 +150,11 @@ class Metrics:
         self._queued.set(sequences)
 
     def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
-        self._sequences.labels(*model).inc(sequences)
         self._batch_sequences.labels(*model).observe(sequences)
         self._batch_s.labels(*model).observe(duration_s)
+
+    def sequence(self, model: ModelKey) -> None:
+        self._sequences.labels(*model).inc()
 
     def sequences_answered(self, model: ModelKey, duration_s: float) -> None:
         self._sequence_s.labels(*model).observe(duration_s)

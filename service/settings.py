@@ -172,9 +172,9 @@ class Settings(BaseSettings):
     max_sequence_steps: int = Field(20_000, ge=1, le=1_000_000, description="steps of one whole sequence")
     max_queued_sequences: int = Field(256, ge=1, le=100_000, description="waiting; one more is QUEUE_FULL")
     max_bulk_sequences: int = Field(64, ge=1, le=10_000, description="in flight on one bulk stream, then it waits")
-    max_batch_sequences: int = Field(32, ge=1, le=1_024, description="whole sequences that share one forward")
+    max_batch_sequences: int = Field(64, ge=1, le=1_024, description="whole sequences that share a tick")
     max_batch_steps: int = Field(
-        32_768, ge=1, le=10_000_000, description="steps of such a batch, padding included; a longer sequence runs alone"
+        131_072, ge=1, le=10_000_000, description="of all whole sequences under way; a longer one is computed alone"
     )
     sequence_threads: int = Field(1, ge=1, le=64, description="torch threads of the lane for whole sequences")
     sequence_niceness: int = Field(10, ge=0, le=19, description="how far that lane stands back; 0 = not at all")

@@ -53,18 +53,3 @@ class TorchExecutor:
         there = torch.from_numpy(inputs).to(self._device), torch.from_numpy(rows).to(self._device)
         outputs, new_rows = self._kernel.step(*there)
         return outputs.cpu().numpy(), new_rows.cpu().numpy()
-
-
-@torch.inference_mode()
-def run_sequences(predictor: Predictor, sequences: list[NDArray[np.generic]]) -> list[Floats]:
-    """Whole sequences in one padded forward.
-
-    Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) where the network answers
-    about the whole sequence only.
-    """
-    tensors = [torch.from_numpy(sequence) for sequence in sequences]
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    outputs = predictor.run(torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths)
-    if outputs.dim() == 2:
-        return list(outputs.unsqueeze(1).numpy())
-    return [row[:length].numpy() for row, length in zip(outputs, lengths.tolist(), strict=True)]

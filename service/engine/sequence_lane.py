@@ -1,6 +1,6 @@
 """The lane for whole sequences, which are computed where they never hold up a live step.
 
-Sequences wait in a bounded queue; those of one model that wait together share a padded forward.
+Sequences wait in a bounded queue until there is memory for them, then share ticks with those that are there.
 """
 
 from __future__ import annotations
@@ -8,28 +8,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.manifest import ModelKey
-from service.engine import lane_process
 from service.engine.executor import Floats
+from service.engine.sequence_engine import Ended
+from service.engine.sequence_worker import Abandon, Begin, Forget, Load, News, Obeyed, Order, Ticked, Worker
 from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
-Argument = TypeVar("Argument")
 
 
 class LaneMetrics(Protocol):
@@ -40,7 +37,11 @@ class LaneMetrics(Protocol):
         ...
 
     def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
-        """So many shared a forward."""
+        """So many shared a tick."""
+        ...
+
+    def sequence(self, model: ModelKey) -> None:
+        """One was computed."""
         ...
 
 
@@ -84,52 +85,101 @@ class _Job:
 
 
 class SequenceLane:
-    """Queues whole sequences and runs them batch by batch in its process."""
+    """Queues whole sequences, and sends its worker as many as there is memory for."""
 
     def __init__(
-        self,
-        spawn: Callable[[], Executor],
-        *,
-        max_queued: int,
-        max_batch: int,
-        max_batch_steps: int,
-        metrics: LaneMetrics,
+        self, begin_worker: Callable[[], Worker], *, max_queued: int, max_batch_steps: int, metrics: LaneMetrics
     ) -> None:
-        """`spawn` starts what computes them; again if that dies."""
-        self._spawn = spawn
+        """`begin_worker` begins what computes them; again if that dies."""
+        self._begin_worker = begin_worker
         self._max_queued = max_queued
-        self._max_batch = max_batch
         self._max_batch_steps = max_batch_steps
         self._metrics = metrics
         self._queue: deque[_Job] = deque()
+        self._running: dict[int, _Job] = {}
+        self._running_steps = 0
+        self._numbers = itertools.count()
         self._in_flight = 0
         self._room = asyncio.Condition()
-        self._job_added = asyncio.Event()
-        self._process = spawn()
+        self._worker: Worker | None = None
+        self._obeyed: deque[asyncio.Future[None]] = deque()
+        self._open = self._closed = False
         self.available = True  # one that dies is replaced at once
         self.available_changed = asyncio.Event()
 
     async def warm_up(self, folders: list[Path]) -> None:
-        """Start the process and load the bundles of these folders, so that the first request need not wait."""
-        await self._in_process(lane_process.load, folders)
+        """Begin the worker and load the bundles of these folders, so that the first request need not wait."""
+        await self._obey(Load(folders))
 
     async def forget(self, folder: Path) -> None:
         """As Lane has it."""
-        await self._in_process(lane_process.forget, folder)
+        await self._obey(Forget(folder))
 
-    async def _in_process(self, work: Callable[[Argument], None], argument: Argument) -> None:
-        process = self._process
-        try:
-            await lane_process.submit(process, work, argument)
-        except BrokenProcessPool:
-            self._replace(process)
-            raise lost() from None
+    async def _obey(self, order: Load | Forget) -> None:
+        obeyed = asyncio.get_running_loop().create_future()
+        self._obeyed.append(obeyed)
+        self._send(order)
+        await obeyed
 
-    def _replace(self, process: Executor) -> None:
-        """It has died; whoever finds out first starts another."""
-        if process is self._process:
-            log.error("the process for whole sequences died; starting another")
-            self._process = self._spawn()
+    def _send(self, order: Order) -> None:
+        if self._worker is None:
+            self._worker = worker = self._begin_worker()
+            worker.listen(self._hear, lambda: self._worker_died(worker))
+        self._worker.send(order)
+
+    def _worker_died(self, worker: Worker) -> None:
+        if worker is not self._worker or self._closed:
+            return
+        log.error("what computes whole sequences died; another begins with the next of them")
+        self._worker = None
+        obeyed, self._obeyed = self._obeyed, deque()
+        for order in obeyed:
+            if not order.done():
+                order.set_exception(lost())
+        for number in list(self._running):
+            self._fail(number, lost())
+        self._go_on()
+
+    def _hear(self, news: News) -> None:
+        match news:
+            case Obeyed(error):
+                obeyed = self._obeyed.popleft()
+                if obeyed.done():
+                    return
+                if error is None:
+                    obeyed.set_result(None)
+                else:
+                    obeyed.set_exception(error)
+            case Ended():
+                self._end(news)
+            case Ticked(model, sequences, duration_s, ended):
+                self._metrics.batch(model, sequences, duration_s)
+                for one in ended:
+                    self._end(one)
+        self._go_on()
+
+    def _end(self, ended: Ended) -> None:
+        number, outcome = ended
+        if isinstance(outcome, str):
+            log.error("a sequence failed: %s", outcome)
+            self._fail(number, ExecutionFailed("the network could not compute this sequence"))
+        elif not np.isfinite(outcome).all():
+            self._fail(number, ExecutionFailed("the sequence leads to a value that is not finite"))
+        elif job := self._leave_worker(number):
+            self._metrics.sequence(job.bundle.manifest.key)
+            if not job.result.done():
+                job.result.set_result(outcome)
+
+    def _fail(self, number: int, refusal: ServingError) -> None:
+        job = self._leave_worker(number)
+        if job and not job.result.done():
+            job.result.set_exception(refusal)
+
+    def _leave_worker(self, number: int) -> _Job | None:
+        job = self._running.pop(number, None)
+        if job:
+            self._running_steps -= len(job.sequence)
+        return job
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
         """Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) about the whole of it.
@@ -141,25 +191,48 @@ class SequenceLane:
         loop = asyncio.get_running_loop()
         jobs = [_Job(bundle, sequence, loop.create_future()) for sequence in sequences]
         self._queue.extend(jobs)
-        self._job_added.set()
+        self._go_on()
         try:
             return await asyncio.gather(*(job.result for job in jobs))
         finally:
             for job in jobs:
-                job.result.cancel()  # what still waits is left out of the next batch
+                job.result.cancel()  # what still waits is left out
+            self._abandon(set(jobs))
+            self._go_on()
             await self._leave(len(jobs))
 
     async def run(self) -> None:
-        """Take and run batches until cancelled."""
-        while True:
-            await self._job_added.wait()
-            while batch := self._take():
-                await self._run(batch)
-            self._job_added.clear()
+        """Send work, until cancelled."""
+        self._open = True
+        try:
+            self._go_on()
+            await asyncio.Event().wait()
+        finally:
+            self._open = False
 
     def close(self) -> None:
-        """End the process at once, whatever it computes."""
-        lane_process.end(self._process)
+        """End the worker at once, whatever it computes."""
+        self._closed = True
+        if self._worker is not None:
+            self._worker.end()
+
+    def _abandon(self, jobs: set[_Job]) -> None:
+        for number in [number for number, job in self._running.items() if job in jobs]:
+            self._leave_worker(number)
+            self._send(Abandon(number))
+
+    def _go_on(self) -> None:
+        """Send as many as there is memory for, in order; a longer one goes alone."""
+        while self._queue and self._open:
+            job = self._queue[0]
+            if not job.result.done():
+                steps = self._running_steps + len(job.sequence)
+                if self._running and steps > self._max_batch_steps:
+                    return
+                number = next(self._numbers)
+                self._running[number], self._running_steps = job, steps
+                self._send(Begin(number, job.bundle.folder, job.sequence))
+            self._queue.popleft()
 
     async def _enter(self, count: int, *, wait: bool) -> None:
         async with self._room:
@@ -175,52 +248,6 @@ class SequenceLane:
         self._metrics.queued(self._in_flight)
         async with self._room:
             self._room.notify_all()
-
-    def _take(self) -> list[_Job]:
-        """The longest waiting sequence and others of its model, in the order of their arrival."""
-        waiting = [job for job in self._queue if not job.result.done()]
-        same_model = (job for job in waiting if job.bundle is waiting[0].bundle)
-        batch = list(itertools.islice(same_model, self._max_batch))
-        while len(batch) > 1 and len(batch) * max(len(job.sequence) for job in batch) > self._max_batch_steps:
-            batch.pop()  # padded to the longest, they would take too much memory
-        taken = set(batch)
-        self._queue = deque(job for job in waiting if job not in taken)
-        return batch
-
-    async def _run(self, batch: list[_Job]) -> None:
-        start_s, process = time.perf_counter(), self._process
-        bundle, sequences = batch[0].bundle, [job.sequence for job in batch]
-        try:
-            outputs = await lane_process.submit(process, lane_process.run, (bundle.folder, sequences))
-        except Exception as error:
-            if isinstance(error, BrokenProcessPool):
-                self._replace(process)
-            await self._fail(batch, error)
-            return
-        self._metrics.batch(bundle.manifest.key, len(batch), time.perf_counter() - start_s)
-        for job, output in zip(batch, outputs, strict=True):
-            if job.result.done():
-                continue
-            if np.isfinite(output).all():
-                job.result.set_result(output)
-            else:
-                job.result.set_exception(ExecutionFailed("the sequence leads to a value that is not finite"))
-
-    async def _fail(self, batch: list[_Job], error: Exception) -> None:
-        """A batch fails one by one, so that only the guilty sequence does; a dead process fails what it held."""
-        if isinstance(error, BrokenProcessPool):
-            refusal: ServingError = lost()
-        elif len(batch) > 1:
-            log.warning("a batch failed; its sequences are tried one by one", exc_info=error)
-            for job in batch:
-                await self._run([job])
-            return
-        else:
-            log.error("a sequence failed", exc_info=error)
-            refusal = ExecutionFailed("the network could not compute this sequence")
-        for job in batch:
-            if not job.result.done():
-                job.result.set_exception(refusal)
 
 
 def full(waiting: int, more: int, limit: int) -> QueueFull:

@@ -22,7 +22,7 @@ from rnnserve.v1 import model_service_pb2 as models_pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPECIFIED
 from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
-from service.engine.executor import TorchExecutor, run_sequences
+from service.engine.executor import TorchExecutor
 from service.engine.step_engine import StepEngine
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.session import Session
@@ -132,28 +132,6 @@ def test_however_random_networks_are_streamed_they_answer_as_over_the_whole_sequ
         inputs = [as_inputs(bundle, values) for values in sequences]
         streamed = asyncio.run(stream_all(bundle, inputs, max_tick_sessions, seed))
         for values, outputs in zip(sequences, streamed, strict=True):
-            assert_close(outputs, reference.predict(values))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    spec=specs,
-    direction=st.sampled_from(["forward", "bidirectional"]),
-    readout=st.sampled_from(["each_step", "mean"]),
-    seed=st.integers(0, 2**32 - 1),
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
-)
-def test_padded_batches_of_random_networks_answer_as_each_sequence_alone(
-    spec: NetworkSpec, direction: str, readout: str, seed: int, lengths: list[int]
-) -> None:
-    rng = np.random.default_rng(seed)
-    spec = spec.model_copy(update={"direction": direction, "readout": readout})
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(folder, spec, seed, rule="mean")
-        reference = Reference(bundle.folder)
-        sequences = [random_values(spec, length, rng) for length in lengths]
-        found = run_sequences(bundle.predictor, [as_inputs(bundle, values) for values in sequences])
-        for values, outputs in zip(sequences, found, strict=True):
             assert_close(outputs, reference.predict(values))
 
 

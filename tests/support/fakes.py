@@ -102,6 +102,9 @@ class CountingMetrics:
     def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
         self.events.append(("batch", model, sequences))
 
+    def sequence(self, model: ModelKey) -> None:
+        self.events.append(("sequence", model))
+
 
 def column(*values: float) -> Floats:
     """Steps of one feature: (len(values), 1)."""

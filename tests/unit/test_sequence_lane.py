@@ -1,8 +1,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, load_bundle
-from service.engine import lane_process
+from models.bundle import Bundle, BundleError, load_bundle
 from service.engine.sequence_lane import SequenceLane
+from service.engine.sequence_worker import ProcessWorker, ThreadWorker, Worker
 from service.errors import ExecutionFailed, LaneLost, QueueFull
 from tests.support.fakes import CountingMetrics
 from tests.support.reference import Reference, assert_close
 
 
-def spawn() -> Executor:
-    return lane_process.spawn(threads=1, niceness=0)
+def thread() -> Worker:
+    return ThreadWorker(4, 1)
 
 
-def make_lane(
-    metrics: CountingMetrics, spawn: Callable[[], Executor] = spawn, *, max_queued: int = 8, max_batch: int = 4
-) -> SequenceLane:
-    return SequenceLane(spawn, max_queued=max_queued, max_batch=max_batch, max_batch_steps=100, metrics=metrics)
+def process() -> Worker:
+    return ProcessWorker(4, 1, niceness=0)
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[Executor]:
-    """One real process for all lanes here; a lane takes work only inside `running`."""
-    process = spawn()
-    yield process
-    lane_process.end(process)
+def make_lane(metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8) -> SequenceLane:
+    return SequenceLane(worker, max_queued=max_queued, max_batch_steps=100, metrics=metrics)
 
 
 @pytest.fixture
@@ -43,8 +36,9 @@ def metrics() -> CountingMetrics:
 
 
 @pytest.fixture
-def lane(process: Executor, metrics: CountingMetrics) -> SequenceLane:
-    return make_lane(metrics, lambda: process)
+def lane(metrics: CountingMetrics) -> SequenceLane:
+    """It sends work only inside `running`."""
+    return make_lane(metrics, thread)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +97,8 @@ async def test_sequences_of_different_lengths_share_a_forward_and_keep_their_ans
     reference = Reference(vanilla.folder)
     for values, answer in zip(sequences, answers, strict=True):
         assert_close(answer, reference.predict(values))
-    assert batches(metrics) == [("vanilla", 3)]
+    assert {model for model, _ in batches(metrics)} == {"vanilla"}
+    assert [event for event in metrics.events if event[0] == "sequence"] == [("sequence", vanilla.manifest.key)] * 3
 
 
 async def test_a_network_about_the_whole_sequence_answers_once(lane: SequenceLane, bidirectional: Bundle) -> None:
@@ -115,26 +110,26 @@ async def test_a_network_about_the_whole_sequence_answers_once(lane: SequenceLan
         assert_close(answer, Reference(bidirectional.folder).predict(values))
 
 
-async def test_a_batch_has_one_model_and_takes_the_longest_waiting_first(
+async def test_models_share_no_tick(
     lane: SequenceLane, vanilla: Bundle, bidirectional: Bundle, metrics: CountingMetrics
 ) -> None:
     tasks = [send(lane, bundle, sequence(2)) for bundle in (bidirectional, vanilla, bidirectional)]
-    tasks.append(send(lane, vanilla, *[sequence(2)] * 5))
     await settle()
     async with running(lane):
         await asyncio.gather(*tasks)
-    assert batches(metrics) == [("bidirectional", 2), ("vanilla", 4), ("vanilla", 2)]
+    computed = [model for model, sequences in batches(metrics) for _ in range(sequences)]
+    assert (computed.count("vanilla"), computed.count("bidirectional")) == (1, 2 * 2)  # two directions
 
 
-async def test_a_batch_padded_to_its_longest_has_no_more_steps_than_it_may(
+async def test_no_more_steps_are_under_way_than_may_be_but_for_a_longer_sequence_alone(
     lane: SequenceLane, vanilla: Bundle, metrics: CountingMetrics
 ) -> None:
-    lengths = (40, 40, 40, 200, 3)
+    lengths = (60, 40, 1, 99, 200, 3)
     answers = send(lane, vanilla, *[sequence(steps) for steps in lengths])
     await settle()
     async with running(lane):
         assert [len(answer) for answer in await answers] == list(lengths)
-    assert batches(metrics) == [("vanilla", 2), ("vanilla", 1), ("vanilla", 1), ("vanilla", 1)]
+    assert {sequences for _, sequences in batches(metrics)} <= {1, 2}
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(lane: SequenceLane, vanilla: Bundle) -> None:
@@ -194,16 +189,16 @@ async def test_only_the_guilty_sequence_of_a_batch_fails(
     assert "size" in caplog.text
 
 
-async def test_what_still_waits_of_a_failed_request_is_not_computed(
+async def test_what_is_left_of_a_failed_request_is_not_computed(
     lane: SequenceLane, vanilla: Bundle, metrics: CountingMetrics
 ) -> None:
-    failing = send(lane, vanilla, sequence(4, width=5), *[sequence(2)] * 7)
+    failing = send(lane, vanilla, sequence(4, width=5), *[sequence(90)] * 7)  # of which one fits at a time
     await settle()
     async with running(lane):
         with pytest.raises(ExecutionFailed):
             await failing
         await lane.predict(vanilla, [sequence(3)], wait=False)
-    assert sum(sequences for _, sequences in batches(metrics)) <= 3 + 1  # those that shared its batch, and the next
+    assert len([event for event in metrics.events if event[0] == "sequence"]) <= 2
 
 
 async def test_outputs_that_are_not_finite_fail_their_sequence_only(lane: SequenceLane, vanilla: Bundle) -> None:
@@ -220,29 +215,36 @@ async def test_outputs_that_are_not_finite_fail_their_sequence_only(lane: Sequen
 async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
     vanilla: Bundle, bidirectional: Bundle
 ) -> None:
-    lane = make_lane(CountingMetrics())
-    loop = asyncio.get_running_loop()
+    workers: list[ProcessWorker] = []
+
+    def begin() -> Worker:
+        workers.append(ProcessWorker(4, 1, niceness=0))
+        return workers[-1]
+
+    lane = make_lane(CountingMetrics(), begin)
     await lane.warm_up([vanilla.folder])
-    pid = await loop.run_in_executor(lane._process, os.getpid)
-    os.kill(pid, signal.SIGSTOP)  # so that it is caught at work
+    os.kill(workers[0].pid, signal.SIGSTOP)  # so that it is caught at work
     async with running(lane):
-        held = send(lane, vanilla, sequence(4))
-        await until(lambda: lane._in_flight == 1 and not lane._queue)
+        held = [send(lane, vanilla, sequence(60)), send(lane, bidirectional, sequence(40))]
+        await until(lambda: lane._in_flight == 2 and not lane._queue)
         waiting = send(lane, bidirectional, sequence(5))
         await until(lambda: len(lane._queue) == 1)
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(LaneLost) as lost:
-            await held
-        assert lost.value.retry_after_s
+        os.kill(workers[0].pid, signal.SIGKILL)
+        for lost in held:
+            with pytest.raises(LaneLost) as failure:
+                await lost
+            assert failure.value.retry_after_s
         assert_close((await waiting)[0], Reference(bidirectional.folder).predict(sequence(5)))
         assert len((await lane.predict(vanilla, [sequence(4)], wait=False))[0]) == 4
+    assert len(workers) == 2
     lane.close()
 
 
 async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
-    lane = make_lane(CountingMetrics())
-    pid = await asyncio.get_running_loop().run_in_executor(lane._process, os.getpid)
-    os.kill(pid, signal.SIGSTOP)
+    worker = ProcessWorker(4, 1, niceness=0)
+    lane = make_lane(CountingMetrics(), lambda: worker)
+    await lane.warm_up([vanilla.folder])
+    os.kill(worker.pid, signal.SIGSTOP)
     async with running(lane):
         held = send(lane, vanilla, sequence(4))
         await until(lambda: lane._in_flight == 1 and not lane._queue)
@@ -250,4 +252,15 @@ async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
     async with asyncio.timeout(10):
         await asyncio.to_thread(lane.close)
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+        os.kill(worker.pid, 0)
+
+
+async def test_a_bundle_that_cannot_be_loaded_is_told_and_the_others_go_on(
+    vanilla: Bundle, tmp_path: Path, metrics: CountingMetrics
+) -> None:
+    lane = make_lane(metrics, process)
+    with pytest.raises(BundleError):
+        await lane.warm_up([tmp_path])
+    async with running(lane):
+        assert len((await lane.predict(vanilla, [sequence(4)], wait=False))[0]) == 4
+    lane.close()

@@ -1,0 +1,131 @@
+"""Whole sequences in cellular batches: each joins and leaves at a tick, and none waits for another to end."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.engine.cell_scheduler import CellScheduler, Sequence, Tick
+from service.engine.sequence_network import Floats, SequenceNetwork
+
+
+@dataclass(eq=False, slots=True)
+class _Running(Sequence):
+    """inputs (steps, width) and outputs (steps, hidden * directions) of the stage, rows: the state of each lane."""
+
+    number: int = field(kw_only=True)
+    network: SequenceNetwork = field(kw_only=True)
+    inputs: Floats = field(kw_only=True)
+    outputs: Floats = field(init=False)
+    rows: list[Floats] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin_stage()
+
+    def begin_stage(self) -> None:
+        kernels, hidden = self.network.stages[self.stage], self.network.hidden_size
+        self.outputs = np.empty((self.steps, hidden * len(kernels)), np.float32)
+        self.rows = [np.zeros(kernel.row_size, np.float32) for kernel in kernels]
+
+
+class Ended(NamedTuple):
+    """What became of a sequence: outputs (steps, outputs), or (1, outputs) about the whole; or why it failed."""
+
+    number: int
+    outcome: Floats | str
+
+
+class TickDone(NamedTuple):
+    """So many sequences of a network shared a tick, and these ended with it."""
+
+    network: SequenceNetwork
+    sequences: int
+    duration_s: float
+    ended: list[Ended]
+
+
+class SequenceEngine:
+    """Runs a tick when it is told to; no queue, no thread."""
+
+    def __init__(self, max_tick_sequences: int, max_tick_steps: int) -> None:
+        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(max_tick_sequences, max_tick_steps)
+        self._running: dict[int, _Running] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is work."""
+        return bool(self._scheduler)
+
+    def add(self, number: int, network: SequenceNetwork, sequence: NDArray[np.generic]) -> None:
+        """Begin one: (steps, features) or (steps,). Raises whatever the network does that cannot read it."""
+        running = _Running(len(sequence), network.lanes, number=number, network=network, inputs=network.read(sequence))
+        self._running[number] = running
+        self._scheduler.add(network, running)
+
+    def abandon(self, number: int) -> None:
+        """Nobody wants it any more; one that has ended is none."""
+        if running := self._running.pop(number, None):
+            running.abandoned = True
+
+    def tick(self) -> TickDone:
+        """The next one. Raises StopIteration if there is no work."""
+        start_s = time.perf_counter()
+        tick, ended = self._scheduler.take(), list[Ended]()
+        if tick.members:
+            ended = [*self._compute(tick), *self._go_on(tick)]
+        return TickDone(tick.lane.model, len(tick.members), time.perf_counter() - start_s, ended)
+
+    def _compute(self, tick: Tick[SequenceNetwork, _Running]) -> list[Ended]:
+        """Those that fail, one by one if need be, so that only the guilty do."""
+        try:
+            _step(tick)
+        except Exception as error:
+            if len(tick.members) == 1:
+                return [self._fail(tick.members[0], repr(error))]
+            return [end for member in tick.members for end in self._compute(tick._replace(members=[member]))]
+        return []
+
+    def _fail(self, member: _Running, why: str) -> Ended:
+        member.abandoned = True
+        del self._running[member.number]
+        return Ended(member.number, why)
+
+    def _go_on(self, tick: Tick[SequenceNetwork, _Running]) -> list[Ended]:
+        ended = []
+        going = tick._replace(members=[member for member in tick.members if not member.abandoned])
+        for member in self._scheduler.took(going):
+            if member.stage < len(member.lanes):
+                member.inputs = member.outputs
+                member.begin_stage()
+            else:
+                del self._running[member.number]
+                ended.append(Ended(member.number, member.network.answer(member.outputs)))
+        return ended
+
+
+@torch.inference_mode()
+def _step(tick: Tick[SequenceNetwork, _Running]) -> None:
+    """The next steps of each, from its inputs and state to its outputs and state."""
+    (network, stage, direction), members, steps = tick
+    kernel, hidden = network.stages[stage][direction], network.hidden_size
+    inputs = np.empty((steps, len(members), members[0].inputs.shape[1]), np.float32)
+    for i, member in enumerate(members):
+        part = _in_order(member.inputs, direction)[member.done[direction] :][:steps]
+        inputs[: len(part), i] = part
+        inputs[len(part) :, i] = 0
+    rows = np.stack([member.rows[direction] for member in members])
+    outputs, new_rows = (t.numpy() for t in kernel.run(torch.from_numpy(inputs), torch.from_numpy(rows)))
+    columns = slice(direction * hidden, (direction + 1) * hidden)
+    for i, member in enumerate(members):
+        part = _in_order(member.outputs, direction)[member.done[direction] :, columns][:steps]
+        part[:] = outputs[: len(part), i]
+        member.rows[direction] = new_rows[i]
+
+
+def _in_order(values: Floats, direction: int) -> Floats:
+    """As the direction sees them: a view."""
+    return values[::-1] if direction else values

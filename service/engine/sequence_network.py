@@ -1,0 +1,133 @@
+"""A predictor's network for whole sequences: stages of lanes, each of which computes some steps of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.manifest import ModelKey
+from models.predictor import Predictor
+from models.recurrent import CELL_STEPS, NetworkSpec, RecurrentStack, Values, linear
+
+Floats = NDArray[np.float32]
+LSTM_MODE = 2  # of torch.mkldnn_rnn_layer
+
+
+class LayerKernel(Protocol):
+    """Some steps of one layer in one direction."""
+
+    def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
+        """inputs (steps, batch, width), values each (batch, hidden) -> (steps, batch, hidden), values after them."""
+        ...
+
+
+class CellLayer:
+    """Any cell: all input products of the steps in one, the hidden ones step by step."""
+
+    def __init__(self, stack: RecurrentStack, suffix: str) -> None:
+        self._step = CELL_STEPS[stack.spec.cell]
+        self._weight_ih = _weight(stack, f"weight_ih_{suffix}")
+        self._bias_ih = _weight(stack, f"bias_ih_{suffix}")
+        cells = [suffix, *(f"{suffix}_t{depth}" for depth in range(1, stack.spec.transition_layers))]
+        self._hidden = [(_weight(stack, f"weight_hh_{cell}"), _weight(stack, f"bias_hh_{cell}")) for cell in cells]
+        self._deeper_gates = [_weight(stack, f"bias_ih_{cell}") for cell in cells[1:]]
+
+    def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
+        outputs = []
+        for gates in linear(inputs, self._weight_ih, self._bias_ih):
+            for own, (weight_hh, bias_hh) in zip([gates, *self._deeper_gates], self._hidden, strict=True):
+                values = self._step(own, values, weight_hh, bias_hh)
+            outputs.append(values[0])
+        return torch.stack(outputs), values
+
+
+class OneDnnLstm:
+    """An LSTM layer by oneDNN, with weights in its own layout."""
+
+    def __init__(self, stack: RecurrentStack, suffix: str) -> None:
+        """Raises RuntimeError where torch or the processor has no such kernel."""
+        self._hidden_size = stack.spec.hidden_size
+        weight_ih, weight_hh = _weight(stack, f"weight_ih_{suffix}"), _weight(stack, f"weight_hh_{suffix}")
+        self._weights = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight(
+            weight_ih, weight_hh, self._hidden_size, False, True, False, [16, 16, weight_ih.shape[1]]
+        )
+        self._biases = _weight(stack, f"bias_ih_{suffix}"), _weight(stack, f"bias_hh_{suffix}")
+        zero = torch.zeros(1, self._hidden_size)
+        self.run(torch.zeros(1, 1, weight_ih.shape[1]), (zero, zero))
+
+    def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
+        outputs, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
+            inputs, *self._weights, *self._biases, *values,
+            False, [], LSTM_MODE, self._hidden_size, 1, True, False, False, False,
+        )  # fmt: skip
+        return outputs, (h.view_as(values[0]), c.view_as(values[1]))
+
+
+class LaneKernel:
+    """Some steps of one or more layers on top of each other."""
+
+    def __init__(self, stack: RecurrentStack, suffixes: Sequence[str]) -> None:
+        layout = stack.spec.state_layout
+        self._layers = [_layer(stack, suffix) for suffix in suffixes]
+        self._values_per_layer = layout.values_per_layer
+        self._hidden_size = layout.hidden_size
+        self.row_size = len(suffixes) * layout.values_per_layer * layout.hidden_size
+
+    def run(self, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """inputs (steps, batch, width), rows (batch, row_size) -> (steps, batch, hidden), rows after the last step."""
+        values = torch.split(rows, self._hidden_size, dim=1)
+        new: list[Tensor] = []
+        for i, layer in enumerate(self._layers):
+            of_layer = values[i * self._values_per_layer : (i + 1) * self._values_per_layer]
+            inputs, after = layer.run(inputs, tuple(value.contiguous() for value in of_layer))
+            new += after
+        return inputs, torch.cat(new, dim=1)
+
+
+class SequenceNetwork:
+    """A bidirectional layer is a stage of its own, as it needs both ends; layers in one direction are one stage."""
+
+    def __init__(self, predictor: Predictor, model: ModelKey) -> None:
+        self.model = model
+        self._predictor = predictor
+        spec, stack = predictor.network.spec, predictor.network.recurrent
+        self.hidden_size = spec.hidden_size
+        self.stages = [[LaneKernel(stack, suffixes) for suffixes in lanes] for lanes in _stages(spec)]
+        self.lanes = tuple(map(len, self.stages))
+
+    @torch.inference_mode()
+    def read(self, sequence: NDArray[np.generic]) -> Floats:
+        """(steps, features) or (steps,) -> what the first stage sees (steps, width)."""
+        read: Floats = self._predictor.read(torch.from_numpy(sequence)).numpy()
+        return read
+
+    @torch.inference_mode()
+    def answer(self, hidden: Floats) -> Floats:
+        """(steps, hidden * directions) of the last stage -> (steps, outputs), or (1, outputs) about the whole."""
+        answer: Floats = self._predictor.answer(torch.from_numpy(hidden)).numpy()
+        return answer
+
+
+def _stages(spec: NetworkSpec) -> list[list[list[str]]]:
+    """The names of the layers in each lane of each stage."""
+    if spec.direction == "bidirectional":
+        return [[[f"l{layer}"], [f"l{layer}_reverse"]] for layer in range(spec.layers)]
+    return [[[f"l{layer}" for layer in range(spec.layers)]]]
+
+
+def _layer(stack: RecurrentStack, suffix: str) -> LayerKernel:
+    if stack.spec.cell == "lstm" and stack.spec.transition_layers == 1:
+        try:
+            return OneDnnLstm(stack, suffix)
+        except (RuntimeError, AttributeError):
+            pass
+    return CellLayer(stack, suffix)
+
+
+def _weight(stack: RecurrentStack, name: str) -> Tensor:
+    return stack.get_parameter(name).detach()

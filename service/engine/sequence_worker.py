@@ -1,0 +1,233 @@
+"""Where whole sequences are computed, a process of its own or a thread in that of the lane, and what runs there.
+
+Orders go in, news come out, between any two ticks; nobody waits for anybody but for what there is to compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import load_bundle
+from models.manifest import ModelKey
+from service.engine.sequence_engine import Ended, SequenceEngine
+from service.engine.sequence_network import SequenceNetwork
+
+TICK_STEPS = 32
+
+OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Signals that a terminal or a service manager sends to all processes at once; when to end is for the parent to say."""
+
+
+class Load(NamedTuple):
+    """The bundles of these folders, as they are on the disk."""
+
+    folders: list[Path]
+
+
+class Forget(NamedTuple):
+    """The bundle of this folder, once no sequence needs it."""
+
+    folder: Path
+
+
+class Begin(NamedTuple):
+    """A sequence, (steps, features) or (steps,), through the bundle of a folder."""
+
+    number: int
+    folder: Path
+    sequence: NDArray[np.generic]
+
+
+class Abandon(NamedTuple):
+    """A sequence that nobody wants any more."""
+
+    number: int
+
+
+Order: TypeAlias = Load | Forget | Begin | Abandon
+
+
+class Obeyed(NamedTuple):
+    """That was a Load or a Forget; what it raised, if anything."""
+
+    error: Exception | None
+
+
+class Ticked(NamedTuple):
+    """So many sequences of a model shared a tick; and those that ended with it."""
+
+    model: ModelKey
+    sequences: int
+    duration_s: float
+    ended: list[Ended]
+
+
+News: TypeAlias = Obeyed | Ended | Ticked
+Hear: TypeAlias = Callable[[News], None]
+
+
+class Orders(Protocol):
+    """A queue."""
+
+    def put(self, order: Order) -> None: ...
+    def get(self) -> Order: ...
+    def empty(self) -> bool: ...
+
+
+class Worker(Protocol):
+    """Computes sequences, somewhere."""
+
+    def listen(self, hear: Hear, died: Callable[[], None]) -> None:
+        """Once, on an event loop, which calls them."""
+        ...
+
+    def send(self, order: Order) -> None:
+        """Without waiting."""
+        ...
+
+    def end(self) -> None:
+        """At once, whatever it computes; a thread ends with its process."""
+        ...
+
+
+class ProcessWorker:
+    """A process that computes beside this one, so that this one's event loop never waits for it."""
+
+    def __init__(self, max_tick_sequences: int, threads: int, niceness: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
+        self._news, told = context.Pipe(duplex=False)
+        arguments = self._orders, told, max_tick_sequences, threads, niceness
+        self._process = context.Process(target=_in_process, args=arguments, daemon=True)
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        told.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def listen(self, hear: Hear, died: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._listen, args=(loop, hear, died), name="lane's news", daemon=True).start()
+
+    def _listen(self, loop: asyncio.AbstractEventLoop, hear: Hear, died: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            with suppress(EOFError, OSError):
+                while self._news in wait([self._news, self._process.sentinel]):
+                    loop.call_soon_threadsafe(hear, self._news.recv())
+            loop.call_soon_threadsafe(died)
+
+    def send(self, order: Order) -> None:
+        self._orders.put(order)
+
+    def end(self) -> None:
+        self._orders.cancel_join_thread()
+        self._process.kill()
+        self._process.join()
+
+
+class ThreadWorker:
+    """A thread, in a process that does nothing else."""
+
+    def __init__(self, max_tick_sequences: int, threads: int) -> None:
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._limits = max_tick_sequences, threads
+
+    def listen(self, hear: Hear, died: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell(news: News) -> None:
+            loop.call_soon_threadsafe(hear, news)
+
+        def run() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                try:
+                    work(self._orders, tell, *self._limits)
+                finally:
+                    loop.call_soon_threadsafe(died)
+
+        threading.Thread(target=run, name="sequences", daemon=True).start()
+
+    def send(self, order: Order) -> None:
+        self._orders.put(order)
+
+    def end(self) -> None:
+        pass
+
+
+def _in_process(
+    orders: multiprocessing.Queue[Order], told: Connection, max_tick_sequences: int, threads: int, niceness: int
+) -> None:
+    os.nice(niceness)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    work(orders, told.send, max_tick_sequences, threads)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> None:
+    """Obey and compute until the end of the process."""
+    torch.set_num_threads(threads)
+    engine, networks = SequenceEngine(max_tick_sequences, TICK_STEPS), dict[Path, SequenceNetwork]()
+    while True:
+        while not engine or not orders.empty():
+            match orders.get():
+                case Load(folders):
+                    tell(_load(folders, networks))
+                case Forget(folder):
+                    networks.pop(folder, None)
+                    tell(Obeyed(None))
+                case Begin() as begin:
+                    if failed := _begin(begin, engine, networks):
+                        tell(failed)
+                case Abandon(number):
+                    engine.abandon(number)
+        tick = engine.tick()
+        tell(Ticked(tick.network.model, tick.sequences, tick.duration_s, tick.ended))
+
+
+def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:
+    try:
+        networks.update({folder: _network(folder) for folder in folders})
+    except Exception as error:
+        return Obeyed(error)
+    return Obeyed(None)
+
+
+def _network(folder: Path) -> SequenceNetwork:
+    bundle = load_bundle(folder)
+    return SequenceNetwork(bundle.predictor, bundle.manifest.key)
+
+
+def _begin(begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork]) -> Ended | None:
+    try:
+        if begin.folder not in networks:  # after the death of a process that had it
+            networks[begin.folder] = _network(begin.folder)
+        engine.add(begin.number, networks[begin.folder], begin.sequence)
+    except Exception as error:
+        return Ended(begin.number, repr(error))
+    return None

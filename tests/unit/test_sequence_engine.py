@@ -1,0 +1,145 @@
+"""Whatever sequences share their ticks, each gets the answer that the equations give for it alone."""
+
+import tempfile
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.manifest import FeatureInput, ModelKey, Pattern, TextInput
+from models.predictor import Predictor
+from models.recurrent import Cell, NetworkSpec
+from service.engine.sequence_engine import Ended, SequenceEngine
+from service.engine.sequence_network import CellLayer, Floats, OneDnnLstm, SequenceNetwork
+from tests.support.bundles import features, manifest, write_bundle
+from tests.support.reference import Reference, assert_close
+
+SYMBOLS = tuple("abcdefghi")
+MODEL = ModelKey("random", 1)
+
+sizes = st.integers(1, 5)
+widths = st.lists(sizes, max_size=2).map(tuple)
+numeric_specs = st.builds(
+    NetworkSpec,
+    cell=st.sampled_from(get_args(Cell)),
+    direction=st.sampled_from(["forward", "bidirectional"]),
+    features=st.integers(1, 3),
+    hidden_size=sizes,
+    layers=st.integers(1, 3),
+    input_layers=widths,
+    transition_layers=st.integers(1, 3),
+    output_layers=widths,
+    outputs=st.integers(1, 3),
+    readout=st.sampled_from(["each_step", "mean"]),
+)
+specs = numeric_specs | numeric_specs.map(
+    lambda spec: spec.model_copy(update={"features": None, "symbols": len(SYMBOLS), "embedding_size": spec.features})
+)
+rules = st.sampled_from(["refuse", "hold_last", "mean"])
+comings = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12)
+"""How many steps each sequence has, and whether there is a tick before the next one comes."""
+
+
+def random_bundle(folder: str, spec: NetworkSpec, rule: str, seed: int) -> Bundle:
+    if spec.features:
+        inputs: FeatureInput | TextInput = features(spec.features, missing_values=rule)
+    else:
+        inputs = TextInput(symbols=SYMBOLS)
+    pattern: Pattern = "many-to-many aligned" if spec.readout == "each_step" else "many-to-one"
+    return write_bundle(Path(folder), manifest("random", spec, inputs, pattern=pattern), seed=seed)
+
+
+def random_sequence(spec: NetworkSpec, rule: str, steps: int, rng: np.random.Generator) -> NDArray[np.generic]:
+    if not spec.features:
+        return rng.integers(0, len(SYMBOLS), steps)
+    values = rng.normal(size=(steps, spec.features)).astype(np.float32)
+    if rule != "refuse":
+        values[rng.random(values.shape) < 0.2] = np.nan
+    return values
+
+
+def as_sent(sequence: NDArray[np.generic]) -> NDArray[np.generic] | str:
+    return "".join(SYMBOLS[number] for number in sequence.tolist()) if sequence.ndim == 1 else sequence
+
+
+def to_the_end(engine: SequenceEngine) -> list[Ended]:
+    ended = []
+    while engine:
+        ended += engine.tick().ended
+    return ended
+
+
+def answers(ended: list[Ended]) -> dict[int, Floats]:
+    assert not [end for end in ended if isinstance(end.outcome, str)]
+    return {end.number: end.outcome for end in ended if not isinstance(end.outcome, str)}
+
+
+@settings(deadline=None)
+@given(
+    spec=specs, rule=rules, seed=st.integers(0, 2**32 - 1), comings=comings, most=st.integers(1, 6),
+    steps=st.integers(1, 20), abandoned=st.sets(st.integers(0, 11)),
+)  # fmt: skip
+def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
+    spec: NetworkSpec, rule: str, seed: int, comings: list[tuple[int, bool]], most: int, steps: int, abandoned: set[int]
+) -> None:
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(folder, spec, rule, seed)
+        reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
+        engine = SequenceEngine(most, steps)
+        sequences = [random_sequence(spec, rule, count, rng) for count, _ in comings]
+        found: dict[int, Floats] = {}
+        for number, (sequence, (_, ticks)) in enumerate(zip(sequences, comings, strict=True)):
+            engine.add(number, network, sequence)
+            if ticks and engine:
+                found |= answers(engine.tick().ended)
+        for number in abandoned - found.keys():
+            engine.abandon(number)
+        kept = set(range(len(sequences))) - (abandoned - found.keys())
+        found |= answers(to_the_end(engine))
+        assert found.keys() == kept
+        for number in kept:
+            assert_close(found[number], reference.predict(as_sent(sequences[number])))
+
+
+def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> None:
+    engine, network = SequenceEngine(8, 4), lstm(layers=1)
+    rng = np.random.default_rng(0)
+    good = [rng.normal(size=(steps, 3)).astype(np.float32) for steps in (9, 5)]
+    engine.add(0, network, good[0])
+    engine.add(1, network, rng.normal(size=(6, 3)).astype(np.float32))
+    engine.add(2, network, good[1])
+    engine._running[1].inputs = np.zeros((6, 2), np.float32)  # no longer as wide as its neighbours
+    ended = to_the_end(engine)
+    assert [end.number for end in ended if isinstance(end.outcome, str)] == [1]
+    found = answers([end for end in ended if end.number != 1])
+    for number, sequence in ((0, good[0]), (2, good[1])):
+        alone = SequenceEngine(1, 100)
+        alone.add(number, network, sequence)
+        assert_close(found[number], answers(to_the_end(alone))[number])
+
+
+def lstm(layers: int) -> SequenceNetwork:
+    spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=4, layers=layers, outputs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        return SequenceNetwork(random_bundle(folder, spec, "refuse", seed=0).predictor, MODEL)
+
+
+def test_both_kernels_of_an_lstm_layer_give_the_same() -> None:
+    spec = NetworkSpec(cell="lstm", features=3, hidden_size=16, outputs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        predictor: Predictor = random_bundle(folder, spec, "refuse", seed=1).predictor
+    inputs, values = torch.randn(7, 5, 3), (torch.randn(5, 16), torch.randn(5, 16))
+    with torch.inference_mode():
+        try:
+            fast = OneDnnLstm(predictor.network.recurrent, "l0").run(inputs, values)
+        except RuntimeError:
+            pytest.skip("this processor has no such kernel")
+        plain = CellLayer(predictor.network.recurrent, "l0").run(inputs, values)
+    torch.testing.assert_close(fast, plain)
