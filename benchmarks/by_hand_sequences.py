@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ class Server(SequenceServiceServicer):
         self._bucketed = bucketed
         self._waiting: list[tuple[Tensor, asyncio.Future[Floats]]] = []
         self._come = asyncio.Event()
+        # torch's number of threads is one of each thread.
+        self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
     async def Predict(self, request: PredictRequest, context: Any) -> PredictResponse:  # noqa: ARG002
         (sequence,) = request.sequences
@@ -94,7 +97,8 @@ class Server(SequenceServiceServicer):
             await asyncio.sleep(WINDOW_S)
             while self._waiting:
                 batch = self._take()
-                outputs = await asyncio.to_thread(self._run, [values for values, _ in batch])
+                sequences = [values for values, _ in batch]
+                outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, sequences)
                 for (_, answered), output in zip(batch, outputs, strict=True):
                     answered.set_result(output)
             self._come.clear()
@@ -113,10 +117,8 @@ class Server(SequenceServiceServicer):
 
 async def serve(repository: Path, kind: str) -> None:
     """Print the port and serve until killed."""
-    torch.set_num_threads(1)
     bundle = load_bundle(repository / MODEL / "1")
     run = (padded if kind == "padded" else packed)(bundle)
-    await asyncio.to_thread(torch.set_num_threads, 1)  # each thread has its own number
     server, servicer = grpc.aio.server(), Server(run, bucketed=kind == "bucketed")
     add_SequenceServiceServicer_to_server(servicer, server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)

@@ -86,8 +86,9 @@ async def measure(streams: int, seconds: float, lines: int) -> None:
 async def _handler(service: Service) -> Any:
     """As the server calls it, interceptor included."""
 
-    class Details:
+    class Details(grpc.HandlerCallDetails):
         method = METHOD
+        invocation_metadata = ()
 
     plain = grpc.stream_stream_rpc_method_handler(
         service.real_time.StreamSteps, StreamStepsRequest.FromString, StreamStepsResponse.SerializeToString
@@ -97,7 +98,7 @@ async def _handler(service: Service) -> Any:
         return plain
 
     interceptor = CallInterceptor(service.metrics, Refusals(service.metrics), service.drain)
-    handler: Any = await interceptor.intercept_service(found, Details)  # type: ignore[arg-type]
+    handler: Any = await interceptor.intercept_service(found, Details())
     return handler.stream_stream
 
 

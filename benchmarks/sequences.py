@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
@@ -45,6 +45,9 @@ from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 from tests.support.bundles import manifest, write_bundle
 from tests.support.reference import Reference
+
+if TYPE_CHECKING:
+    from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceAsyncStub
 
 LAYERS = 2
 OURS, PADDED, BUCKETED, PRODUCTS = "rnnserve", "padded", "bucketed", "products"
@@ -106,8 +109,8 @@ def request_of(steps: int, rng: np.random.Generator) -> PredictRequest:
     return PredictRequest(model=MODEL, sequences=[Sequence(tensor=tensor)])
 
 
-async def _timed(stub: SequenceServiceStub, steps: int, due_s: float, rng: np.random.Generator) -> Ended:
-    await stub.Predict(request_of(steps, rng))  # type: ignore[misc]
+async def _timed(stub: SequenceServiceAsyncStub, steps: int, due_s: float, rng: np.random.Generator) -> Ended:
+    await stub.Predict(request_of(steps, rng))
     return steps, time.perf_counter() - due_s
 
 
@@ -236,7 +239,7 @@ def _products(row: Row, lengths: Lengths, seconds: float) -> tuple[list[Ended], 
     return [(round(mean_steps), 0.0)] * round(per_s * 100), 100.0
 
 
-def closed_table(rows: Many[Row]) -> tuple[list[str], list[list[str]]]:
+def closed_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Its head and its lines."""
     head = ["lengths", "in flight", "server", "sequences/s", "÷ products", "rnnserve ÷ it", "p50 ms", "p99 ms"]
     by_name = {(row.lengths, row.in_flight, row.server): row for row in rows if row.in_flight}
@@ -252,7 +255,7 @@ def closed_table(rows: Many[Row]) -> tuple[list[str], list[list[str]]]:
     return head, lines
 
 
-def open_table(rows: Many[Row]) -> tuple[list[str], list[list[str]]]:
+def open_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Its head and its lines."""
     bounds = list(zip((1, *(bound + 1 for bound in CLASSES)), CLASSES, strict=False))
     head = ["lengths", "offered ÷ bucketed", "server", "p50 ms", "p90 ms", "p99 ms"]

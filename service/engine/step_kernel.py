@@ -115,7 +115,7 @@ def _weights(stack: RecurrentStack, names: Iterable[str], cell: str) -> Weights:
 
 
 def _laid_out(weight: Tensor) -> Tensor:
-    """The same values, those of a matrix column by column: up to 1.7 times as fast for a batch of 4 to 64, of 2 slower.
+    """The same values, those of a matrix column by column: faster for most batches (benchmarks.kernels).
 
     bfloat16 stays row by row, as its products want it.
     """

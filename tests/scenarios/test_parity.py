@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.manifest import FeatureInput, TextInput
-from models.recurrent import Cell, NetworkSpec
+from models.manifest import TextInput
+from models.recurrent import NetworkSpec
 from rnnserve.v1 import model_service_pb2 as models_pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPECIFIED
@@ -26,38 +26,13 @@ from service.engine.executor import TorchExecutor
 from service.engine.step_engine import StepEngine
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.session import Session
-from tests.support.bundles import features, manifest, write_bundle
 from tests.support.fakes import CountingMetrics, FakeStream
+from tests.support.networks import SYMBOLS, numeric_specs, random_bundle, seeds, specs
 from tests.support.reference import NumpyNetwork, Reference, State, assert_close
 from tests.support.server import COMMITTED_REPOSITORY, RunningServer
 from tests.support.wire import TIMEOUT_S, array, live_stream, open_, predict
 
 Array = NDArray[Any]
-SYMBOLS = tuple("abcde")
-sizes = st.integers(1, 6)
-widths = st.lists(sizes, max_size=2).map(tuple)
-
-numeric_specs = st.builds(
-    NetworkSpec,
-    cell=st.sampled_from(get_args(Cell)),
-    features=st.integers(1, 4),
-    hidden_size=sizes,
-    layers=st.integers(1, 3),
-    input_layers=widths,
-    transition_layers=st.sampled_from([1, 1, 2, 3]),
-    output_layers=widths,
-    outputs=st.integers(1, 4),
-)
-specs = numeric_specs | numeric_specs.map(
-    lambda spec: spec.model_copy(update={"features": None, "symbols": len(SYMBOLS), "embedding_size": spec.features})
-)
-
-
-def random_bundle(folder: str, spec: NetworkSpec, seed: int, scale: float = 1.0, rule: str = "hold_last") -> Bundle:
-    inputs: FeatureInput | TextInput = (
-        TextInput(symbols=SYMBOLS) if spec.symbols else features(spec.features or 0, missing_values=rule)
-    )
-    return write_bundle(Path(folder), manifest("random", spec, inputs), seed=seed, scale=scale)
 
 
 def random_values(spec: NetworkSpec, count: int, rng: np.random.Generator) -> Array | str:
@@ -117,7 +92,7 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
 @settings(max_examples=40, deadline=None)
 @given(
     spec=specs,
-    seed=st.integers(0, 2**32 - 1),
+    seed=seeds,
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     max_tick_sessions=st.integers(1, 4),
 )
@@ -126,7 +101,7 @@ def test_however_random_networks_are_streamed_they_answer_as_over_the_whole_sequ
 ) -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(folder, spec, seed)
+        bundle = random_bundle(folder, spec, "hold_last", seed)
         reference = Reference(bundle.folder)
         sequences = [random_values(spec, length, rng) for length in lengths]
         inputs = [as_inputs(bundle, values) for values in sequences]
@@ -136,13 +111,13 @@ def test_however_random_networks_are_streamed_they_answer_as_over_the_whole_sequ
 
 
 @settings(max_examples=40, deadline=None)
-@given(spec=numeric_specs, seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([2.0, 4.0]))
+@given(spec=numeric_specs, seed=seeds, scale=st.sampled_from([2.0, 4.0]))
 def test_networks_that_amplify_errors_answer_right_from_equal_states(
     spec: NetworkSpec, seed: int, scale: float
 ) -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(folder, spec, seed, scale, rule="refuse")
+        bundle = random_bundle(folder, spec, "refuse", seed, scale)
         executor, reference = TorchExecutor(bundle.predictor), Reference(bundle.folder)
     equations = NumpyNetwork(reference.manifest["network"], reference.weights)
     rows = np.zeros((1, executor.row_size), np.float32)

@@ -1,8 +1,6 @@
 """Whatever sequences share their ticks, each gets the answer that the equations give for it alone."""
 
 import tempfile
-from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,48 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
-from models.manifest import FeatureInput, ModelKey, Pattern, TextInput
+from models.manifest import ModelKey
 from models.predictor import Predictor
-from models.recurrent import Cell, NetworkSpec
+from models.recurrent import NetworkSpec
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import CellLayer, Floats, OneDnnLstm, SequenceNetwork
-from tests.support.bundles import features, manifest, write_bundle
+from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.reference import Reference, assert_close
 
-SYMBOLS = tuple("abcdefghi")
 MODEL = ModelKey("random", 1)
 
-sizes = st.integers(1, 5)
-widths = st.lists(sizes, max_size=2).map(tuple)
-numeric_specs = st.builds(
-    NetworkSpec,
-    cell=st.sampled_from(get_args(Cell)),
-    direction=st.sampled_from(["forward", "bidirectional"]),
-    features=st.integers(1, 3),
-    hidden_size=sizes,
-    layers=st.integers(1, 3),
-    input_layers=widths,
-    transition_layers=st.integers(1, 3),
-    output_layers=widths,
-    outputs=st.integers(1, 3),
-    readout=st.sampled_from(["each_step", "mean"]),
-)
-specs = numeric_specs | numeric_specs.map(
-    lambda spec: spec.model_copy(update={"features": None, "symbols": len(SYMBOLS), "embedding_size": spec.features})
-)
-rules = st.sampled_from(["refuse", "hold_last", "mean"])
 comings = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=12)
 """How many steps each sequence has, and whether there is a tick before the next one comes."""
-
-
-def random_bundle(folder: str, spec: NetworkSpec, rule: str, seed: int) -> Bundle:
-    if spec.features:
-        inputs: FeatureInput | TextInput = features(spec.features, missing_values=rule)
-    else:
-        inputs = TextInput(symbols=SYMBOLS)
-    pattern: Pattern = "many-to-many aligned" if spec.readout == "each_step" else "many-to-one"
-    return write_bundle(Path(folder), manifest("random", spec, inputs, pattern=pattern), seed=seed)
 
 
 def random_sequence(spec: NetworkSpec, rule: str, steps: int, rng: np.random.Generator) -> NDArray[np.generic]:
@@ -82,7 +50,7 @@ def answers(ended: list[Ended]) -> dict[int, Floats]:
 
 @settings(deadline=None)
 @given(
-    spec=specs, rule=rules, seed=st.integers(0, 2**32 - 1), comings=comings, most=st.integers(1, 6),
+    spec=whole_sequence_specs, rule=rules, seed=seeds, comings=comings, most=st.integers(1, 6),
     steps=st.integers(1, 20), abandoned=st.sets(st.integers(0, 11)),
 )  # fmt: skip
 def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(

@@ -5,8 +5,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,43 +14,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.manifest import FeatureInput, TextInput
-from models.recurrent import Cell, NetworkSpec
+from models.recurrent import NetworkSpec
 from service.engine.executor import Floats, StepExecutor, TorchExecutor
 from service.engine.step_engine import StepEngine
-from tests.support.bundles import features, manifest, write_bundle
+from tests.support.bundles import features, manifest
 from tests.support.fakes import CountingMetrics
 from tests.support.faults import FAULTS, Fault, FaultyExecutor, Steps
 from tests.support.interrupted import Act, Bench, Interruption, Move, Network, Reset, Send
+from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, specs
 from tests.support.reference import StepReference, assert_close
 
 Array = NDArray[Any]
-SYMBOLS = tuple("abcdefghi")
 FIRST_FAULTY_SYMBOL = len(SYMBOLS) - len(FAULTS)
 FIRST_FAULTY_NUMBER = 1_000_000
 
 whatever_the_clock_says = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-# Networks
-
-sizes = st.integers(1, 5)
-widths = st.lists(sizes, max_size=2).map(tuple)
-numeric_specs = st.builds(
-    NetworkSpec,
-    cell=st.sampled_from(get_args(Cell)),
-    features=st.integers(1, 3),
-    hidden_size=sizes,
-    layers=st.integers(1, 3),
-    input_layers=widths,
-    transition_layers=st.integers(1, 3),
-    output_layers=widths,
-    outputs=st.integers(1, 3),
-)
-specs = numeric_specs | numeric_specs.map(
-    lambda spec: spec.model_copy(update={"features": None, "symbols": len(SYMBOLS), "embedding_size": spec.features})
-)
-rules = st.sampled_from(["refuse", "hold_last", "mean"])
-seeds = st.integers(0, 2**32 - 1)
 
 # What happens to a stream
 
@@ -105,13 +82,6 @@ def summed(x: Array, row: Array) -> tuple[Array, Array]:
 
 
 whole_numbers = Steps(lambda count, rng: rng.integers(1, 100, (count, 1)).astype(np.float32), FIRST_FAULTY_NUMBER)
-
-
-def random_bundle(folder: str, spec: NetworkSpec, rule: str, seed: int, scale: float = 1.0) -> Bundle:
-    inputs: FeatureInput | TextInput = (
-        TextInput(symbols=SYMBOLS) if spec.symbols else features(spec.features or 0, missing_values=rule)
-    )
-    return write_bundle(Path(folder), manifest("random", spec, inputs), seed=seed, scale=scale)
 
 
 def steps_of(spec: NetworkSpec, rule: str) -> Steps:

@@ -274,7 +274,7 @@ def test_a_stream_leaves_a_stuck_worker_by_another_connection_and_that_one_chang
     patient = SETTINGS | {"worker_timeout_s": 60}
     with (
         start_server(repository, tmp_path, **patient) as server,
-        Client(server.target, timeout_s=1.0, connections=8) as client,
+        Client(server.target, timeout_s=1.0, connections=32) as client,  # each meets either worker, by chance
         client.stream("accumulator") as stream,
     ):
         stream.step([1.0])
