@@ -152,8 +152,9 @@ class SequenceLane:
                     obeyed.set_exception(error)
             case Ended():
                 self._end(news)
-            case Ticked(model, sequences, duration_s, ended):
-                self._metrics.batch(model, sequences, duration_s)
+            case Ticked(ticks, ended):
+                for tick in ticks:
+                    self._metrics.batch(*tick)
                 for one in ended:
                     self._end(one)
         self._go_on()

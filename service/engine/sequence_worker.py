@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import parent_process
@@ -27,7 +28,8 @@ from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
 
-TICK_STEPS = 32
+QUIET_S = 0.1
+"""Ticks after which no sequence has ended are told of together: hearing of one costs the service as much as a step."""
 
 OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that a terminal or a service manager sends to all processes at once; when to end is for the parent to say."""
@@ -68,12 +70,18 @@ class Obeyed(NamedTuple):
     error: Exception | None
 
 
-class Ticked(NamedTuple):
-    """So many sequences of a model shared a tick; and those that ended with it."""
+class Shared(NamedTuple):
+    """So many sequences of a model shared a tick."""
 
     model: ModelKey
     sequences: int
     duration_s: float
+
+
+class Ticked(NamedTuple):
+    """What ticks there were since the last news of this kind, and the sequences that ended with them."""
+
+    ticks: list[Shared]
     ended: list[Ended]
 
 
@@ -192,7 +200,8 @@ def _end_with_parent() -> None:
 def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> None:
     """Obey and compute until the end of the process."""
     torch.set_num_threads(threads)
-    engine, networks = SequenceEngine(max_tick_sequences, TICK_STEPS), dict[Path, SequenceNetwork]()
+    engine, networks = SequenceEngine(max_tick_sequences, max_tick_steps), dict[Path, SequenceNetwork]()
+    ticks, told_s = list[Shared](), time.monotonic()
     while True:
         while not engine or not orders.empty():
             match orders.get():
@@ -207,7 +216,15 @@ def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> N
                 case Abandon(number):
                     engine.abandon(number)
         tick = engine.tick()
-        tell(Ticked(tick.network.model, tick.sequences, tick.duration_s, tick.ended))
+        ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
+        if tick.ended or not engine or time.monotonic() > told_s + QUIET_S:
+            tell(Ticked(ticks, tick.ended))
+            ticks, told_s = [], time.monotonic()
+
+
+def max_tick_steps(sequences: int) -> int:
+    """Of a tick of so many: the more, the longer a step takes, and the sooner the next ones should join."""
+    return min(256, max(32, 512 >> (sequences - 1).bit_length()))
 
 
 def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:

@@ -60,7 +60,7 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(folder, spec, rule, seed)
         reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
-        engine = SequenceEngine(most, steps)
+        engine = SequenceEngine(most, lambda _: steps)
         sequences = [random_sequence(spec, rule, count, rng) for count, _ in comings]
         found: dict[int, Floats] = {}
         for number, (sequence, (_, ticks)) in enumerate(zip(sequences, comings, strict=True)):
@@ -77,18 +77,19 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
 
 
 def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> None:
-    engine, network = SequenceEngine(8, 4), lstm(layers=1)
+    engine, network = SequenceEngine(8, lambda _: 4), lstm(layers=1)
     rng = np.random.default_rng(0)
     good = [rng.normal(size=(steps, 3)).astype(np.float32) for steps in (9, 5)]
     engine.add(0, network, good[0])
     engine.add(1, network, rng.normal(size=(6, 3)).astype(np.float32))
     engine.add(2, network, good[1])
-    engine._running[1].inputs = np.zeros((6, 2), np.float32)  # no longer as wide as its neighbours
+    wrong = engine._running[1]
+    wrong.in_order = [(np.zeros((6, 2), np.float32), outputs) for _, outputs in wrong.in_order]  # not as wide
     ended = to_the_end(engine)
     assert [end.number for end in ended if isinstance(end.outcome, str)] == [1]
     found = answers([end for end in ended if end.number != 1])
     for number, sequence in ((0, good[0]), (2, good[1])):
-        alone = SequenceEngine(1, 100)
+        alone = SequenceEngine(1, lambda _: 100)
         alone.add(number, network, sequence)
         assert_close(found[number], answers(to_the_end(alone))[number])
 
