@@ -41,7 +41,7 @@ from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
-from service.engine.sequence_worker import ProcessWorker, Worker
+from service.engine.sequence_worker import LoadBundle, ProcessWorker, Worker
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
 from service.sessions.checkpoints import Checkpointer
@@ -284,10 +284,16 @@ class Service:
             await self.health.set(name, SERVING if part.available else NOT_SERVING)
 
 
-def sequence_lane(settings: Settings, metrics: Metrics, worker: Callable[[int, int], Worker]) -> SequenceLane:
-    """The lane for whole sequences, as it is set; `worker` begins one, given the most of a tick and its threads."""
+def sequence_lane(
+    settings: Settings, metrics: Metrics, worker: Callable[[int, int, LoadBundle], Worker]
+) -> SequenceLane:
+    """The lane for whole sequences, as it is set.
+
+    `worker` begins one, given the most sequences of a tick, its threads and what loads a bundle.
+    """
+    load = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points).load
     return SequenceLane(
-        partial(worker, settings.max_batch_sequences, settings.sequence_threads),
+        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load),
         max_queued=settings.max_queued_sequences,
         max_batch_steps=settings.max_batch_steps,
         metrics=metrics,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import load_bundle
+from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
@@ -87,6 +87,7 @@ class Ticked(NamedTuple):
 
 News: TypeAlias = Obeyed | Ended | Ticked
 Hear: TypeAlias = Callable[[News], None]
+LoadBundle: TypeAlias = Callable[[Path], Bundle]
 
 
 class Orders(Protocol):
@@ -116,11 +117,11 @@ class Worker(Protocol):
 class ProcessWorker:
     """A process that computes beside this one, so that this one's event loop never waits for it."""
 
-    def __init__(self, max_tick_sequences: int, threads: int, niceness: int) -> None:
+    def __init__(self, max_tick_sequences: int, threads: int, load: LoadBundle, niceness: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, niceness
+        arguments = self._orders, told, max_tick_sequences, threads, load, niceness
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
@@ -156,9 +157,9 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread, in a process that does nothing else."""
 
-    def __init__(self, max_tick_sequences: int, threads: int) -> None:
+    def __init__(self, max_tick_sequences: int, threads: int, load: LoadBundle) -> None:
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self._limits = max_tick_sequences, threads
+        self._settings = max_tick_sequences, threads, load
 
     def listen(self, hear: Hear, died: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -169,7 +170,7 @@ class ThreadWorker:
         def run() -> None:
             with suppress(RuntimeError):  # the loop is closed
                 try:
-                    work(self._orders, tell, *self._limits)
+                    work(self._orders, tell, *self._settings)
                 finally:
                     loop.call_soon_threadsafe(died)
 
@@ -183,11 +184,16 @@ class ThreadWorker:
 
 
 def _in_process(
-    orders: multiprocessing.Queue[Order], told: Connection, max_tick_sequences: int, threads: int, niceness: int
+    orders: multiprocessing.Queue[Order],
+    told: Connection,
+    max_tick_sequences: int,
+    threads: int,
+    load: LoadBundle,
+    niceness: int,
 ) -> None:
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(orders, told.send, max_tick_sequences, threads)
+    work(orders, told.send, max_tick_sequences, threads, load)
 
 
 def _end_with_parent() -> None:
@@ -197,8 +203,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> None:
-    """Obey and compute until the end of the process."""
+def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, load: LoadBundle) -> None:
+    """Obey and compute until the end of the process. `load` is for the bundle of a folder."""
     torch.set_num_threads(threads)
     engine, networks = SequenceEngine(max_tick_sequences, max_tick_steps), dict[Path, SequenceNetwork]()
     ticks, told_s = list[Shared](), time.monotonic()
@@ -206,12 +212,12 @@ def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> N
         while not engine or not orders.empty():
             match orders.get():
                 case Load(folders):
-                    tell(_load(folders, networks))
+                    tell(_load(folders, networks, load))
                 case Forget(folder):
                     networks.pop(folder, None)
                     tell(Obeyed(None))
                 case Begin() as begin:
-                    if failed := _begin(begin, engine, networks):
+                    if failed := _begin(begin, engine, networks, load):
                         tell(failed)
                 case Abandon(number):
                     engine.abandon(number)
@@ -227,23 +233,24 @@ def max_tick_steps(sequences: int) -> int:
     return min(256, max(32, 512 >> (sequences - 1).bit_length()))
 
 
-def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:
+def _load(folders: list[Path], networks: dict[Path, SequenceNetwork], load: LoadBundle) -> Obeyed:
     try:
-        networks.update({folder: _network(folder) for folder in folders})
+        networks.update({folder: _network(load(folder)) for folder in folders})
     except Exception as error:
         return Obeyed(error)
     return Obeyed(None)
 
 
-def _network(folder: Path) -> SequenceNetwork:
-    bundle = load_bundle(folder)
+def _network(bundle: Bundle) -> SequenceNetwork:
     return SequenceNetwork(bundle.predictor, bundle.manifest.key)
 
 
-def _begin(begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork]) -> Ended | None:
+def _begin(
+    begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork], load: LoadBundle
+) -> Ended | None:
     try:
         if begin.folder not in networks:  # after the death of a process that had it
-            networks[begin.folder] = _network(begin.folder)
+            networks[begin.folder] = _network(load(begin.folder))
         engine.add(begin.number, networks[begin.folder], begin.sequence)
     except Exception as error:
         return Ended(begin.number, repr(error))

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.manifest import ModelKey
-from models.predictor import Predictor
 from models.recurrent import NetworkSpec
 from service.engine.sequence_engine import Ended, SequenceEngine
-from service.engine.sequence_network import CellLayer, Floats, OneDnnLstm, SequenceNetwork
+from service.engine.sequence_network import CellLayer, Floats, LstmSteps, OneDnnLstm, SequenceNetwork
 from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.reference import Reference, assert_close
 
@@ -100,15 +99,35 @@ def lstm(layers: int) -> SequenceNetwork:
         return SequenceNetwork(random_bundle(folder, spec, "refuse", seed=0).predictor, MODEL)
 
 
-def test_both_kernels_of_an_lstm_layer_give_the_same() -> None:
+@pytest.mark.parametrize("kernel", [LstmSteps, OneDnnLstm])
+@pytest.mark.parametrize(("is_bfloat16", "tolerance"), [(False, 1e-5), (True, 0.02)])
+def test_all_kernels_of_an_lstm_layer_give_the_same(
+    kernel: type[LstmSteps | OneDnnLstm], is_bfloat16: bool, tolerance: float
+) -> None:
     spec = NetworkSpec(cell="lstm", features=3, hidden_size=16, outputs=2)
     with tempfile.TemporaryDirectory() as folder:
-        predictor: Predictor = random_bundle(folder, spec, "refuse", seed=1).predictor
+        network = random_bundle(folder, spec, "refuse", seed=1).predictor.network
+    if is_bfloat16:
+        network.to_bfloat16()
     inputs, values = torch.randn(7, 5, 3), (torch.randn(5, 16), torch.randn(5, 16))
     with torch.inference_mode():
         try:
-            fast = OneDnnLstm(predictor.network.recurrent, "l0").run(inputs, values)
+            fast = kernel(network.recurrent, "l0").run(inputs, values)
         except RuntimeError:
             pytest.skip("this processor has no such kernel")
-        plain = CellLayer(predictor.network.recurrent, "l0").run(inputs, values)
-    torch.testing.assert_close(fast, plain)
+        plain = CellLayer(network.recurrent, "l0").run(inputs, values)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+
+
+def test_a_large_lstm_gives_the_same_to_few_sequences_as_to_many() -> None:
+    spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=256, layers=2, outputs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(folder, spec, "refuse", seed=0)
+        reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
+        sequences = [np.random.default_rng(i).normal(size=(20 + i, 3)).astype(np.float32) for i in range(12)]
+        for together in (1, 3, 12):
+            engine = SequenceEngine(together, lambda _: 16)
+            for number, sequence in enumerate(sequences):
+                engine.add(number, network, sequence)
+            for number, found in answers(to_the_end(engine)).items():
+                assert_close(found, reference.predict(sequences[number]))

@@ -19,11 +19,11 @@ from tests.support.reference import Reference, assert_close
 
 
 def thread() -> Worker:
-    return ThreadWorker(4, 1)
+    return ThreadWorker(4, 1, load_bundle)
 
 
 def process() -> Worker:
-    return ProcessWorker(4, 1, niceness=0)
+    return ProcessWorker(4, 1, load_bundle, niceness=0)
 
 
 def make_lane(metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8) -> SequenceLane:
@@ -218,7 +218,7 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
     workers: list[ProcessWorker] = []
 
     def begin() -> Worker:
-        workers.append(ProcessWorker(4, 1, niceness=0))
+        workers.append(ProcessWorker(4, 1, load_bundle, niceness=0))
         return workers[-1]
 
     lane = make_lane(CountingMetrics(), begin)
@@ -241,7 +241,7 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
 
 
 async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
-    worker = ProcessWorker(4, 1, niceness=0)
+    worker = ProcessWorker(4, 1, load_bundle, niceness=0)
     lane = make_lane(CountingMetrics(), lambda: worker)
     await lane.warm_up([vanilla.folder])
     os.kill(worker.pid, signal.SIGSTOP)
