@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,6 +27,7 @@ from models.bundle import load_bundle
 from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
+from service.engine.spilled import Ask, Recorder, Told
 
 TICK_STEPS = 32
 
@@ -54,12 +56,12 @@ class Begin(NamedTuple):
 
 
 class Abandon(NamedTuple):
-    """A sequence that nobody wants any more."""
+    """A sequence or a recording that nobody wants any more."""
 
     number: int
 
 
-Order: TypeAlias = Load | Forget | Begin | Abandon
+Order: TypeAlias = Load | Forget | Begin | Abandon | Ask
 
 
 class Obeyed(NamedTuple):
@@ -77,7 +79,7 @@ class Ticked(NamedTuple):
     ended: list[Ended]
 
 
-News: TypeAlias = Obeyed | Ended | Ticked
+News: TypeAlias = Obeyed | Ended | Ticked | Told
 Hear: TypeAlias = Callable[[News], None]
 
 
@@ -108,11 +110,14 @@ class Worker(Protocol):
 class ProcessWorker:
     """A process that computes beside this one, so that this one's event loop never waits for it."""
 
-    def __init__(self, max_tick_sequences: int, threads: int, niceness: int) -> None:
+    def __init__(
+        self, max_tick_sequences: int, threads: int, niceness: int = 0, *, spill_dir: Path | None = None
+    ) -> None:
+        """Recordings are kept in `spill_dir`; None = where temporary files go."""
         context = multiprocessing.get_context("spawn")
         self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, niceness
+        arguments = self._orders, told, max_tick_sequences, threads, niceness, spill_dir
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
@@ -148,9 +153,10 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread, in a process that does nothing else."""
 
-    def __init__(self, max_tick_sequences: int, threads: int) -> None:
+    def __init__(self, max_tick_sequences: int, threads: int, *, spill_dir: Path | None = None) -> None:
+        """As ProcessWorker has it."""
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self._limits = max_tick_sequences, threads
+        self._settings = max_tick_sequences, threads, spill_dir
 
     def listen(self, hear: Hear, died: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -161,7 +167,7 @@ class ThreadWorker:
         def run() -> None:
             with suppress(RuntimeError):  # the loop is closed
                 try:
-                    work(self._orders, tell, *self._limits)
+                    work(self._orders, tell, *self._settings)
                 finally:
                     loop.call_soon_threadsafe(died)
 
@@ -175,11 +181,16 @@ class ThreadWorker:
 
 
 def _in_process(
-    orders: multiprocessing.Queue[Order], told: Connection, max_tick_sequences: int, threads: int, niceness: int
+    orders: multiprocessing.Queue[Order],
+    told: Connection,
+    max_tick_sequences: int,
+    threads: int,
+    niceness: int,
+    spill_dir: Path | None,
 ) -> None:
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(orders, told.send, max_tick_sequences, threads)
+    work(orders, told.send, max_tick_sequences, threads, spill_dir)
 
 
 def _end_with_parent() -> None:
@@ -189,10 +200,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> None:
+def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, spill_dir: Path | None) -> None:
     """Obey and compute until the end of the process."""
     torch.set_num_threads(threads)
     engine, networks = SequenceEngine(max_tick_sequences, TICK_STEPS), dict[Path, SequenceNetwork]()
+    recorder = Recorder(engine, partial(_find, networks), tell, spill_dir)
     while True:
         while not engine or not orders.empty():
             match orders.get():
@@ -205,9 +217,15 @@ def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int) -> N
                     if failed := _begin(begin, engine, networks):
                         tell(failed)
                 case Abandon(number):
-                    engine.abandon(number)
-        tick = engine.tick()
-        tell(Ticked(tick.network.model, tick.sequences, tick.duration_s, tick.ended))
+                    recorder.abandon(number)
+                case Ask() as ask:
+                    recorder.obey(ask)
+        _tick(engine, recorder, tell)
+
+
+def _tick(engine: SequenceEngine, recorder: Recorder, tell: Hear) -> None:
+    tick = engine.tick()
+    tell(Ticked(tick.network.model, tick.sequences, tick.duration_s, recorder.ticked(tick.ended)))
 
 
 def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:
@@ -218,6 +236,12 @@ def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:
     return Obeyed(None)
 
 
+def _find(networks: dict[Path, SequenceNetwork], folder: Path) -> SequenceNetwork:
+    if folder not in networks:  # after the death of a process that had it
+        networks[folder] = _network(folder)
+    return networks[folder]
+
+
 def _network(folder: Path) -> SequenceNetwork:
     bundle = load_bundle(folder)
     return SequenceNetwork(bundle.predictor, bundle.manifest.key)
@@ -225,9 +249,7 @@ def _network(folder: Path) -> SequenceNetwork:
 
 def _begin(begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork]) -> Ended | None:
     try:
-        if begin.folder not in networks:  # after the death of a process that had it
-            networks[begin.folder] = _network(begin.folder)
-        engine.add(begin.number, networks[begin.folder], begin.sequence)
+        engine.add(begin.number, _find(networks, begin.folder), begin.sequence)
     except Exception as error:
         return Ended(begin.number, repr(error))
     return None
