@@ -60,10 +60,19 @@ class Predictor:
 
     def read(self, values: Tensor) -> Tensor:
         """One whole sequence (steps, features) or (steps,) -> what the first recurrent layer sees (steps, width)."""
+        return self.read_on(values, None)[0]
+
+    def read_on(self, values: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The next steps of a sequence that is read in parts, and what to give with those after them.
+
+        `last` (features,) are the last numbers before it, where missing values hold them; None at first.
+        """
         inputs = self._normalise(values)
         if self._holds_last:
-            inputs = hold_last(inputs.unsqueeze(0)).squeeze(0)
-        return self.network.read(self._fill_with_mean(inputs))
+            before = torch.zeros_like(inputs[:1]) if last is None else last.unsqueeze(0)
+            inputs = hold_last(torch.cat([before, inputs]).unsqueeze(0)).squeeze(0)[1:]
+            last = inputs[-1]
+        return self.network.read(self._fill_with_mean(inputs)), last
 
     def answer(self, hidden: Tensor) -> Tensor:
         """What the last recurrent layer gave for one (steps, hidden * directions) -> (steps, outputs).

@@ -28,7 +28,7 @@ from rnnserve.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_serve
 from rnnserve.v1.real_time_service_pb2_grpc import add_RealTimeServiceServicer_to_server
 from rnnserve.v1.sequence_service_pb2_grpc import add_SequenceServiceServicer_to_server
 from rnnserve.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
-from service import state_dir
+from service import spill_dir, state_dir
 from service.addresses import StartError, check_address, why_not_bound
 from service.api.calls import CallInterceptor, Refusals
 from service.api.drain import RETRY_ALONE_S, RETRY_AMONG_OTHERS_S, Drain
@@ -41,7 +41,7 @@ from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
-from service.engine.sequence_worker import LoadBundle, ProcessWorker, Worker
+from service.engine.sequence_worker import ProcessWorker, Worker
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
 from service.sessions.checkpoints import Checkpointer
@@ -122,6 +122,7 @@ class Service:
             max_steps_per_message=settings.max_steps_per_message,
             max_outstanding_steps=settings.max_outstanding_steps,
             max_sequence_steps=settings.max_sequence_steps,
+            max_recording_steps=settings.max_recording_steps,
             max_queued_sequences=settings.max_queued_sequences,
             max_bulk_sequences=settings.max_bulk_sequences,
         )
@@ -284,18 +285,17 @@ class Service:
             await self.health.set(name, SERVING if part.available else NOT_SERVING)
 
 
-def sequence_lane(
-    settings: Settings, metrics: Metrics, worker: Callable[[int, int, LoadBundle], Worker]
-) -> SequenceLane:
+def sequence_lane(settings: Settings, metrics: Metrics, worker: Callable[..., Worker]) -> SequenceLane:
     """The lane for whole sequences, as it is set.
 
-    `worker` begins one, given the most sequences of a tick, its threads and what loads a bundle.
+    `worker` begins one, given the most sequences of a tick, its threads, what loads a bundle, and where to spill.
     """
     load = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points).load
     return SequenceLane(
-        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load),
+        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load, spill_dir=settings.spill_dir),
         max_queued=settings.max_queued_sequences,
         max_batch_steps=settings.max_batch_steps,
+        max_recordings=settings.max_recordings,
         metrics=metrics,
     )
 
@@ -388,6 +388,7 @@ async def serve(settings: Settings) -> None:
     """Build and run the service in this process, until SIGTERM or SIGINT. Raises StartError and CatalogError."""
     prepare_threads(settings)
     stop = stop_on_signals()
+    spill_dir.check(settings.spill_dir)
     bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
     catalog = load_catalog(settings.model_repository, bfloat16=bfloat16)
     with state_dir.locked(settings.state_dir):

@@ -21,7 +21,7 @@ ServingError
 │   └── BundleInvalid        ModelInUse
 ├── Exhausted            a limit is reached; later there may be room
 │   ├── SessionLimit
-│   └── QueueFull
+│   └── QueueFull            DiskFull
 ├── Unavailable          this server cannot now; retry
 │   ├── Draining
 │   ├── StoreUnavailable
@@ -235,6 +235,10 @@ class SessionLimit(Exhausted):
 
 class QueueFull(Exhausted):
     """There are as many sequences waiting as there may be."""
+
+
+class DiskFull(Exhausted):
+    """There is no room on the disk for a sequence that came in parts."""
 
 
 class Unavailable(ServingError):

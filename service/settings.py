@@ -176,6 +176,20 @@ class Settings(BaseSettings):
     max_batch_steps: int = Field(
         131_072, ge=1, le=10_000_000, description="of all whole sequences under way; a longer one is computed alone"
     )
+    max_recording_steps: int = Field(
+        2_000_000,
+        ge=1,
+        le=2**31 - 1,
+        description="steps of a sequence that comes in parts; each has as many as a whole one",
+    )
+    max_recordings: int = Field(
+        4, ge=1, le=1_000, description="sequences that come in parts, in all; one more waits, or is QUEUE_FULL"
+    )
+    spill_dir: Path | None = Field(
+        None,
+        description="folder on a disk for what is computed of these: each takes 8 bytes a step, unit and direction; "
+        "without it the system's folder for temporary files",
+    )
     sequence_threads: int = Field(1, ge=1, le=64, description="torch threads of the lane for whole sequences")
     sequence_niceness: int = Field(10, ge=0, le=19, description="how far that lane stands back; 0 = not at all")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest, start_http_server
 
-from service import state_dir
+from service import spill_dir, state_dir
 from service.addresses import StartError, reserve_shared_port, why_not_bound
 from service.changes import Changes
 from service.child import LANE, Change, Child
@@ -341,6 +341,7 @@ async def supervise(settings: Settings) -> None:
     """Serve by several processes until SIGTERM or SIGINT. Raises StartError."""
     if settings.session_store == "memory":
         raise StartError("workers: sessions in memory are each worker's own; use another session_store, or 1 worker")
+    spill_dir.check(settings.spill_dir)
     with (
         state_dir.locked(settings.state_dir),
         reserve_shared_port(settings.host, settings.port) as reserved,

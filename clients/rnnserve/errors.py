@@ -18,7 +18,7 @@ RnnserveError
 ├── NotEnabled            the server is set not to do it; .metadata["setting"] names the setting
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
-│   ├── SessionLimit  QueueFull  Draining  LaneLost  StoreUnavailable
+│   ├── SessionLimit  QueueFull  DiskFull  Draining  LaneLost  StoreUnavailable
 │   └── Unreachable       no server answered
 ├── TimedOut              no answer within `timeout_s`
 ├── ExecutionFailed       the network failed on this input
@@ -178,6 +178,10 @@ class QueueFull(TryAgain):
     """The server has as much waiting work as it may have."""
 
 
+class DiskFull(TryAgain):
+    """The server's disk has no room for so long a sequence, now."""
+
+
 class Draining(TryAgain):
     """The server is shutting down."""
 
@@ -245,6 +249,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         StepOutOfOrder,
         SessionLimit,
         QueueFull,
+        DiskFull,
         Draining,
         LaneLost,
         StoreUnavailable,

@@ -32,8 +32,10 @@ Refused = dict[int, ServingError]
 """Why, by the number of the step in the message."""
 
 
-def decode(message: Input, manifest: Manifest, *, max_steps: int) -> NDArray[np.generic]:
+def decode(message: Input, manifest: Manifest, *, max_steps: int, first_step: int | None = None) -> NDArray[np.generic]:
     """The steps of a message: (steps, features) float32 or (steps,) int64.
+
+    `first_step` is the index of its first one in the sequence of which it is a part; refusals then name steps in that.
 
     Raises InputKindMismatch, DataTypeMismatch, ShapeMismatch, StepsMissing, TooManySteps, NotFinite, UnknownSymbol;
     their field paths begin inside the message.
@@ -45,10 +47,10 @@ def decode(message: Input, manifest: Manifest, *, max_steps: int) -> NDArray[np.
         if kind != "text":
             raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field="tensor")
         _check_count(len(message.text), max_steps, "text")
-        return _decode_text(message.text, manifest.input)
+        return _decode_text(message.text, manifest.input, first_step or 0)
     if kind != "tensor":
         raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field="text")
-    return _decode_features(message.tensor, manifest.input, max_steps)
+    return _decode_features(message.tensor, manifest.input, max_steps, first_step)
 
 
 def decode_batch(batch: real_time_service_pb2.StepBatch, manifest: Manifest) -> tuple[NDArray[np.generic], Refused]:
@@ -96,18 +98,20 @@ def _refused_rows(values: Floats, spec: FeatureInput) -> Refused:
     return {i: _not_finite(values, spec, i, int(wrong[i].argmax())) for i in np.nonzero(wrong.any(axis=1))[0].tolist()}
 
 
-def _decode_text(text: str, spec: TextInput) -> NDArray[np.int64]:
+def _decode_text(text: str, spec: TextInput, first_place: int = 0) -> NDArray[np.int64]:
     try:
         return spec.encode(text)
-    except UnknownSymbolError as error:
+    except UnknownSymbolError as within_text:
+        error = UnknownSymbolError(within_text.symbol, first_place + within_text.place)
         raise UnknownSymbol(str(error), field="text", symbol=error.symbol, place=error.place) from None
 
 
-def _decode_features(tensor: tensor_pb2.Tensor, spec: FeatureInput, max_steps: int) -> Floats:
+def _decode_features(tensor: tensor_pb2.Tensor, spec: FeatureInput, max_steps: int, first_step: int | None) -> Floats:
     values = _values(tensor, spec, lambda steps: _check_count(steps, max_steps, "tensor.shape"))
     wrong = _wrong_values(values, spec)
     if wrong is not None:
-        raise _not_finite(values, spec, *np.argwhere(wrong)[0].tolist())
+        step, feature = np.argwhere(wrong)[0].tolist()
+        raise _not_finite(values, spec, step, feature, first_step)
     return values
 
 
@@ -146,10 +150,13 @@ def _wrong_values(values: Floats, spec: FeatureInput) -> NDArray[np.bool_] | Non
     return wrong if wrong.any() else None
 
 
-def _not_finite(values: Floats, spec: FeatureInput, step: int, feature: int) -> NotFinite:
+def _not_finite(
+    values: Floats, spec: FeatureInput, step: int, feature: int, first_step: int | None = None
+) -> NotFinite:
+    number, of = (step, "message") if first_step is None else (first_step + step, "sequence")
     return NotFinite(
-        f"step {step} of the message has {values[step, feature]} as {spec.feature_names[feature]!r}",
-        field="tensor.data", step=step, feature=feature,
+        f"step {number} of the {of} has {values[step, feature]} as {spec.feature_names[feature]!r}",
+        field="tensor.data", step=number, feature=feature,
     )  # fmt: skip
 
 
@@ -166,6 +173,20 @@ def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> 
         )
     if options.steps not in prediction_pb2.StepSelection.values():
         raise FieldInvalid(f"there is no step selection {options.steps}", field="options.steps")
+
+
+def wants_all_steps(options: prediction_pb2.OutputOptions, manifest: Manifest) -> bool:
+    """Whether the prediction of a sequence is about each of its steps, or about the last one or the whole only."""
+    if options.steps == prediction_pb2.STEP_SELECTION_UNSPECIFIED:
+        return manifest.pattern != "many-to-one"
+    return options.steps == prediction_pb2.STEP_SELECTION_ALL
+
+
+def row_bytes(manifest: Manifest, options: prediction_pb2.OutputOptions) -> int:
+    """About how much the prediction about one step takes in a message, at most."""
+    label_bytes = max((len(label.encode()) + 2 for label in manifest.output.labels), default=0)
+    number_bytes = manifest.network.outputs * WIRE_FLOAT32.itemsize * (1 + options.probabilities)
+    return number_bytes + label_bytes + options.top_k * (label_bytes + WIRE_FLOAT32.itemsize) + 8
 
 
 def encode(outputs: Floats, manifest: Manifest, options: prediction_pb2.OutputOptions) -> prediction_pb2.Prediction:

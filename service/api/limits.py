@@ -17,6 +17,7 @@ class Limits:
     max_steps_per_message: int
     max_outstanding_steps: int
     max_sequence_steps: int
+    max_recording_steps: int
     max_queued_sequences: int
     max_bulk_sequences: int
 

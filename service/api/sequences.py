@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.manifest import Manifest, ModelKey
-from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPECIFIED, OutputOptions, Prediction
+from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions, Prediction
 from rnnserve.v1.sequence_service_pb2 import (
     IdentifiedSequence,
     PredictRequest,
@@ -25,6 +26,7 @@ from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceServicer
 from service.api import codec
 from service.api.calls import Refusals
 from service.api.limits import Limits
+from service.api.parts import Parts
 from service.catalog.catalog import Catalog
 from service.engine.sequence_lane import Lane
 from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
@@ -74,7 +76,7 @@ class SequenceService(SequenceServiceServicer):
         requests: AsyncIterator[PredictStreamRequest],
         context: ServicerContext[PredictStreamRequest, PredictStreamResponse],
     ) -> None:
-        """Each sequence by itself; reading pauses while as many as may be are in flight."""
+        """Each sequence by itself; reading pauses while as many as may be are in flight, and while a part is stored."""
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
@@ -83,18 +85,31 @@ class SequenceService(SequenceServiceServicer):
             bundle = self._find(request.open.model, request.open.version, request.open.options)
         slots, writing = asyncio.Semaphore(self._limits.max_bulk_sequences), asyncio.Lock()
 
+        async def write(response: PredictStreamResponse) -> None:
+            async with writing:
+                await context.write(response)
+
         async def answer(message: PredictStreamRequest) -> None:
             try:
-                response = await self._reply(message, bundle, request.open.options)
-                async with writing:
-                    await context.write(response)
+                await write(await self._reply(message, bundle, request.open.options))
             finally:
                 slots.release()
 
+        def answered(duration_s: float) -> None:
+            self._metrics.sequences_answered(bundle.manifest.key, duration_s)
+
         async with asyncio.TaskGroup() as answers:
-            async for message in requests:
-                await slots.acquire()
-                answers.create_task(answer(message))
+            parts = Parts(
+                bundle, request.open.options, self._lane, self._limits, self._refusals, answered, answers, write
+            )
+            with closing(parts):
+                async for message in requests:
+                    if message.WhichOneof("request") == "part":
+                        await parts.take(message)
+                    else:
+                        await slots.acquire()
+                        answers.create_task(answer(message))
+                await parts.end()
 
     def _find(self, model: str, version: int, options: OutputOptions) -> Bundle:
         bundle = self._catalog.find(model, version)
@@ -134,14 +149,8 @@ class SequenceService(SequenceServiceServicer):
     ) -> list[Prediction]:
         start_s = time.perf_counter()
         results = await self._lane.predict(bundle, inputs, wait=wait)
-        if not _wants_all_steps(options, bundle.manifest):
+        if not codec.wants_all_steps(options, bundle.manifest):
             results = [outputs[-1:] for outputs in results]
         predictions = [codec.encode(outputs, bundle.manifest, options) for outputs in results]
         self._metrics.sequences_answered(bundle.manifest.key, time.perf_counter() - start_s)
         return predictions
-
-
-def _wants_all_steps(options: OutputOptions, manifest: Manifest) -> bool:
-    if options.steps == STEP_SELECTION_UNSPECIFIED:
-        return manifest.pattern != "many-to-one"
-    return options.steps == STEP_SELECTION_ALL

@@ -1,6 +1,7 @@
 """The lane for whole sequences of all workers, seen from one of them and from its own process.
 
-Over a Unix socket, messages of msgpack with their length before them. A call has a number; its answer has the same.
+Over a Unix socket, messages of msgpack with their length before them. A call has a number; its answer has the same. A
+recording has the number of the call that began it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import Bundle
-from models.manifest import ModelKey
 from service.engine.executor import Floats
-from service.engine.sequence_lane import Lane, full, lost
+from service.engine.lane_refusals import full, lost
+from service.engine.recordings import Recording
+from service.engine.sequence_lane import Lane
+from service.engine.spilled import Piece, Progress
 from service.errors import ExecutionFailed, ServingError, packed, unpacked
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class RemoteLane:
         self.available = True  # the lane serves before we begin
         self.available_changed = asyncio.Event()
         self._numbers = itertools.count()
-        self._calls: dict[int, asyncio.Future[list[Floats]]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
 
     async def warm_up(self, folders: list[Path]) -> None:
         """The lane's process does that before the workers need it."""
@@ -54,23 +57,43 @@ class RemoteLane:
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
         await self._until_connected(len(sequences))
-        if self._writer is None:  # and gone again
+        packed_sequences = [_packed(sequence) for sequence in sequences]
+        outputs = await self.call(
+            self._writer, next(self._numbers), "predict", bundle.manifest.key, packed_sequences, wait
+        )
+        return [_unpacked(output) for output in outputs]
+
+    async def record(self, bundle: Bundle, *, wait: bool) -> Recording:
+        await self._until_connected(1)
+        recording = _RemoteRecording(self, self._writer, next(self._numbers), self._numbers)
+        try:
+            await self.call(self._writer, recording.number, "record", bundle.manifest.key, wait)
+        except BaseException:
+            recording.close()
+            raise
+        return recording
+
+    async def call(self, writer: asyncio.StreamWriter | None, number: int, what: str, *arguments: Any) -> Any:
+        """What the lane's process answers. Raises what it refuses, and LaneLost if this is no longer its connection."""
+        if writer is None or writer is not self._writer:
             raise lost()
-        number, call = next(self._numbers), asyncio.get_running_loop().create_future()
+        call = asyncio.get_running_loop().create_future()
         self._calls[number] = call
         try:
-            await _send(self._writer, number, bundle.manifest.key, [_packed(x) for x in sequences], wait)
-            result: list[Floats] = await call
-            return result
+            await _send(writer, number, what, *arguments)
+            return await call
         except asyncio.CancelledError:
-            if self._writer is not None:
-                with suppress(OSError):
-                    await _send(self._writer, number, None, None, False)
+            self.tell(writer, number, "cancel")
             raise
         except OSError:
             raise lost() from None
         finally:
             del self._calls[number]
+
+    def tell(self, writer: asyncio.StreamWriter | None, number: int, what: str) -> None:
+        """Without an answer, if this is still the connection."""
+        if writer is not None and writer is self._writer:
+            _write(writer, number, what)
 
     async def _until_connected(self, count: int) -> None:
         if self._connected.is_set():
@@ -111,14 +134,45 @@ class RemoteLane:
             self.available = available
             self.available_changed.set()
 
-    def _settle(self, number: int, outputs: Any, refusal: Any) -> None:
+    def _settle(self, number: int, answer: Any, refusal: Any) -> None:
         call = self._calls.get(number)
         if call is None or call.done():
             return
         if refusal is None:
-            call.set_result([_unpacked(output) for output in outputs])
+            call.set_result(answer)
         else:
             call.set_exception(unpacked(refusal))
+
+
+class _RemoteRecording:
+    """A Recording of the lane's process, over the connection on which it was begun."""
+
+    def __init__(
+        self, lane: RemoteLane, writer: asyncio.StreamWriter | None, number: int, numbers: Iterator[int]
+    ) -> None:
+        self.number = number
+        self._lane = lane
+        self._writer = writer
+        self._numbers = numbers
+
+    async def store(self, steps: NDArray[np.generic]) -> None:
+        await self._call("store", _packed(steps))
+
+    async def compute(self) -> None:
+        await self._call("compute")
+
+    async def progress(self) -> Progress:
+        return Progress(*await self._call("progress"))
+
+    async def read(self, max_steps: int, *, last_only: bool) -> Piece:
+        outputs, more = await self._call("read", max_steps, last_only)
+        return Piece(None if outputs is None else _unpacked(outputs), more)
+
+    async def _call(self, what: str, *arguments: Any) -> Any:
+        return await self._lane.call(self._writer, next(self._numbers), what, self.number, *arguments)
+
+    def close(self) -> None:
+        self._lane.tell(self._writer, self.number, "close")
 
 
 class LaneServer:
@@ -136,35 +190,60 @@ class LaneServer:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         calls: dict[int, asyncio.Task[None]] = {}
+        recordings: dict[int, Recording] = {}
         try:
             while True:
-                number, model, sequences, wait = await _receive(reader)
-                if model is None:
+                number, what, *arguments = await _receive(reader)
+                if what == "cancel":
                     if number in calls:
                         calls[number].cancel()
-                    continue
-                calls[number] = asyncio.create_task(self._answer(writer, number, ModelKey(*model), sequences, wait))
-                calls[number].add_done_callback(partial(_forget, calls, number))
+                elif what == "close":
+                    if number in recordings:
+                        recordings.pop(number).close()
+                else:
+                    answer = self._answer(writer, number, partial(self._do, recordings, number, what, *arguments))
+                    calls[number] = asyncio.create_task(answer)
+                    calls[number].add_done_callback(partial(_forget, calls, number))
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             for call in calls.values():  # the worker is dead, or we end
                 call.cancel()
         finally:
+            for recording in recordings.values():
+                recording.close()
             writer.close()
 
+    async def _do(self, recordings: dict[int, Recording], number: int, what: str, *arguments: Any) -> Any:
+        match what, *arguments:
+            case "predict", model, sequences, wait:
+                inputs = [_unpacked(sequence) for sequence in sequences]
+                outputs = await self._lane.predict(self._find(*model), inputs, wait=wait)
+                return [_packed(output) for output in outputs]
+            case "record", model, wait:
+                recordings[number] = await self._lane.record(self._find(*model), wait=wait)
+            case "store", recording, steps:
+                await recordings[recording].store(_unpacked(steps))
+            case "compute", recording:
+                await recordings[recording].compute()
+            case "progress", recording:
+                return await recordings[recording].progress()
+            case "read", recording, max_steps, last_only:
+                piece = await recordings[recording].read(max_steps, last_only=last_only)
+                return None if piece.outputs is None else _packed(piece.outputs), piece.more
+        return None
+
     async def _answer(
-        self, writer: asyncio.StreamWriter, number: int, model: ModelKey, sequences: list[Any], wait: bool
+        self, writer: asyncio.StreamWriter, number: int, do: Callable[[], Coroutine[Any, Any, Any]]
     ) -> None:
         with suppress(OSError):
             try:
-                inputs = [_unpacked(sequence) for sequence in sequences]
-                outputs = await self._lane.predict(self._find(*model), inputs, wait=wait)
+                answer = await do()
             except ServingError as error:
                 await _send(writer, number, None, packed(error))
             except Exception:
                 log.exception("a sequence failed")
                 await _send(writer, number, None, packed(ExecutionFailed("the sequence could not be computed")))
             else:
-                await _send(writer, number, [_packed(output) for output in outputs], None)
+                await _send(writer, number, answer, None)
 
 
 def _forget(calls: dict[int, asyncio.Task[None]], number: int, _: asyncio.Task[None]) -> None:
@@ -177,13 +256,17 @@ def _packed(array: NDArray[np.generic]) -> tuple[str, tuple[int, ...], bytes]:
 
 def _unpacked(value: tuple[str, tuple[int, ...], bytes]) -> Any:
     data_type, shape, data = value
-    return np.frombuffer(data, np.dtype(data_type)).reshape(shape)
+    return np.frombuffer(bytearray(data), np.dtype(data_type)).reshape(shape)  # a copy, for torch wants to own it
 
 
-async def _send(writer: asyncio.StreamWriter, *fields: Any) -> None:
+def _write(writer: asyncio.StreamWriter, *fields: Any) -> None:
     body: bytes = msgpack.packb(fields)
     writer.write(len(body).to_bytes(LENGTH_BYTES, "little"))
     writer.write(body)
+
+
+async def _send(writer: asyncio.StreamWriter, *fields: Any) -> None:
+    _write(writer, *fields)
     await writer.drain()
 
 

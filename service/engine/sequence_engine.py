@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 
 from service.engine.cell_scheduler import CellScheduler, Sequence, Tick
 from service.engine.sequence_network import Floats, SequenceNetwork
+
+Room: TypeAlias = Callable[[], Floats]
+"""Where the outputs of the next stage go: (steps, hidden * directions)."""
+
+NOTHING = np.empty((0, 0), np.float32)
 
 MAX_UNUSED_STEPS = 8
 """Behind the end of a sequence: a kernel's call costs as much as a few steps."""
@@ -25,6 +30,7 @@ class _Running(Sequence):
     number: int = field(kw_only=True)
     network: SequenceNetwork = field(kw_only=True)
     inputs: Floats = field(kw_only=True)
+    room: Room | None = field(kw_only=True)  # for its outputs; None = memory
     outputs: Floats = field(init=False)
     in_order: list[tuple[Floats, Floats]] = field(init=False)  # of each direction: the two as it sees them
     rows: list[Floats] = field(init=False)
@@ -34,7 +40,7 @@ class _Running(Sequence):
 
     def begin_stage(self) -> None:
         kernels, hidden = self.network.stages[self.stage], self.network.hidden_size
-        self.outputs = np.empty((self.steps, hidden * len(kernels)), np.float32)
+        self.outputs = self.room() if self.room else np.empty((self.steps, hidden * len(kernels)), np.float32)
         parts = [self.outputs[:, i * hidden : (i + 1) * hidden] for i in range(len(kernels))]
         orders = [slice(None), slice(None, None, -1)]
         self.in_order = [(self.inputs[order], part[order]) for order, part in zip(orders, parts, strict=False)]
@@ -42,7 +48,10 @@ class _Running(Sequence):
 
 
 class Ended(NamedTuple):
-    """What became of a sequence: outputs (steps, outputs), or (1, outputs) about the whole; or why it failed."""
+    """What became of a sequence: outputs (steps, outputs), or (1, outputs) about the whole; or why it failed.
+
+    Of one that was added with its room, what the last stage gave: (steps, hidden * directions).
+    """
 
     number: int
     outcome: Floats | str
@@ -71,14 +80,26 @@ class SequenceEngine:
 
     def add(self, number: int, network: SequenceNetwork, sequence: NDArray[np.generic]) -> None:
         """Begin one: (steps, features) or (steps,). Raises whatever the network does that cannot read it."""
-        running = _Running(len(sequence), network.lanes, number=number, network=network, inputs=network.read(sequence))
+        self.add_read(number, network, network.read(sequence))
+
+    def add_read(self, number: int, network: SequenceNetwork, inputs: Floats, room: Room | None = None) -> None:
+        """Begin one that the network has read: (steps, width)."""
+        running = _Running(len(inputs), network.lanes, number=number, network=network, inputs=inputs, room=room)
         self._running[number] = running
         self._scheduler.add(network, running)
+
+    def progress(self, number: int) -> tuple[int, int]:
+        """Of all steps in the lanes of its stages, those that are computed, and how many these are."""
+        running = self._running[number]
+        done = running.steps * sum(running.lanes[: running.stage]) + sum(running.done)
+        return done, running.steps * sum(running.lanes)
 
     def abandon(self, number: int) -> None:
         """Nobody wants it any more; one that has ended is none."""
         if running := self._running.pop(number, None):
             running.abandoned = True
+            running.inputs = running.outputs = NOTHING  # its lane still has it, but what it holds is free now
+            running.in_order, running.room = [], None
 
     def tick(self) -> TickDone:
         """The next one. Raises StopIteration if there is no work."""
@@ -112,7 +133,8 @@ class SequenceEngine:
                 member.begin_stage()
             else:
                 del self._running[member.number]
-                ended.append(Ended(member.number, member.network.answer(member.outputs)))
+                outcome = member.outputs if member.room else member.network.answer(member.outputs)
+                ended.append(Ended(member.number, outcome))
         return ended
 
 

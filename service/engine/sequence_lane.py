@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.executor import Floats
+from service.engine.lane_refusals import full, lost
+from service.engine.recordings import Recording, Recordings
 from service.engine.sequence_engine import Ended
 from service.engine.sequence_worker import Abandon, Begin, Forget, Load, News, Obeyed, Order, Ticked, Worker
-from service.errors import ExecutionFailed, LaneLost, QueueFull, ServingError
+from service.engine.spilled import Told
+from service.errors import ExecutionFailed, ServingError
 
 log = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 1.0
 
 
 class LaneMetrics(Protocol):
@@ -68,6 +69,13 @@ class Lane(Protocol):
         """
         ...
 
+    async def record(self, bundle: Bundle, *, wait: bool) -> Recording:
+        """One that comes in parts; to be closed. Where there are as many as may be, waits or raises QueueFull.
+
+        Also raises LaneLost, DiskFull, ExecutionFailed.
+        """
+        ...
+
     async def run(self) -> None:
         """Until cancelled."""
         ...
@@ -88,7 +96,13 @@ class SequenceLane:
     """Queues whole sequences, and sends its worker as many as there is memory for."""
 
     def __init__(
-        self, begin_worker: Callable[[], Worker], *, max_queued: int, max_batch_steps: int, metrics: LaneMetrics
+        self,
+        begin_worker: Callable[[], Worker],
+        *,
+        max_queued: int,
+        max_batch_steps: int,
+        max_recordings: int,
+        metrics: LaneMetrics,
     ) -> None:
         """`begin_worker` begins what computes them; again if that dies."""
         self._begin_worker = begin_worker
@@ -99,6 +113,7 @@ class SequenceLane:
         self._running: dict[int, _Job] = {}
         self._running_steps = 0
         self._numbers = itertools.count()
+        self._recordings = Recordings(self._send, self._numbers, max_recordings, metrics)
         self._in_flight = 0
         self._room = asyncio.Condition()
         self._worker: Worker | None = None
@@ -138,6 +153,7 @@ class SequenceLane:
                 order.set_exception(lost())
         for number in list(self._running):
             self._fail(number, lost())
+        self._recordings.worker_died()
         self._go_on()
 
     def _hear(self, news: News) -> None:
@@ -157,6 +173,8 @@ class SequenceLane:
                     self._metrics.batch(*tick)
                 for one in ended:
                     self._end(one)
+            case Told():
+                self._recordings.hear(news)
         self._go_on()
 
     def _end(self, ended: Ended) -> None:
@@ -201,6 +219,10 @@ class SequenceLane:
             self._abandon(set(jobs))
             self._go_on()
             await self._leave(len(jobs))
+
+    async def record(self, bundle: Bundle, *, wait: bool) -> Recording:
+        """As Lane has it."""
+        return await self._recordings.begin(bundle, wait=wait)
 
     async def run(self) -> None:
         """Send work, until cancelled."""
@@ -249,17 +271,3 @@ class SequenceLane:
         self._metrics.queued(self._in_flight)
         async with self._room:
             self._room.notify_all()
-
-
-def full(waiting: int, more: int, limit: int) -> QueueFull:
-    """The refusal of more sequences than may wait."""
-    return QueueFull(
-        f"{waiting} sequences wait; with {more} more there would be over {limit}",
-        retry_after_s=RETRY_AFTER_S,
-        limit=limit,
-    )
-
-
-def lost() -> LaneLost:
-    """The refusal of what the process held when it died."""
-    return LaneLost("the process that computed the sequence died", retry_after_s=RETRY_AFTER_S)

@@ -143,6 +143,7 @@ class SequenceNetwork:
         self._predictor = predictor
         spec, stack = predictor.network.spec, predictor.network.recurrent
         self.hidden_size = spec.hidden_size
+        self.answers_about_mean = spec.readout == "mean"
         self.stages = [[LaneKernel(stack, suffixes) for suffixes in lanes] for lanes in _stages(spec)]
         self.lanes = tuple(map(len, self.stages))
 
@@ -151,6 +152,12 @@ class SequenceNetwork:
         """(steps, features) or (steps,) -> what the first stage sees (steps, width)."""
         read: Floats = self._predictor.read(torch.from_numpy(sequence)).numpy()
         return read
+
+    @torch.inference_mode()
+    def read_on(self, sequence: NDArray[np.generic], last: Tensor | None) -> tuple[Floats, Tensor | None]:
+        """The same for the next steps of a sequence in parts; `last` is what the steps before them gave, or None."""
+        read, last = self._predictor.read_on(torch.from_numpy(sequence), last)
+        return read.numpy(), last
 
     @torch.inference_mode()
     def answer(self, hidden: Floats) -> Floats:

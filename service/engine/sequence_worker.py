@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,6 +28,7 @@ from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
+from service.engine.spilled import Ask, Recorder, Told
 
 QUIET_S = 0.1
 """Ticks after which no sequence has ended are told of together: hearing of one costs the service as much as a step."""
@@ -56,12 +58,12 @@ class Begin(NamedTuple):
 
 
 class Abandon(NamedTuple):
-    """A sequence that nobody wants any more."""
+    """A sequence or a recording that nobody wants any more."""
 
     number: int
 
 
-Order: TypeAlias = Load | Forget | Begin | Abandon
+Order: TypeAlias = Load | Forget | Begin | Abandon | Ask
 
 
 class Obeyed(NamedTuple):
@@ -85,7 +87,7 @@ class Ticked(NamedTuple):
     ended: list[Ended]
 
 
-News: TypeAlias = Obeyed | Ended | Ticked
+News: TypeAlias = Obeyed | Ended | Ticked | Told
 Hear: TypeAlias = Callable[[News], None]
 LoadBundle: TypeAlias = Callable[[Path], Bundle]
 
@@ -117,11 +119,20 @@ class Worker(Protocol):
 class ProcessWorker:
     """A process that computes beside this one, so that this one's event loop never waits for it."""
 
-    def __init__(self, max_tick_sequences: int, threads: int, load: LoadBundle, niceness: int) -> None:
+    def __init__(
+        self,
+        max_tick_sequences: int,
+        threads: int,
+        load: LoadBundle,
+        niceness: int = 0,
+        *,
+        spill_dir: Path | None = None,
+    ) -> None:
+        """`load` is for the bundle of a folder. Recordings are kept in `spill_dir`; None = where temporary files go."""
         context = multiprocessing.get_context("spawn")
         self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, load, niceness
+        arguments = self._orders, told, max_tick_sequences, threads, load, niceness, spill_dir
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
@@ -157,9 +168,12 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread, in a process that does nothing else."""
 
-    def __init__(self, max_tick_sequences: int, threads: int, load: LoadBundle) -> None:
+    def __init__(
+        self, max_tick_sequences: int, threads: int, load: LoadBundle, *, spill_dir: Path | None = None
+    ) -> None:
+        """As ProcessWorker has it."""
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self._settings = max_tick_sequences, threads, load
+        self._settings = max_tick_sequences, threads, load, spill_dir
 
     def listen(self, hear: Hear, died: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -190,10 +204,11 @@ def _in_process(
     threads: int,
     load: LoadBundle,
     niceness: int,
+    spill_dir: Path | None,
 ) -> None:
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(orders, told.send, max_tick_sequences, threads, load)
+    work(orders, told.send, max_tick_sequences, threads, load, spill_dir)
 
 
 def _end_with_parent() -> None:
@@ -203,10 +218,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, load: LoadBundle) -> None:
-    """Obey and compute until the end of the process. `load` is for the bundle of a folder."""
+def work(
+    orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, load: LoadBundle, spill_dir: Path | None
+) -> None:
+    """Obey and compute until the end of the process."""
     torch.set_num_threads(threads)
     engine, networks = SequenceEngine(max_tick_sequences, max_tick_steps), dict[Path, SequenceNetwork]()
+    find = partial(_find, networks, load)
+    recorder = Recorder(engine, find, tell, spill_dir)
     ticks, told_s = list[Shared](), time.monotonic()
     while True:
         while not engine or not orders.empty():
@@ -217,15 +236,23 @@ def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, load
                     networks.pop(folder, None)
                     tell(Obeyed(None))
                 case Begin() as begin:
-                    if failed := _begin(begin, engine, networks, load):
+                    if failed := _begin(begin, engine, find):
                         tell(failed)
                 case Abandon(number):
-                    engine.abandon(number)
-        tick = engine.tick()
-        ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
-        if tick.ended or not engine or time.monotonic() > told_s + QUIET_S:
-            tell(Ticked(ticks, tick.ended))
+                    recorder.abandon(number)
+                case Ask() as ask:
+                    recorder.obey(ask)
+        ended = _tick(engine, recorder, ticks)
+        if ended or not engine or time.monotonic() > told_s + QUIET_S:
+            tell(Ticked(ticks, ended))
             ticks, told_s = [], time.monotonic()
+
+
+def _tick(engine: SequenceEngine, recorder: Recorder, ticks: list[Shared]) -> list[Ended]:
+    """One more of them. A function, so that nothing here holds what has ended."""
+    tick = engine.tick()
+    ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
+    return recorder.ticked(tick.ended)
 
 
 def max_tick_steps(sequences: int) -> int:
@@ -241,17 +268,19 @@ def _load(folders: list[Path], networks: dict[Path, SequenceNetwork], load: Load
     return Obeyed(None)
 
 
+def _find(networks: dict[Path, SequenceNetwork], load: LoadBundle, folder: Path) -> SequenceNetwork:
+    if folder not in networks:  # after the death of a process that had it
+        networks[folder] = _network(load(folder))
+    return networks[folder]
+
+
 def _network(bundle: Bundle) -> SequenceNetwork:
     return SequenceNetwork(bundle.predictor, bundle.manifest.key)
 
 
-def _begin(
-    begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork], load: LoadBundle
-) -> Ended | None:
+def _begin(begin: Begin, engine: SequenceEngine, find: Callable[[Path], SequenceNetwork]) -> Ended | None:
     try:
-        if begin.folder not in networks:  # after the death of a process that had it
-            networks[begin.folder] = _network(load(begin.folder))
-        engine.add(begin.number, networks[begin.folder], begin.sequence)
+        engine.add(begin.number, find(begin.folder), begin.sequence)
     except Exception as error:
         return Ended(begin.number, repr(error))
     return None

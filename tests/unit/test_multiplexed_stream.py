@@ -33,6 +33,7 @@ LIMITS = Limits(
     max_outstanding_steps=3,
     max_sequence_steps=1,
     max_queued_sequences=1,
+    max_recording_steps=1,
     max_bulk_sequences=1,
 )
 

@@ -27,7 +27,7 @@ def process() -> Worker:
 
 
 def make_lane(metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8) -> SequenceLane:
-    return SequenceLane(worker, max_queued=max_queued, max_batch_steps=100, metrics=metrics)
+    return SequenceLane(worker, max_queued=max_queued, max_batch_steps=100, max_recordings=2, metrics=metrics)
 
 
 @pytest.fixture

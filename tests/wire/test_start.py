@@ -88,6 +88,14 @@ def test_a_missing_repository_is_refused_by_its_name(tmp_path: Path) -> None:
     assert_refused(start(model_repository=missing), "model_repository:", str(missing))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_missing_folder_for_long_sequences_is_refused_by_its_name(
+    repository: Path, tmp_path: Path, workers: int
+) -> None:
+    missing = tmp_path / "nowhere"
+    assert_refused(start(model_repository=repository, spill_dir=missing, workers=workers), "spill_dir:", str(missing))
+
+
 def test_a_damaged_bundle_is_refused_by_its_field(repository: Path, tmp_path: Path) -> None:
     shutil.copytree(repository / "text", tmp_path / "text")
     weights = tmp_path / "text" / "1" / "weights.safetensors"

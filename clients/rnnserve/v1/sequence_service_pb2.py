@@ -27,7 +27,7 @@ from rnnserve.v1 import prediction_pb2 as rnnserve_dot_v1_dot_prediction__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"rnnserve/v1/sequence_service.proto\x12\x0brnnserve.v1\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"J\n\x08Sequence\x12%\n\x06tensor\x18\x01 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"\x87\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12(\n\tsequences\x18\x03 \x03(\x0b\x32\x15.rnnserve.v1.Sequence\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\"_\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12,\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x17.rnnserve.v1.Prediction\"\x86\x01\n\x14PredictStreamRequest\x12.\n\x04open\x18\x01 \x01(\x0b\x32\x1e.rnnserve.v1.OpenPredictStreamH\x00\x12\x33\n\x08sequence\x18\x02 \x01(\x0b\x32\x1f.rnnserve.v1.IdentifiedSequenceH\x00\x42\t\n\x07request\"`\n\x11OpenPredictStream\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\"I\n\x12IdentifiedSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x08sequence\x18\x02 \x01(\x0b\x32\x15.rnnserve.v1.Sequence\"\x81\x01\n\x15PredictStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.PredictionH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xb3\x01\n\x0fSequenceService\x12\x44\n\x07Predict\x12\x1b.rnnserve.v1.PredictRequest\x1a\x1c.rnnserve.v1.PredictResponse\x12Z\n\rPredictStream\x12!.rnnserve.v1.PredictStreamRequest\x1a\".rnnserve.v1.PredictStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"rnnserve/v1/sequence_service.proto\x12\x0brnnserve.v1\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"J\n\x08Sequence\x12%\n\x06tensor\x18\x01 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"\x87\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12(\n\tsequences\x18\x03 \x03(\x0b\x32\x15.rnnserve.v1.Sequence\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\"_\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12,\n\x0bpredictions\x18\x03 \x03(\x0b\x32\x17.rnnserve.v1.Prediction\"\xb1\x01\n\x14PredictStreamRequest\x12.\n\x04open\x18\x01 \x01(\x0b\x32\x1e.rnnserve.v1.OpenPredictStreamH\x00\x12\x33\n\x08sequence\x18\x02 \x01(\x0b\x32\x1f.rnnserve.v1.IdentifiedSequenceH\x00\x12)\n\x04part\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.SequencePartH\x00\x42\t\n\x07request\"`\n\x11OpenPredictStream\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\"I\n\x12IdentifiedSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x08sequence\x18\x02 \x01(\x0b\x32\x15.rnnserve.v1.Sequence\"e\n\x0cSequencePart\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\nfirst_step\x18\x02 \x01(\x04\x12\'\n\x08sequence\x18\x03 \x01(\x0b\x32\x15.rnnserve.v1.Sequence\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\xce\x01\n\x15PredictStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12-\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.PredictionH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12)\n\x08progress\x18\x04 \x01(\x0b\x32\x15.rnnserve.v1.ProgressH\x00\x12\x12\n\nfirst_step\x18\x05 \x01(\x04\x12\x0c\n\x04more\x18\x06 \x01(\x08\x42\x08\n\x06result\"O\n\x08Progress\x12\x16\n\x0ereceived_steps\x18\x01 \x01(\x04\x12\x16\n\x0e\x63omputed_steps\x18\x02 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x04\x32\xb3\x01\n\x0fSequenceService\x12\x44\n\x07Predict\x12\x1b.rnnserve.v1.PredictRequest\x1a\x1c.rnnserve.v1.PredictResponse\x12Z\n\rPredictStream\x12!.rnnserve.v1.PredictStreamRequest\x1a\".rnnserve.v1.PredictStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREDICTRESPONSE']._serialized_start=346
   _globals['_PREDICTRESPONSE']._serialized_end=441
   _globals['_PREDICTSTREAMREQUEST']._serialized_start=444
-  _globals['_PREDICTSTREAMREQUEST']._serialized_end=578
-  _globals['_OPENPREDICTSTREAM']._serialized_start=580
-  _globals['_OPENPREDICTSTREAM']._serialized_end=676
-  _globals['_IDENTIFIEDSEQUENCE']._serialized_start=678
-  _globals['_IDENTIFIEDSEQUENCE']._serialized_end=751
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=754
-  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=883
-  _globals['_SEQUENCESERVICE']._serialized_start=886
-  _globals['_SEQUENCESERVICE']._serialized_end=1065
+  _globals['_PREDICTSTREAMREQUEST']._serialized_end=621
+  _globals['_OPENPREDICTSTREAM']._serialized_start=623
+  _globals['_OPENPREDICTSTREAM']._serialized_end=719
+  _globals['_IDENTIFIEDSEQUENCE']._serialized_start=721
+  _globals['_IDENTIFIEDSEQUENCE']._serialized_end=794
+  _globals['_SEQUENCEPART']._serialized_start=796
+  _globals['_SEQUENCEPART']._serialized_end=897
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_start=900
+  _globals['_PREDICTSTREAMRESPONSE']._serialized_end=1106
+  _globals['_PROGRESS']._serialized_start=1108
+  _globals['_PROGRESS']._serialized_end=1187
+  _globals['_SEQUENCESERVICE']._serialized_start=1190
+  _globals['_SEQUENCESERVICE']._serialized_end=1369
 # @@protoc_insertion_point(module_scope)

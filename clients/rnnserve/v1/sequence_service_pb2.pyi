@@ -129,6 +129,7 @@ class PredictStreamRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenPredictStream:
         """Begins the stream."""
@@ -137,17 +138,22 @@ class PredictStreamRequest(_message.Message):
     def sequence(self) -> Global___IdentifiedSequence:
         """One whole sequence."""
 
+    @_builtins.property
+    def part(self) -> Global___SequencePart:
+        """Some steps of a longer one."""
+
     def __init__(
         self,
         *,
         open: Global___OpenPredictStream | None = ...,
         sequence: Global___IdentifiedSequence | None = ...,
+        part: Global___SequencePart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "request", b"request", "sequence", b"sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "part", b"part", "request", b"request", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "request", b"request", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "part", b"part", "request", b"request", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "sequence"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "sequence", "part"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 
@@ -214,6 +220,46 @@ class IdentifiedSequence(_message.Message):
 Global___IdentifiedSequence: _TypeAlias = IdentifiedSequence  # noqa: Y015
 
 @_typing.final
+class SequencePart(_message.Message):
+    """Some steps in a row of a sequence. The first part begins it, the last one has it computed.
+
+    An error ends the sequence, and what is still to come of it is passed over: up to its last part, or to one whose
+    first_step is 0, which begins another sequence.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The same for all parts, and different from those in flight."""
+    first_step: _builtins.int
+    """The index of its first step in the sequence, from 0. Another than the next one is an error."""
+    last: _builtins.bool
+    """Whether the sequence ends with it. A stream that ends before is an error of that sequence."""
+    @_builtins.property
+    def sequence(self) -> Global___Sequence:
+        """At least one step, and no more than fit into a message with a whole sequence."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        first_step: _builtins.int = ...,
+        sequence: Global___Sequence | None = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "id", b"id", "last", b"last", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequencePart: _TypeAlias = SequencePart  # noqa: Y015
+
+@_typing.final
 class PredictStreamResponse(_message.Message):
     """What the server sends on a bulk stream."""
 
@@ -222,15 +268,32 @@ class PredictStreamResponse(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The id of the sequence that this is about."""
+    first_step: _builtins.int
+    """In a prediction of a sequence in parts, the index of the first step that this is about, or 0 if it is about the
+    whole of it.
+    """
+    more: _builtins.bool
+    """Whether more parts of this prediction follow."""
     @_builtins.property
     def prediction(self) -> _prediction_pb2.Prediction:
         """What the model says."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """The refusal of this sequence, with one ErrorInfo and the fitting detail."""
+        """The refusal of this sequence, with one ErrorInfo and the fitting detail. Nothing else comes about it, and parts of
+        its prediction that came before count for nothing.
+        """
+
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """How far a sequence in parts is: a few times a second while it waits for its place, is stored or is computed, also
+        where nothing has changed.
+        """
 
     def __init__(
         self,
@@ -238,13 +301,46 @@ class PredictStreamResponse(_message.Message):
         id: _builtins.int = ...,
         prediction: _prediction_pb2.Prediction | None = ...,
         error: _status_pb2.Status | None = ...,
+        progress: Global___Progress | None = ...,
+        first_step: _builtins.int = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prediction", b"prediction", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "prediction", b"prediction", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "prediction", b"prediction", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "first_step", b"first_step", "id", b"id", "more", b"more", "prediction", b"prediction", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["prediction", "error"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["prediction", "error", "progress"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___PredictStreamResponse: _TypeAlias = PredictStreamResponse  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """How far a sequence in parts is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVED_STEPS_FIELD_NUMBER: _builtins.int
+    COMPUTED_STEPS_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    received_steps: _builtins.int
+    """The steps that the server has."""
+    computed_steps: _builtins.int
+    """Of all the steps of its layers, in each direction, those that are computed."""
+    total_steps: _builtins.int
+    """How many these are; 0 until the last part is there."""
+    def __init__(
+        self,
+        *,
+        received_steps: _builtins.int = ...,
+        computed_steps: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_steps", b"computed_steps", "received_steps", b"received_steps", "total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015

@@ -61,6 +61,11 @@ class SequenceServiceServicer:
     def PredictStream(self, request_iterator, context):
         """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
         order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
+
+        A sequence that is too long for one message comes in parts, between which others may come. It is computed once its
+        last part is there, and its prediction comes in parts as well. Such sequences are few at a time: where the server has
+        as many as it may have, it reads on when one of them ends, or answers QUEUE_FULL if the stream itself has still to
+        send the rest of another one. So send one after the other, and read answers while you send.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

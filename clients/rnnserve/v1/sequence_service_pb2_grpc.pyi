@@ -38,6 +38,11 @@ class SequenceServiceStub:
     PredictStream: _grpc.StreamStreamMultiCallable[_sequence_service_pb2.PredictStreamRequest, _sequence_service_pb2.PredictStreamResponse]
     """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
     order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
+
+    A sequence that is too long for one message comes in parts, between which others may come. It is computed once its
+    last part is there, and its prediction comes in parts as well. Such sequences are few at a time: where the server has
+    as many as it may have, it reads on when one of them ends, or answers QUEUE_FULL if the stream itself has still to
+    send the rest of another one. So send one after the other, and read answers while you send.
     """
 
 @_typing.type_check_only
@@ -50,6 +55,11 @@ class SequenceServiceAsyncStub(SequenceServiceStub):
     PredictStream: _aio.StreamStreamMultiCallable[_sequence_service_pb2.PredictStreamRequest, _sequence_service_pb2.PredictStreamResponse]  # type: ignore[assignment]
     """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
     order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
+
+    A sequence that is too long for one message comes in parts, between which others may come. It is computed once its
+    last part is there, and its prediction comes in parts as well. Such sequences are few at a time: where the server has
+    as many as it may have, it reads on when one of them ends, or answers QUEUE_FULL if the stream itself has still to
+    send the rest of another one. So send one after the other, and read answers while you send.
     """
 
 class SequenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +81,11 @@ class SequenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_sequence_service_pb2.PredictStreamResponse], _abc.AsyncIterator[_sequence_service_pb2.PredictStreamResponse]]:
         """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
         order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
+
+        A sequence that is too long for one message comes in parts, between which others may come. It is computed once its
+        last part is there, and its prediction comes in parts as well. Such sequences are few at a time: where the server has
+        as many as it may have, it reads on when one of them ends, or answers QUEUE_FULL if the stream itself has still to
+        send the rest of another one. So send one after the other, and read answers while you send.
         """
 
 def add_SequenceServiceServicer_to_server(servicer: SequenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

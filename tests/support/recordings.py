@@ -1,0 +1,18 @@
+"""What is kept of sequences in parts."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def spilled_bytes(folder: Path, pid: int | str = "self") -> int:
+    """Of the files without a name that a process has in a folder: a map has its file open, too. Linux only."""
+    found: dict[int, int] = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed in between
+            if os.readlink(link).startswith(f"{folder}/"):
+                status = link.stat()
+                found[status.st_ino] = status.st_size
+    return sum(found.values())
