@@ -70,9 +70,11 @@ class SequenceEngine:
     """Runs a tick when it is told to; no queue, no thread."""
 
     def __init__(self, max_tick_sequences: int, max_tick_steps: Callable[[int], int]) -> None:
-        """The steps: of a tick with so many sequences."""
-        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(max_tick_sequences, max_tick_steps)
+        """The steps: of a tick while so many sequences are under way."""
         self._running: dict[int, _Running] = {}
+        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(
+            max_tick_sequences, lambda: max_tick_steps(len(self._running))
+        )
 
     def __bool__(self) -> bool:
         """Whether there is work."""

@@ -256,8 +256,11 @@ def _tick(engine: SequenceEngine, recorder: Recorder, ticks: list[Shared]) -> li
 
 
 def max_tick_steps(sequences: int) -> int:
-    """Of a tick of so many: the more, the longer a step takes, and the sooner the next ones should join."""
-    return min(256, max(32, 512 >> (sequences - 1).bit_length()))
+    """Of a tick while so many are under way: the more there are, the sooner the next ones should join.
+
+    Of all of them, for one that is alone in its lane would be through it before another could share its ticks.
+    """
+    return min(256, max(32, 512 >> max(0, sequences - 1).bit_length()))
 
 
 def _load(folders: list[Path], networks: dict[Path, SequenceNetwork], load: LoadBundle) -> Obeyed:
