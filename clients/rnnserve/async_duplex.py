@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -127,6 +127,8 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
             self._call = _Call(self._start, self._target, self._inbox)
         for request in turn.requests:
             self.send(request)
+        for stream in turn.streams:
+            self._call.send_each(stream)
 
     def _feed(self, inputs: Iterable[_X] | AsyncIterable[_X], ahead: int) -> "_Feeder":
         self.stop_feeding()
@@ -164,7 +166,7 @@ class _Call(Generic[_Q]):
         self.over = False  # known to have ended
         self._target = target
         self._inbox = inbox
-        self._requests: asyncio.Queue[_Q | None] = asyncio.Queue()  # None = no more
+        self._requests: asyncio.Queue[Iterable[_Q] | None] = asyncio.Queue()  # None = no more
         self._status: grpc.aio.AioRpcError
         self._call = start(self._outgoing())
         self._call.add_done_callback(self._keep_status)
@@ -172,7 +174,11 @@ class _Call(Generic[_Q]):
 
     def send(self, request: _Q | None) -> None:
         """Does not wait."""
-        self._requests.put_nowait(request)
+        self._requests.put_nowait(None if request is None else (request,))
+
+    def send_each(self, requests: Iterator[_Q]) -> None:
+        """Does not wait; each is read when it can be sent."""
+        self._requests.put_nowait(requests)
 
     def cancel(self) -> None:
         """Ends it at once."""
@@ -181,8 +187,9 @@ class _Call(Generic[_Q]):
         self._call.cancel()
 
     async def _outgoing(self) -> AsyncIterator[_Q]:
-        while (request := await self._requests.get()) is not None:
-            yield request
+        while (requests := await self._requests.get()) is not None:
+            for request in requests:
+                yield request
 
     async def _read(self) -> None:
         error: RnnserveError = ended_by_server(self._target)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from rnnserve.errors import ModelNotFound, RnnserveError, TryAgain
+from rnnserve.errors import MessageTooLarge, ModelNotFound, RnnserveError, TooManySteps, TryAgain
 from rnnserve.models import Model, Sample, model_from, samples_from
 from rnnserve.requests import checked_version, predict_request
 from rnnserve.results import Prediction, ResumePoint, prediction_from
@@ -147,7 +147,12 @@ class Calls:
     ) -> Program[list[Prediction]]:
         """One prediction for each sequence."""
         request = predict_request(model, version, inputs, options)
-        response = yield from self._call(lambda stubs: stubs.sequences.Predict, request)
+        try:
+            response = yield from self._call(lambda stubs: stubs.sequences.Predict, request)
+        except (TooManySteps, MessageTooLarge) as error:
+            error.message += "; `predict_many` sends sequences of any length, in parts where need be"
+            error.args = (error.message,)
+            raise
         return [prediction_from(prediction) for prediction in response.predictions]
 
     def health(self, model: str | None) -> Program[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 import grpc
 
-from rnnserve.bulk import Bulk, ErrorHandling, open_bulk
+from rnnserve.bulk import Bulk, ErrorHandling, OnProgress, open_bulk
 from rnnserve.calls import Call, Calls, Program
 from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.duplex import Duplex
@@ -256,6 +256,7 @@ class Client:
 
         Raises:
             InvalidArgument: one of the sequences is bad, which refuses them all; `.field` says which.
+            TooManySteps, MessageTooLarge: they do not fit into one message.
         """
         options = output_options(steps, probabilities, top_k)
         return self._run(self._calls.predict(model, version, inputs, options))
@@ -272,6 +273,7 @@ class Client:
         top_k: int = ...,
         errors: Literal["raise"] = ...,
         ahead: int = ...,
+        on_progress: OnProgress | None = ...,
     ) -> Iterator[Prediction]: ...
 
     @overload
@@ -286,6 +288,7 @@ class Client:
         top_k: int = ...,
         errors: Literal["return"],
         ahead: int = ...,
+        on_progress: OnProgress | None = ...,
     ) -> Iterator[Prediction | RnnserveError]: ...
 
     def predict_many(
@@ -299,16 +302,22 @@ class Client:
         top_k: int = 0,
         errors: ErrorHandling = "raise",
         ahead: int = 64,
+        on_progress: OnProgress | None = None,
     ) -> Iterator[Prediction | RnnserveError]:
         """A prediction for each of any number of whole sequences, in their order, as they become ready.
+
+        One that is too long for a message is sent in parts, each of which is read when it is sent: such an array may be
+        `np.load(file, mmap_mode="r")`, and is not to be changed meanwhile. The server computes few of these at a time.
 
         Args as for `predict`, and:
             inputs: read in a thread of its own, only as far as `ahead` allows.
             errors: "raise" = a sequence that is refused raises when its turn comes, with its index in `.index`;
                 "return" = it yields that exception in the place of a prediction, and the others go on.
             ahead: how many sequences are under way at most, which bounds the memory.
+            on_progress: called with the index of a sequence in parts and the share of it that is computed, from 0 to 1,
+                a few times a second.
         """
-        bulk = Bulk(errors)
+        bulk = Bulk(errors, on_progress)
         opening = open_bulk(model, version, output_options(steps, probabilities, top_k))
         return self._run_bulk(opening, bulk, inputs, ahead)
 

@@ -127,6 +127,8 @@ class Duplex(Generic[_X, _Q, _A]):
             self._call = _Call(self._start, self._target, self._inbox)
         for request in turn.requests:
             self.send(request)
+        for stream in turn.streams:
+            self._call.send_each(stream)
 
     def _feed(self, inputs: Iterable[_X], ahead: int) -> "_Feeder":
         self.stop_feeding()
@@ -161,14 +163,18 @@ class _Call(Generic[_Q]):
         self.over = False  # known to have ended
         self._target = target
         self._inbox = inbox
-        self._requests: SimpleQueue[_Q | None] = SimpleQueue()  # None = no more
+        self._requests: SimpleQueue[Iterable[_Q] | None] = SimpleQueue()  # None = no more
         self._sender: threading.Thread | None = None  # grpc's own, known once it asks for a request
         self._call = start(self._outgoing())
         self._reader = _start_thread(self._read, "rnnserve-responses")
 
     def send(self, request: _Q | None) -> None:
         """Does not wait."""
-        self._requests.put(request)
+        self._requests.put(None if request is None else (request,))
+
+    def send_each(self, requests: Iterator[_Q]) -> None:
+        """Does not wait; they are read in the thread that sends them, each when it can be sent."""
+        self._requests.put(requests)
 
     def cancel(self) -> None:
         """Ends it at once, and its threads.
@@ -184,8 +190,8 @@ class _Call(Generic[_Q]):
 
     def _outgoing(self) -> Iterator[_Q]:
         self._sender = threading.current_thread()
-        while (request := self._requests.get()) is not None:
-            yield request
+        while (requests := self._requests.get()) is not None:
+            yield from requests
 
     def _read(self) -> None:
         error: RnnserveError = ended_by_server(self._target)

@@ -3,7 +3,7 @@
 A transport hands each event to a bookkeeper and does what the turn that comes back says. Bookkeepers do no I/O.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -65,6 +65,8 @@ class Turn(Generic[_Q_co, _R_co]):
     """To begin a new call after this pause, and only then send the requests."""
     wake_after_s: float | None = None
     """To say TimePassed if nothing happens for so long."""
+    streams: Sequence[Iterator[_Q_co]] = ()
+    """To send behind the requests, each message when the server has room for it. They are not to raise."""
 
 
 def earliest(*times_s: float | None) -> float | None:

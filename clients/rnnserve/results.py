@@ -1,5 +1,6 @@
 """What calls return."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,6 +123,19 @@ def prediction_from(message: prediction_pb2.Prediction) -> Prediction:
         labels=tuple(message.labels),
         probabilities=array_from(message.probabilities) if message.HasField("probabilities") else None,
         top=tuple(_top_from(top) for top in message.top),
+    )
+
+
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """One prediction that came in parts, at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+    return Prediction(
+        outputs=np.concatenate([part.outputs for part in parts]),
+        labels=tuple(label for part in parts for label in part.labels),
+        probabilities=np.concatenate(probabilities) if probabilities else None,
+        top=tuple(top for part in parts for top in part.top),
     )
 
 

@@ -14,6 +14,7 @@ Array = npt.NDArray[np.float32]
 Input = npt.ArrayLike | str
 """What a model reads: an array or anything that NumPy makes one of, or a text."""
 
+_A_SEQUENCE_IS = "a sequence is"
 _WIRE_TYPE = np.dtype("<f4")
 _KINDS = {"U": "text", "S": "bytes", "c": "complex numbers", "M": "dates", "m": "spans of time"}
 
@@ -24,9 +25,14 @@ def steps_tensor(x: npt.ArrayLike) -> Tensor:
     return _tensor(values[np.newaxis] if values.ndim == 1 else values, "a step is (features,), several are")
 
 
-def sequence_tensor(x: npt.ArrayLike) -> Tensor:
-    """(steps, features) -> a tensor of the same shape."""
-    return _tensor(_numbers(x), "a sequence is")
+def sequence_array(x: npt.ArrayLike) -> npt.NDArray[np.generic]:
+    """(steps, features) as it is, without a copy where it is an array."""
+    return _matrix(_numbers(x), _A_SEQUENCE_IS)
+
+
+def sequence_tensor(x: npt.ArrayLike, first_step: int | None = None) -> Tensor:
+    """(steps, features) -> a tensor of the same shape; of a part, `first_step` is the index of its first step."""
+    return _tensor(_numbers(x), _A_SEQUENCE_IS, first_step)
 
 
 def rows_array(x: Input | Sequence[str], sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
@@ -79,24 +85,30 @@ def _no_step_of_each(expected: str, found: str) -> ShapeMismatch:
     return ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
 
 
-def _tensor(values: npt.NDArray[np.generic], expected: str) -> Tensor:
+def _matrix(values: npt.NDArray[np.generic], expected: str) -> npt.NDArray[np.generic]:
     if values.ndim != 2:
         message = f"{expected} (steps, features), but this has the shape {values.shape}"
         raise ShapeMismatch(message, reason="SHAPE_MISMATCH", code="INVALID_ARGUMENT")
+    return values
+
+
+def _tensor(values: npt.NDArray[np.generic], expected: str, first_step: int | None = None) -> Tensor:
+    _matrix(values, expected)
     try:
         with np.errstate(over="raise"):
             data = values.astype(_WIRE_TYPE).tobytes()
     except FloatingPointError:
-        raise _too_large(values) from None
+        raise _too_large(values, first_step) from None
     return Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=data)
 
 
-def _too_large(values: npt.NDArray[np.generic]) -> NotFinite:
+def _too_large(values: npt.NDArray[np.generic], first_step: int | None) -> NotFinite:
     with np.errstate(over="ignore"):
         step, feature = np.argwhere(np.isfinite(values) & np.isinf(values.astype(_WIRE_TYPE)))[0].tolist()
+    number, of = (step, "message") if first_step is None else (first_step + step, "sequence")
     return NotFinite(
-        f"step {step} of the message has {values[step, feature]:g} as feature {feature}, which does not fit float32",
+        f"step {number} of the {of} has {values[step, feature]:g} as feature {feature}, which does not fit float32",
         reason="NOT_FINITE",
         code="INVALID_ARGUMENT",
-        metadata={"step": str(step), "feature": str(feature)},
+        metadata={"step": str(number), "feature": str(feature)},
     )

@@ -26,9 +26,9 @@ def opened(on_notice: Callable[[Notice], object] | None = None) -> Session:
     return session
 
 
-def refusal(reason: str) -> Status:
+def refusal(reason: str, **metadata: str) -> Status:
     detail = Any()
-    detail.Pack(ErrorInfo(reason=reason, domain="rnnserve"))
+    detail.Pack(ErrorInfo(reason=reason, domain="rnnserve", metadata=metadata))
     return Status(code=3, message=reason, details=[detail])
 
 

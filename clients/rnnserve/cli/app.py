@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from rnnserve import Answer, Model, RnnserveError
 from rnnserve.cli import copies, loading, show
 from rnnserve.cli import demo as story
+from rnnserve.cli.bars import Bars
 from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
 from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options
@@ -121,22 +121,22 @@ def predict(
     model: str,
     files: Annotated[list[Path], typer.Argument(help="Each one sequence, or JSON lines of many.", metavar="FILE…")],
 ) -> None:
-    """Predict whole sequences."""
+    """Predict whole sequences, of any length."""
     options = _options(context)
     with exit_codes(), options.client() as client:
         described = client.model(model)
         recordings = [recording for file in files for recording in read_sequences(file, described)]
-        sequences = [recording.value for recording in recordings]
-        predictions = client.predict_many(model, sequences, probabilities=bool(described.labels))
-        with placed(lambda error: None if error.index is None else recordings[error.index].place(_step_of(error))):
-            for prediction in track(
-                predictions,
-                "predicting",
-                total=len(sequences),
-                console=stderr,
-                transient=True,
-                disable=len(sequences) < 2 or not stderr.is_terminal,
-            ):
+        with (
+            Bars.drawn([recording.file for recording in recordings]) as bars,
+            placed(lambda error: None if error.index is None else recordings[error.index].place(_step_of(error))),
+        ):
+            predictions = client.predict_many(
+                model,
+                [recording.value for recording in recordings],
+                probabilities=bool(described.labels),
+                on_progress=bars.show,
+            )
+            for prediction in bars.counted(predictions):
                 if options.json:
                     show.print_json(show.prediction_json(prediction, described))
                 else:

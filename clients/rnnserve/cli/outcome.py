@@ -22,7 +22,9 @@ _ADVICE: dict[type[errors.RnnserveError], str] = {
     errors.ShapeMismatch: "`rnnserve models NAME` lists the features of a step",
 }
 
-_IN_MESSAGE = re.compile(r"^step \d+ of the message has | at character \d+")  # of no use to whoever counts lines
+_IN_MESSAGE = re.compile(
+    r"^step \d+ of the (?:message|sequence) has | at character \d+"
+)  # of no use to whoever counts lines
 
 stderr = Console(stderr=True, highlight=False, markup=False)
 
