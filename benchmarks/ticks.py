@@ -29,7 +29,8 @@ from rich.progress import Progress
 from benchmarks.network import FEATURES, MODEL
 from benchmarks.processes import SERVER_CORE, on_core
 from benchmarks.report import machine, markdown
-from benchmarks.sequences import LENGTHS, Lengths, write_network
+from benchmarks.sequence_load import LENGTHS, Lengths
+from benchmarks.sequences import write_network
 from models.bundle import load_bundle
 from service.engine.sequence_engine import SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
