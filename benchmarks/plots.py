@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from benchmarks import sequence_report
+    from benchmarks.recording import Row as RecordingRow
     from benchmarks.turns import Row
 
 matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
@@ -126,5 +127,24 @@ def _legend(figure: Figure, panels: Mapping[str, Sequence[Axes]]) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_recordings(file: Path, rows: Sequence[RecordingRow]) -> None:
+    """Time on the left, memory on the right, over the length."""
+    matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    steps = [row.steps for row in rows]
+    time.plot(steps, [row.duration_s for row in rows], marker="o")
+    time.set(xscale="log", yscale="log", xlabel="steps", ylabel="s")
+    memory.plot(steps, [row.worker.anonymous_mib for row in rows], marker="o", label="worker, anonymous")
+    memory.plot(steps, [row.worker.files_mib for row in rows], marker="o", label="worker, files")
+    memory.plot(steps, [row.service.anonymous_mib + row.service.files_mib for row in rows], marker="o", label="service")
+    memory.plot(steps, [row.spilled_mib for row in rows], marker="o", linestyle=":", label="on disk")
+    memory.set(xscale="log", yscale="log", xlabel="steps", ylabel="MiB")
+    memory.legend()
+    for axes in (time, memory):
+        axes.grid(visible=True, which="both", alpha=0.2)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
 import sys
 import tempfile
 import time
@@ -261,7 +262,7 @@ def main() -> int:
         console.print(f"{name} {reason}")
     if given.into:
         asked = " ".join(
-            f"--{name.replace('_', '-')} {' '.join(map(str, getattr(given, name)))}"
+            f"--{name.replace('_', '-')} {shlex.join(map(str, getattr(given, name)))}"
             for name in ("servers", "in_flight", "lengths", "offered")
         )
         command = f"python -m benchmarks.sequences {asked} --turns {given.turns} --seconds {given.seconds:g}"

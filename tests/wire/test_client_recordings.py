@@ -2,11 +2,13 @@
 
 import asyncio
 import io
+import itertools
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ from tests.support.recordings import spilled_bytes
 from tests.support.reference import Reference, assert_close
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import eventually, random_steps
+from tests.wire.test_predict_in_parts import Bulk, part, whole
 
 LIMITS = {"max_message_bytes": 4_096, "max_sequence_steps": 100, "max_recording_steps": 60_000, "max_recordings": 2}
 LONG = 50_000
@@ -71,7 +74,7 @@ async def test_it_is_the_same_for_the_other_client(server: RunningServer, reposi
 
 
 def test_a_file_is_sent_without_being_read_into_memory(client: Client, repository: Path, tmp_path: Path) -> None:
-    values = random_steps(LONG)
+    values = random_steps(LONG // 2)
     np.save(tmp_path / "long.npy", values)
     told: list[float] = []
     (prediction,) = client.predict_many(
@@ -109,13 +112,19 @@ def test_a_long_sequence_that_is_refused_leaves_the_others_alone(client: Client)
 
 
 def test_progress_is_a_sign_of_life(server: RunningServer) -> None:
-    with Client(server.target, timeout_s=1.0) as client, Client(server.target) as other:
-        held = other.predict_many("stacked", [random_steps(LONG)] * 2)
-        answered = threading.Thread(target=list, args=(held,))
-        answered.start()  # two places are taken for seconds, so that a third one waits for longer than its timeout
-        (prediction,) = client.predict_many("stacked", [random_steps(LONG)])
-        assert len(prediction.outputs) == LONG
-        answered.join()
+    told = itertools.count(1)
+    with grpc.insecure_channel(server.target) as channel, Client(server.target, timeout_s=2.0) as client:
+        others = Bulk(channel, "stacked")
+        others.send(*(part(number, 0, random_steps(3)) for number in range(2)), whole(2, random_steps(3)))
+        others.until(lambda response: response.id == 2)  # now both places are taken
+
+        def go_on_after_the_timeout(_: int, share: float) -> None:
+            if share == 0 and next(told) == 15:  # four a second
+                others.send(*(part(number, 3, random_steps(3), last=True) for number in range(2)))
+
+        (prediction,) = client.predict_many("stacked", [random_steps(300)], on_progress=go_on_after_the_timeout)
+        assert len(prediction.outputs) == 300
+        assert next(told) > 15
 
 
 def test_a_client_that_goes_leaves_nothing_on_the_server(server: RunningServer, spill_dir: Path) -> None:

@@ -292,7 +292,7 @@ class PredictStreamResponse(_message.Message):
     @_builtins.property
     def progress(self) -> Global___Progress:
         """How far a sequence in parts is: a few times a second while it waits for its place, is stored or is computed, also
-        where nothing has changed.
+        where nothing has changed; more seldom only where what computes it is short of a processor.
         """
 
     def __init__(
