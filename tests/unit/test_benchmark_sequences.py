@@ -111,19 +111,27 @@ def test_a_client_that_is_the_bottleneck_is_marked() -> None:
 
 
 async def test_an_open_loop_offers_a_slow_server_no_less_and_nothing_else_than_a_fast_one() -> None:
-    release = asyncio.Event()
+    release, waiting, waited = asyncio.Event(), 0, 0
 
     async def at_once(values: Floats) -> bytes:
         return b""
 
     async def at_the_end(values: Floats) -> bytes:
+        nonlocal waiting
+        waiting += 1
         await release.wait()
         return b""
 
+    def let_go() -> None:
+        nonlocal waited
+        waited = waiting
+        release.set()
+
     fast = await open_loop(uniform, 20_000, 0.1, seed=3, predict=at_once)
-    asyncio.get_running_loop().call_later(0.8, release.set)
+    asyncio.get_running_loop().call_later(0.8, let_go)
     slow = await open_loop(uniform, 20_000, 0.1, seed=3, predict=at_the_end)
     assert [one.steps for one in slow.sequences] == [one.steps for one in fast.sequences]
+    assert waited == len(slow.sequences)
     assert slow.answered == []
     assert slow.unanswered == len(slow.offered) > 0
     assert fast.unanswered == 0
