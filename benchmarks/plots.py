@@ -141,7 +141,9 @@ def draw_recordings(file: Path, rows: Sequence[RecordingRow]) -> None:
     memory.plot(steps, [row.worker.anonymous_mib for row in rows], marker="o", label="worker, anonymous")
     memory.plot(steps, [row.worker.files_mib for row in rows], marker="o", label="worker, files")
     memory.plot(steps, [row.service.anonymous_mib + row.service.files_mib for row in rows], marker="o", label="service")
-    memory.plot(steps, [row.spilled_mib for row in rows], marker="o", linestyle=":", label="on disk")
+    spilled = [(row.steps, row.spilled_mib) for row in rows if row.spilled_mib]
+    if spilled:
+        memory.plot(*zip(*spilled, strict=True), marker="o", linestyle=":", label="on disk")
     memory.set(xscale="log", yscale="log", xlabel="steps", ylabel="MiB")
     memory.legend()
     for axes in (time, memory):

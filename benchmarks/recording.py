@@ -5,8 +5,8 @@
 Each length goes once through `predict_many`, which sends it whole where it fits into a message, else in parts. What
 goes in parts goes once more, and is cancelled when half of it is computed: "gone" is the time from then until the
 process that computes has none of its files any more. Memory is the most of some hundred looks a second, from
-/proc/<pid>/status:
-anonymous, and pages of files, which the kernel may take back at any time; of the service, both. Linux only.
+/proc/<pid>/status: anonymous, and pages of files, which the kernel may take back at any time; of the service, both.
+Linux only.
 """
 
 from __future__ import annotations

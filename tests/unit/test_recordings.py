@@ -226,8 +226,9 @@ async def test_a_service_that_dies_leaves_nothing_in_the_process_of_all_workers(
         assert (await storing.progress()) == (3, 0, 0)
         waiting = asyncio.create_task(far.record(stacked, wait=True))
         await until(lambda: bool(lane._recordings._places._waiters))
-    for recording in [await lane.record(stacked, wait=True), await lane.record(stacked, wait=True)]:
-        recording.close()
+    async with asyncio.timeout(10):
+        for recording in [await lane.record(stacked, wait=True), await lane.record(stacked, wait=True)]:
+            recording.close()
     await until(lambda: spilled_bytes(tmp_path) == 0)
     await refused(asyncio.wait_for(storing.store(sequence(3)), 5), LaneLost)
     for task in (computing, waiting):

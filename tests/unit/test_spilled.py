@@ -20,7 +20,7 @@ from service.engine.sequence_network import Floats, SequenceNetwork
 from service.engine.spilled import Ask, Compute, HowFar, Piece, Progress, Read, Record, Recorder, RecordingOrder, Store
 from service.errors import DiskFull, ExecutionFailed, ServingError
 from tests.support.networks import random_bundle, rules, seeds, whole_sequence_specs
-from tests.support.recordings import spilled_bytes
+from tests.support.recordings import resident_bytes, spilled_bytes
 from tests.support.reference import Reference, assert_close
 from tests.unit.test_sequence_engine import as_sent, random_sequence
 
@@ -135,6 +135,27 @@ def test_it_is_told_at_any_time_how_far_a_recording_is(asking: Asking) -> None:
     while asking.engine:
         asking.recorder.ticked(asking.engine.tick().ended)
     assert asking.ask(HowFar(0)) == Progress(10, 4 * 10, 4 * 10)
+
+
+def test_little_of_a_recording_is_in_memory_at_any_time(
+    network: SequenceNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spilled, "TICKS_BETWEEN_DROPS", 4)
+    asking = Asking(network, tmp_path, most_steps=500)
+    asking.record(0, random_steps(40_000), [15_000])
+    asking.recorder.obey(Ask(-1, Compute(0)))
+    seen = []
+    while asking.engine:
+        asking.recorder.ticked(asking.engine.tick().ended)
+        seen.append(resident_bytes(tmp_path))
+    more = True
+    while more:
+        piece = asking.ask(Read(0, 5_000, False))
+        assert isinstance(piece, Piece)
+        more = piece.more
+        seen.append(resident_bytes(tmp_path))
+    assert spilled_bytes(tmp_path) > 3_000_000
+    assert 0 < max(seen) < 1_000_000
 
 
 @pytest.mark.parametrize("ticks", [0, 5, 1_000])
