@@ -58,8 +58,9 @@ bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed i
 	$(PIP_INSTALL) --editable '.[service,training,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.peers --into docs/benchmarks
 
-bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches; ten minutes; docs/benchmarks/
-	$(BIN)/python -m benchmarks.sequences --into docs/benchmarks
+bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches and on these peers; an hour; docs/benchmarks/
+	$(PIP_INSTALL) --editable '.[service,training,dev,peers]'
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.sequences --peers --into docs/benchmarks
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import uvloop
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.network import MODEL
+from benchmarks.network import MODEL, weights_file
+from benchmarks.packed_lstm import PackedLstm
 from models.bundle import Bundle, load_bundle
 from rnnserve.v1.prediction_pb2 import Prediction
 from rnnserve.v1.sequence_service_pb2 import PredictRequest, PredictResponse
@@ -47,22 +48,6 @@ def padded(bundle: Bundle) -> Run:
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         outputs = bundle.predictor.run(pad_sequence(sequences, batch_first=True), lengths)
         return [row[:length].numpy() for row, length in zip(outputs, lengths.tolist(), strict=True)]
-
-    return run
-
-
-def packed(bundle: Bundle) -> Run:
-    """torch's own layers over a packed batch."""
-    network, spec = bundle.predictor.network, bundle.manifest.network
-    bidirectional = spec.direction == "bidirectional"
-    lstm = nn.LSTM(spec.features or 0, spec.hidden_size, spec.layers, bidirectional=bidirectional)
-    lstm.load_state_dict(network.recurrent.state_dict())
-
-    @torch.inference_mode()
-    def run(sequences: list[Tensor]) -> list[Floats]:
-        hidden, lengths = pad_packed_sequence(lstm(pack_sequence(sequences, enforce_sorted=False))[0])
-        outputs = network.output(hidden)
-        return [outputs[:length, i].numpy() for i, length in enumerate(lengths.tolist())]
 
     return run
 
@@ -100,7 +85,8 @@ class Server(SequenceServiceServicer):
                 sequences = [values for values, _ in batch]
                 outputs = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, sequences)
                 for (_, answered), output in zip(batch, outputs, strict=True):
-                    answered.set_result(output)
+                    if not answered.done():
+                        answered.set_result(output)
             self._come.clear()
 
     def _take(self) -> list[tuple[Tensor, asyncio.Future[Floats]]]:
@@ -117,8 +103,11 @@ class Server(SequenceServiceServicer):
 
 async def serve(repository: Path, kind: str) -> None:
     """Print the port and serve until killed."""
-    bundle = load_bundle(repository / MODEL / "1")
-    run = (padded if kind == "padded" else packed)(bundle)
+    run: Run
+    if kind == "padded":
+        run = padded(load_bundle(repository / MODEL / "1"))
+    else:
+        run = PackedLstm(weights_file(repository)).run
     server, servicer = grpc.aio.server(), Server(run, bucketed=kind == "bucketed")
     add_SequenceServiceServicer_to_server(servicer, server)
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)

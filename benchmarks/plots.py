@@ -1,24 +1,32 @@
-"""The plots of `make bench`."""
+"""The plots of benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from benchmarks import sequence_report
     from benchmarks.recording import Row as RecordingRow
     from benchmarks.turns import Row
+
+matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
 
 
 def plot(folder: Path, rows: dict[str, list[Row]]) -> None:
     """closed.svg and open.svg."""
-    matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
     draw(
         folder / "closed.svg",
         [*rows["closed"], *rows["multiplexed"], *rows["bare"]],
@@ -34,13 +42,91 @@ def draw(file: Path, rows: Sequence[Row], x: str, y: str, label: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in dict.fromkeys(row.label for row in rows):
         own = [row for row in rows if row.label == name]
-        xs = [getattr(row, x) for row in own]
-        axes.plot(xs, [row.median(y) for row in own], marker="o", label=name)
-        low, high = ([extreme(turn[y] for turn in row.turns) for row in own] for extreme in (min, max))
-        axes.fill_between(xs, low, high, alpha=0.15)
+        _line(axes, name, [getattr(row, x) for row in own], [[turn[y] for turn in row.turns] for row in own])
     axes.set(xscale="log", yscale="log", xlabel=x.replace("_per_s", "/s").replace("_", " "), ylabel=label)
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend()
+    _save(figure, file)
+
+
+def draw_sequences(file: Path, rows: Sequence[sequence_report.Row], bound: str) -> None:
+    """Closed loop: a panel for each distribution of lengths, a line for each server; that of `bound` is no server's."""
+    figure, panels = _panels(1, list(dict.fromkeys(row.lengths for row in rows)))
+    styles = {**_colours(row.server for row in rows if row.server != bound), bound: {"color": "grey", "ls": "--"}}
+    ticks = sorted({row.in_flight for row in rows})
+    for lengths, (axes,) in panels.items():
+        for name, style in styles.items():
+            if own := [row for row in rows if (row.server, row.lengths) == (name, lengths)]:
+                _line(axes, name, [row.in_flight for row in own], [row.sequences_per_s() for row in own], **style)
+        axes.set(xscale="log", title=f"{lengths} lengths", xlabel="sequences in flight")
+        axes.set_xticks(ticks, labels=map(str, ticks), minor=False)
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        _log_scale(axes, "sequences/s")
+    _legend(figure, panels)
+    _save(figure, file)
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """A line for each server."""
+
+    title: str
+    xlabel: str
+    ticks: Sequence[str]
+    values_ms: Mapping[str, Sequence[float]]
+    behind: Sequence[str]
+    """Servers that fall behind, whose points are hollow."""
+
+
+def draw_latencies(file: Path, columns: Mapping[str, Sequence[Latencies]]) -> None:
+    """A panel for each, as many in each column."""
+    figure, panels = _panels(max(map(len, columns.values())), list(columns))
+    styles = _colours(name for column in columns.values() for latencies in column for name in latencies.values_ms)
+    for name, column in columns.items():
+        for axes, latencies in zip(panels[name], column, strict=False):
+            for server, values_ms in latencies.values_ms.items():
+                face = "white" if server in latencies.behind else None
+                axes.plot(latencies.ticks, values_ms, marker="o", mfc=face, label=server, **styles[server])
+            axes.set(title=latencies.title, xlabel=latencies.xlabel)
+            _log_scale(axes, "latency, ms")
+    _legend(figure, panels)
+    _save(figure, file)
+
+
+def _panels(rows: int, columns: Sequence[str]) -> tuple[Figure, dict[str, list[Axes]]]:
+    """Of each column from above."""
+    size = (6 * len(columns), 4.2 * rows)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, layout="constrained", squeeze=False)
+    return figure, {name: list(axes[:, number]) for number, name in enumerate(columns)}
+
+
+def _colours(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """One for each name, in this order."""
+    return {name: {"color": f"C{number}"} for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _line(axes: Axes, name: str, xs: Sequence[float], turns: Sequence[Sequence[float]], **style: Any) -> None:
+    """Medians of the turns at each x, with the least and the most."""
+    (line,) = axes.plot(xs, [median(values) for values in turns], marker="o", label=name, **style)
+    axes.fill_between(xs, [*map(min, turns)], [*map(max, turns)], alpha=0.15, color=line.get_color())
+
+
+def _log_scale(axes: Axes, ylabel: str) -> None:
+    """With numbers at 1, 2 and 5 of each decade."""
+    axes.set(yscale="log", ylabel=ylabel)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _legend(figure: Figure, panels: Mapping[str, Sequence[Axes]]) -> None:
+    """One for all panels."""
+    lines = {line.get_label(): line for column in panels.values() for axes in column for line in axes.get_lines()}
+    figure.legend(lines.values(), map(str, lines), loc="outside right center")
+
+
+def _save(figure: Figure, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 

@@ -29,7 +29,8 @@ from rich.progress import Progress
 from benchmarks.network import FEATURES, HIDDEN_SIZE, MODEL
 from benchmarks.plots import draw_recordings
 from benchmarks.report import machine, markdown
-from benchmarks.sequences import LAYERS, write_network
+from benchmarks.sequence_report import LAYERS
+from benchmarks.sequences import write_network
 from rnnserve import Client
 from rnnserve.tensors import Array
 from tests.support.recordings import spilled_bytes

@@ -1,32 +1,37 @@
-"""`make bench-sequences`: whole sequences through a bidirectional network, against three things, in turns.
+"""`make bench-sequences`: whole sequences through a bidirectional network, beside what else there is, in turns.
 
+- rnnserve: this one; and with bfloat16 weights, which bring most where the CPU has AMX;
 - padded: those that wait are padded to the longest and computed together, as most servers do;
 - bucketed: those of like length are packed into one call of `nn.LSTM`;
-- rnnserve: this one;
+- mosec, Triton, the KServe SDK (`--peers`): the same packed call behind the batchers of the first two, and for one
+  sequence after the other behind the third, which has none; installed in build/peers, and reported as missing if one
+  cannot be installed, started or loaded;
 - products: what the matrix products alone allow: those of the inputs for all steps at once, those of the hidden values
   step by step for as many sequences as are in flight.
 
-Servers run on one core, the client on another. Closed loop: so many sequences in flight. Open loop: they come as a
-Poisson process at a share of the bucketed server's steps/s, whether or not those before are answered; latency counts
-from the moment that a sequence was due. Medians over the turns, with the least and the most; ratios within a turn.
+All serve the same weights, and the first answers of each are compared with the network's own. Servers run on one core,
+the client on another. Closed loop: so many sequences in flight. Open loop: they come as a Poisson process at a share of
+the bucketed server's steps/s, whether or not those before are answered; latency counts from the moment that a sequence
+was due. Medians over the turns, with the least and the most; ratios within a turn.
 
     python -m benchmarks.sequences --turns 2 --seconds 3
+    python -m benchmarks.sequences --servers rnnserve bucketed triton --in-flight 64 --turns 1
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -37,124 +42,48 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.network import FEATURES, HIDDEN_SIZE, MODEL, OUTPUTS, features
+from benchmarks.peers import NAMES as PEERS
+from benchmarks.peers.servers import PEERS as PEER_SERVERS
+from benchmarks.peers.servers import TORCH_INDEX, Peer, installed_peers, started_peers
 from benchmarks.processes import CLIENT_CORE, SERVER_CORE, module_server, on_core, pinned_server
-from benchmarks.report import machine, markdown
+from benchmarks.sequence_load import (
+    LENGTHS,
+    Answered,
+    Lengths,
+    Predict,
+    Turn,
+    closed_loop,
+    mean_steps,
+    open_loop,
+    predicting,
+    random_sequence,
+)
+from benchmarks.sequence_report import BFLOAT16, BUCKETED, LAYERS, OURS, PADDED, PRODUCTS, TABLES, Row, write
+from benchmarks.turns import MAX_EXTRA_S, Server
+from models.bfloat16 import MIN_PREDICTIONS, Bfloat16Loss, write_loss
 from models.recurrent import NetworkSpec
-from rnnserve.v1.sequence_service_pb2 import PredictRequest, PredictResponse, Sequence
-from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
-from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 from tests.support.bundles import manifest, write_bundle
 from tests.support.reference import Reference
 
-if TYPE_CHECKING:
-    from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceAsyncStub
+ALL_SERVERS = (OURS, BFLOAT16, PADDED, BUCKETED, *PEERS, PRODUCTS)
+CHECKED_STEPS = (50, 7, 120)
+FAILURES = (RuntimeError, OSError, grpc.RpcError)
+MOST_BEHIND = 10
+"""Turns that an open loop may take until all are answered."""
 
-LAYERS = 2
-OURS, PADDED, BUCKETED, PRODUCTS = "rnnserve", "padded", "bucketed", "products"
-SERVERS = (PADDED, BUCKETED, OURS)
-WARM_UP_S = 0.5
-LONGEST = 2_000
-CLASSES = (20, 80, 320, LONGEST)
-"""Upper bounds of the classes of lengths."""
-
-Lengths = Callable[[np.random.Generator], int]
-Ended = tuple[int, float]
-"""Steps of a sequence, and its latency in seconds."""
+Result = TypeVar("Result")
 
 
-def uniform(rng: np.random.Generator) -> int:
-    """10 to 200 steps."""
-    return int(rng.integers(10, 201))
-
-
-def heavy_tailed(rng: np.random.Generator) -> int:
-    """Log-normal: half of them have up to 40 steps, one in a hundred more than 400."""
-    return min(max(1, round(float(rng.lognormal(np.log(40), 1.0)))), LONGEST)
-
-
-LENGTHS: dict[str, Lengths] = {"uniform": uniform, "heavy-tailed": heavy_tailed}
-
-
-@dataclass
-class Row:
-    """What one server did at one load: what ended in each turn, and how long that was."""
-
-    server: str
-    lengths: str
-    in_flight: int = 0
-    share: float = 0.0  # of the bucketed server's steps/s
-    turns: list[tuple[list[Ended], float]] = field(default_factory=list)
-
-    def steps_per_s(self) -> list[float]:
-        return [sum(steps for steps, _ in ended) / seconds for ended, seconds in self.turns]
-
-    def sequences_per_s(self) -> list[float]:
-        return [len(ended) / seconds for ended, seconds in self.turns]
-
-    def latency_ms(self, percentile: float, at_least: int = 1, at_most: int = LONGEST) -> float:
-        """Of all turns, of sequences of such lengths."""
-        latencies_s = [s for ended, _ in self.turns for steps, s in ended if at_least <= steps <= at_most]
-        return float(np.percentile(latencies_s, percentile)) * 1e3 if latencies_s else float("nan")
-
-
-def ratio(over: Row, under: Row) -> float:
-    """Of steps/s, the median of the turns' ratios: the lengths differ from turn to turn."""
-    return median(a / b for a, b in zip(over.steps_per_s(), under.steps_per_s(), strict=True))
-
-
-def request_of(steps: int, rng: np.random.Generator) -> PredictRequest:
-    """A random sequence."""
-    values = rng.normal(size=(steps, FEATURES)).astype(np.float32)
-    tensor = Tensor(data_type=DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes())
-    return PredictRequest(model=MODEL, sequences=[Sequence(tensor=tensor)])
-
-
-async def _timed(stub: SequenceServiceAsyncStub, steps: int, due_s: float, rng: np.random.Generator) -> Ended:
-    await stub.Predict(request_of(steps, rng))
-    return steps, time.perf_counter() - due_s
-
-
-async def closed_loop(target: str, lengths: Lengths, in_flight: int, seconds: float, seed: int) -> list[Ended]:
-    """So many callers, each with its next sequence as soon as the last is answered; what ended in time."""
-    ended: list[Ended] = []
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = SequenceServiceStub(channel)
-        start_s = time.perf_counter() + WARM_UP_S
-
-        async def call(rng: np.random.Generator) -> None:
-            while (now_s := time.perf_counter()) < start_s + seconds:
-                one = await _timed(stub, lengths(rng), now_s, rng)
-                if start_s <= time.perf_counter() < start_s + seconds:
-                    ended.append(one)
-
-        await asyncio.gather(*(call(np.random.default_rng([seed, i])) for i in range(in_flight)))
-    return ended
-
-
-async def open_loop(target: str, lengths: Lengths, steps_per_s: float, seconds: float, seed: int) -> list[Ended]:
-    """Sequences of so many steps per second, in all, at random moments."""
-    rng = np.random.default_rng(seed)
-    mean_steps = float(np.mean([lengths(np.random.default_rng([seed, i])) for i in range(2_000)]))
-    calls = []
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = SequenceServiceStub(channel)
-        due_s = time.perf_counter() + WARM_UP_S
-        end_s = due_s + seconds
-        while due_s < end_s:
-            if (early_s := due_s - time.perf_counter()) > 0:
-                await asyncio.sleep(early_s)
-            calls.append(asyncio.create_task(_timed(stub, lengths(rng), due_s, rng)))
-            due_s += float(rng.exponential(mean_steps / steps_per_s))
-        return await asyncio.gather(*calls)
-
-
-def products_per_s(batch: int, mean_steps: float, seconds: float) -> float:
-    """Sequences per second by the matrix products alone, on the servers' core."""
+def products(batch: int, lengths: Lengths, seconds: float) -> Turn:
+    """What the matrix products alone allow, on the servers' core."""
     torch.set_num_threads(1)
     gates = 4 * HIDDEN_SIZE
-    hidden = _seconds_of(batch, HIDDEN_SIZE, gates, seconds) / batch
-    inputs = [_seconds_of(256, width, gates, seconds) / 256 for width in (FEATURES, 2 * HIDDEN_SIZE)]
-    return 1 / (mean_steps * 2 * sum(hidden + of_layer for of_layer in inputs))
+    with on_core(SERVER_CORE):
+        hidden_s = _seconds_of(batch, HIDDEN_SIZE, gates, seconds) / batch
+        inputs_s = [_seconds_of(256, width, gates, seconds) / 256 for width in (FEATURES, 2 * HIDDEN_SIZE)]
+    steps = mean_steps(lengths)
+    sequence_s = steps * 2 * sum(hidden_s + layer_s for layer_s in inputs_s)
+    return Turn([Answered(round(steps), 0.0, 0.0)] * 10_000, 10_000 * sequence_s)
 
 
 @torch.inference_mode()
@@ -173,147 +102,173 @@ def write_network(repository: Path) -> None:
         cell="lstm", direction="bidirectional", features=FEATURES, hidden_size=HIDDEN_SIZE, layers=LAYERS,
         outputs=OUTPUTS,
     )  # fmt: skip
-    write_bundle(repository, manifest(MODEL, spec, features()))
+    bundle = write_bundle(repository, manifest(MODEL, spec, features()))
+    of_bundle = bundle.manifest.manifest_sha256
+    # Random weights have nothing to lose by rounding, but a server asks for a record.
+    record = {"manifest_sha256": of_bundle, "predictions": MIN_PREDICTIONS, "float32_percent": 0, "bfloat16_percent": 0}
+    write_loss(bundle.folder, Bfloat16Loss.model_validate(record))
 
 
 @contextmanager
-def all_servers(repository: Path) -> Iterator[dict[str, str]]:
-    """Targets by name."""
+def all_servers(
+    names: Sequence[str], peers: Sequence[Peer], repository: Path, folder: Path, failed: dict[str, str]
+) -> Iterator[dict[str, Server]]:
+    """Those of such names; peers that do not start go into `failed`."""
     with ExitStack() as stack:
-        targets = {
-            kind: stack.enter_context(module_server("benchmarks.by_hand_sequences", repository, kind))[0]
-            for kind in (PADDED, BUCKETED)
-        }
-        ours = stack.enter_context(pinned_server(repository, session_store="memory", max_queued_sequences=10_000))
-        yield {**targets, OURS: ours.target}
+        servers = {}
+        for name, models in ((OURS, ""), (BFLOAT16, MODEL)):
+            if name in names:
+                ours = stack.enter_context(
+                    pinned_server(
+                        repository, session_store="memory", max_queued_sequences=10_000, bfloat16_models=models
+                    )
+                )
+                servers[name] = Server(ours.target, ours.process.pid)
+        for kind in (PADDED, BUCKETED):
+            if kind in names:
+                by_hand = module_server("benchmarks.by_hand_sequences", repository, kind)
+                servers[kind] = Server(*stack.enter_context(by_hand))
+        yield servers | stack.enter_context(started_peers(peers, "sequences", repository, folder, failed))
 
 
-def check(target: str, repository: Path) -> None:
-    """Raises AssertionError if the server's answer is not the network's."""
-    request = request_of(50, np.random.default_rng(0))
-    with grpc.insecure_channel(target) as channel:
-        response: PredictResponse = SequenceServiceStub(channel).Predict(request)
-    tensor = response.predictions[0].outputs
-    values = np.frombuffer(request.sequences[0].tensor.data, np.float32).reshape(50, FEATURES)
-    expected = Reference(repository / MODEL / "1").predict(values)
-    np.testing.assert_allclose(np.frombuffer(tensor.data, np.float32).reshape(tensor.shape), expected, atol=1e-4)
+async def check(predict: Predict, repository: Path, tolerance: float = 1e-4) -> None:
+    """Several at the same time. Raises RuntimeError if an answer is not the network's."""
+    rng, reference = np.random.default_rng(0), Reference(repository / MODEL / "1")
+    sequences = [random_sequence(steps, rng) for steps in CHECKED_STEPS]
+    for values, answer in zip(sequences, await asyncio.gather(*map(predict, sequences)), strict=True):
+        expected, outputs = reference.predict(values), np.frombuffer(answer, np.float32)
+        if outputs.size != expected.size or not np.allclose(outputs.reshape(expected.shape), expected, atol=tolerance):
+            raise RuntimeError(f"{len(values)} steps are answered with {outputs}, not {expected}")
 
 
-def measure(given: argparse.Namespace, runner: asyncio.Runner) -> list[Row]:
-    """All rows, turn by turn."""
-    closed = [Row(name, kind, n) for kind in given.lengths for n in given.in_flight for name in (*SERVERS, PRODUCTS)]
-    opened = [Row(name, kind, share=share) for kind in given.lengths for share in given.offered for name in SERVERS]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        write_network(Path(folder))
-        targets = stack.enter_context(all_servers(Path(folder)))
-        for target in targets.values():
-            check(target, Path(folder))
+async def connected(server: Server, work: Callable[[Predict], Awaitable[Result]], within_s: float) -> Result:
+    """What work with a connection of its own gives. Raises RuntimeError if the server fails it, or it takes longer."""
+    try:
+        async with asyncio.timeout(within_s), predicting(server) as predict:
+            return await work(predict)
+    except (*FAILURES, ExceptionGroup) as failure:
+        first: BaseException = failure
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        if not isinstance(first, FAILURES):
+            raise
+        said = first.details() if isinstance(first, grpc.aio.AioRpcError) else str(first)
+        raise RuntimeError(said or f"no end after {within_s:g} s") from None
+
+
+def right(servers: dict[str, Server], repository: Path, runner: asyncio.Runner, failed: dict[str, str]) -> list[str]:
+    """Names of those that answer as the network does; why peers do not goes into `failed`. Raises RuntimeError."""
+    names = []
+    for name, server in servers.items():
+        try:
+            tolerance = 0.03 if name == BFLOAT16 else 1e-4
+            checked = partial(check, repository=repository, tolerance=tolerance)
+            runner.run(connected(server, checked, MAX_EXTRA_S))
+            names.append(name)
+        except RuntimeError as reason:
+            if name not in PEERS:
+                raise
+            failed[name] = f"does not answer as it should: {reason}"
+    return names
+
+
+def measure(given: argparse.Namespace, runner: asyncio.Runner, failed: dict[str, str]) -> list[Row]:
+    """All rows, turn by turn; what fails goes into `failed`. Raises RuntimeError if nothing can."""
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder, repository = Path(temporary), Path(temporary) / "repository"
+        write_network(repository)
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        peers = installed_peers(given.servers, given.torch_index, progress, failed)
+        servers = stack.enter_context(all_servers(given.servers, peers, repository, folder, failed))
+        names = right(servers, repository, runner, failed)
+        loads = [(kind, n) for kind in given.lengths for n in given.in_flight]
+        closed = [Row(name, *load) for load in loads for name in [*names, *({PRODUCTS} & {*given.servers})]]
+        offers = [(kind, share) for kind in given.lengths for share in given.offered]
+        opened = [Row(name, kind, share=share) for kind, share in offers for name in names]
         task = progress.add_task("sequences", total=given.turns * (len(closed) + len(opened)))
         stack.enter_context(on_core(CLIENT_CORE))
+
+        def turn(row: Row, work: Callable[[Predict], Awaitable[Turn]]) -> None:
+            load = f"{row.server} at {', '.join(row.load)}"
+            if load not in failed:
+                try:
+                    most_s = MAX_EXTRA_S + MOST_BEHIND * given.seconds
+                    row.turns.append(runner.run(connected(servers[row.server], work, most_s)))
+                except RuntimeError as reason:
+                    failed[load] = f"fails: {reason}"
+
         for seed in range(given.turns):
             for row in closed:
                 lengths = LENGTHS[row.lengths]
                 if row.server == PRODUCTS:
-                    row.turns.append(_products(row, lengths, min(0.2, given.seconds)))
+                    row.turns.append(products(row.in_flight, lengths, min(0.2, given.seconds)))
                 else:
-                    loop = closed_loop(targets[row.server], lengths, row.in_flight, given.seconds, seed)
-                    row.turns.append((runner.run(loop), given.seconds))
+                    turn(row, partial(closed_loop, lengths, row.in_flight, given.seconds, seed))
                 progress.advance(task)
         for seed in range(given.turns):
             for row in opened:
-                capacity = max(
+                steps_per_s = row.share * max(
                     median(r.steps_per_s()) for r in closed if (r.server, r.lengths) == (BUCKETED, row.lengths)
                 )
-                loop = open_loop(targets[row.server], LENGTHS[row.lengths], row.share * capacity, given.seconds, seed)
-                row.turns.append((runner.run(loop), given.seconds))
+                turn(row, partial(open_loop, LENGTHS[row.lengths], steps_per_s, given.seconds, seed))
                 progress.advance(task)
-    return [*closed, *opened]
+    return [row for row in [*closed, *opened] if len(row.turns) == given.turns]
 
 
-def _products(row: Row, lengths: Lengths, seconds: float) -> tuple[list[Ended], float]:
-    rng = np.random.default_rng(0)
-    mean_steps = float(np.mean([lengths(rng) for _ in range(2_000)]))
-    with on_core(SERVER_CORE):
-        per_s = products_per_s(row.in_flight, mean_steps, seconds)
-    return [(round(mean_steps), 0.0)] * round(per_s * 100), 100.0
-
-
-def closed_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Its head and its lines."""
-    head = ["lengths", "in flight", "server", "sequences/s", "÷ products", "rnnserve ÷ it", "p50 ms", "p99 ms"]
-    by_name = {(row.lengths, row.in_flight, row.server): row for row in rows if row.in_flight}
-    lines = []
-    for (kind, n, name), row in by_name.items():
-        values = row.sequences_per_s()
-        timed = name != PRODUCTS
-        lines.append([
-            kind, str(n), name, f"{median(values):,.0f} ({min(values):,.0f}–{max(values):,.0f})",
-            f"{ratio(row, by_name[kind, n, PRODUCTS]):.2f}", f"{ratio(by_name[kind, n, OURS], row):.2f}",
-            f"{row.latency_ms(50):.1f}" if timed else "", f"{row.latency_ms(99):.1f}" if timed else "",
-        ])  # fmt: skip
-    return head, lines
-
-
-def open_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Its head and its lines."""
-    bounds = list(zip((1, *(bound + 1 for bound in CLASSES)), CLASSES, strict=False))
-    head = ["lengths", "offered ÷ bucketed", "server", "p50 ms", "p90 ms", "p99 ms"]
-    head += [f"p90 ms, {least}–{most} steps" for least, most in bounds]
-    return head, [
-        [
-            row.lengths, f"{row.share:.0%}", row.server, *(f"{row.latency_ms(p):.0f}" for p in (50, 90, 99)),
-            *(f"{row.latency_ms(90, *bound):.0f}" for bound in bounds),
-        ]
-        for row in rows if row.share
-    ]  # fmt: skip
-
-
-def write(folder: Path, rows: list[Row], command: str) -> None:
-    """sequences.json and sequences.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = [
-        {
-            "server": row.server, "lengths": row.lengths, "in_flight": row.in_flight, "share": row.share,
-            "sequences_per_s": row.sequences_per_s(), "steps_per_s": row.steps_per_s(),
-            **({} if row.server == PRODUCTS else {f"p{p}_ms": row.latency_ms(p) for p in (50, 90, 99)}),
-        }
-        for row in rows
-    ]  # fmt: skip
-    data = {"command": command, "machine": machine(), "rows": kept}
-    (folder / "sequences.json").write_text(json.dumps(data, indent=1) + "\n")
-    parts = [
-        "# What `make bench-sequences` has measured", f"`{command}` on {machine()}.",
-        f"Bidirectional LSTM of {LAYERS} layers, {FEATURES} features, {HIDDEN_SIZE} units, random weights; servers on "
-        "one core, the client on another.",
-        "## Closed loop: sequences/s, medians over the turns (least–most)", markdown(*closed_table(rows)),
-        "## Open loop: latency from the moment that a sequence was due", markdown(*open_table(rows)),
-    ]  # fmt: skip
-    (folder / "sequences.md").write_text("\n\n".join(parts) + "\n")
+def chosen() -> argparse.Namespace:
+    """What the command is to do."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sequences", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--servers", nargs="+", choices=ALL_SERVERS, default=[OURS, BFLOAT16, PADDED, BUCKETED, PRODUCTS]
+    )
+    parser.add_argument("--peers", action="store_true", help="these as well")
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--lengths", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument(
+        "--offered",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.8],
+        help="of the bucketed server's steps/s; none: no open loop",
+    )
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
+    parser.add_argument("--torch-index", default=TORCH_INDEX)
+    parser.add_argument("--into", type=Path, help="write sequences.json, sequences.md and plots there")
+    given = parser.parse_args()
+    given.servers = [name for name in ALL_SERVERS if name in given.servers or (given.peers and name in PEERS)]
+    if given.offered and BUCKETED not in given.servers:
+        parser.error(
+            f"what is offered is a share of what {BUCKETED} does: add it to --servers, or --offered without any"
+        )
+    return given
 
 
 def main() -> int:
     """See above."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sequences", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--lengths", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
-    parser.add_argument("--offered", type=float, nargs="*", default=[0.5, 0.8], help="of the bucketed server's steps/s")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
-    parser.add_argument("--into", type=Path, help="write sequences.json and sequences.md there")
-    given = parser.parse_args()
+    given, failed = chosen(), dict[str, str]()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rows = measure(given, runner)
-    for title, (head, lines) in {"closed loop": closed_table(rows), "open loop": open_table(rows)}.items():
+        rows = measure(given, runner, failed)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for title, table_of in TABLES.items():
+        head, lines = table_of(rows)
         table = Table(*head, title=title)
         for line in lines:
             table.add_row(*line)
-        Console(width=None if sys.stdout.isatty() else 180).print(table)
+        console.print(table)
+    for name, reason in failed.items():
+        console.print(f"{name} {reason}")
     if given.into:
-        write(given.into, rows, f"python -m benchmarks.sequences --turns {given.turns} --seconds {given.seconds:g}")
-    return 0
+        asked = " ".join(
+            f"--{name.replace('_', '-')} {shlex.join(map(str, getattr(given, name)))}"
+            for name in ("servers", "in_flight", "lengths", "offered")
+        )
+        command = f"python -m benchmarks.sequences {asked} --turns {given.turns} --seconds {given.seconds:g}"
+        packages = [package for peer in PEER_SERVERS if peer.name in given.servers for package in peer.packages]
+        write(given.into, rows, failed, command, packages)
+    return int(any(name not in PEERS and name.partition(" at ")[0] not in PEERS for name in failed))
 
 
 if __name__ == "__main__":

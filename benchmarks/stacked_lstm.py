@@ -14,19 +14,27 @@ State = tuple[torch.Tensor, torch.Tensor]
 """Hidden and cell state of one session, (hidden_size,) each."""
 
 
+def network_of(weights: Path) -> tuple[torch.nn.LSTM, torch.nn.Linear]:
+    """The recurrent and the output layers of a bundle's weights. From then on torch computes in one thread."""
+    torch.set_num_threads(1)
+    tensors = load_file(weights)
+    gates, features = tensors["recurrent.weight_ih_l0"].shape
+    backward = "recurrent.weight_ih_l0_reverse" in tensors
+    layers = sum(name.startswith("recurrent.weight_ih_") for name in tensors) // (1 + backward)
+    lstm = torch.nn.LSTM(features, gates // 4, layers, bidirectional=backward)
+    output = torch.nn.Linear((1 + backward) * gates // 4, len(tensors["output.bias"]))
+    for prefix, layer in (("recurrent.", lstm), ("output.", output)):
+        layer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return lstm, output
+
+
 class StackedLstm:
     """Needs torch, numpy and safetensors alone, so that it runs in the environments of other servers."""
 
     def __init__(self, weights: Path) -> None:
         """From a bundle's weights; one thread."""
-        torch.set_num_threads(1)
-        tensors = load_file(weights)
-        gates, features = tensors["recurrent.weight_ih_l0"].shape
-        self._lstm = torch.nn.LSTM(features, gates // 4)
-        self._output = torch.nn.Linear(gates // 4, len(tensors["output.bias"]))
-        for name, layer in (("recurrent.", self._lstm), ("output.", self._output)):
-            layer.load_state_dict({k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)})
-        self._start = torch.zeros(gates // 4), torch.zeros(gates // 4)
+        self._lstm, self._output = network_of(weights)
+        self._start = torch.zeros(self._lstm.hidden_size), torch.zeros(self._lstm.hidden_size)
 
     @torch.inference_mode()
     def step(self, x: np.ndarray[Any, Any], states: Sequence[State | None]) -> tuple[np.ndarray[Any, Any], list[State]]:

@@ -143,6 +143,10 @@ def ratio(over: Row, under: Row, name: str = "steps_per_s") -> float:
 
 def client(row: Row) -> str:
     """How busy the core of the busiest was."""
-    busy = row.median("client_core")
     processes = f"{row.clients} × " if row.clients > 1 else ""
-    return f"{processes}{busy:.0%}" + (" bottleneck" if busy > BOTTLENECK else "")
+    return processes + busy(row.median("client_core"))
+
+
+def busy(core: float) -> str:
+    """Such a share of a client's core, and whether it is the bottleneck."""
+    return f"{core:.0%}" + (" bottleneck" if core > BOTTLENECK else "")

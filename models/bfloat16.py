@@ -39,7 +39,6 @@ def use_bfloat16(bundle: Bundle, max_loss_points: float) -> Bfloat16Loss:
 
     Raises BundleError if it was not measured, of this very bundle and on enough predictions, or costs too much.
     """
-    check_streamable(bundle)
     loss = _measured(bundle)
     if loss.predictions < MIN_PREDICTIONS:
         raise BundleError(
@@ -56,12 +55,6 @@ def use_bfloat16(bundle: Bundle, max_loss_points: float) -> Bfloat16Loss:
         )
     bundle.predictor.network.to_bfloat16()
     return loss
-
-
-def check_streamable(bundle: Bundle) -> None:
-    """Raises BundleError: whole sequences are always computed in float32."""
-    if why_not := bundle.manifest.network.why_not_streamable:
-        raise BundleError(bundle.folder, "network", f"bfloat16 is for live steps, but {why_not}")
 
 
 def _measured(bundle: Bundle) -> Bfloat16Loss:

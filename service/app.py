@@ -286,9 +286,13 @@ class Service:
 
 
 def sequence_lane(settings: Settings, metrics: Metrics, worker: Callable[..., Worker]) -> SequenceLane:
-    """The lane for whole sequences, as it is set; `worker` begins one, given the most of a tick and its threads."""
+    """The lane for whole sequences, as it is set.
+
+    `worker` begins one, given the most sequences of a tick, its threads, what loads a bundle, and where to spill.
+    """
+    load = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points).load
     return SequenceLane(
-        partial(worker, settings.max_batch_sequences, settings.sequence_threads, spill_dir=settings.spill_dir),
+        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load, spill_dir=settings.spill_dir),
         max_queued=settings.max_queued_sequences,
         max_batch_steps=settings.max_batch_steps,
         max_recordings=settings.max_recordings,

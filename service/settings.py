@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     bfloat16_models: ModelNames = Field(
         frozenset(),
         max_length=1_000,
-        description="models whose live steps have bfloat16 weights; of each must have been "
+        description="models with bfloat16 weights; of each must have been "
         "measured by `python -m models evaluate MODEL --bfloat16` what that loses",
     )
     max_bfloat16_loss_points: float = Field(

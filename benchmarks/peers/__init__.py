@@ -1,0 +1,2 @@
+MOSEC, TRITON, KSERVE = "mosec", "triton", "kserve"
+NAMES = (MOSEC, TRITON, KSERVE)

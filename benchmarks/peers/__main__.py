@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,8 +27,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.network import weights_file, write_network
+from benchmarks.peers import NAMES
 from benchmarks.peers.report import AHEAD, HEAD, OURS, best_peers, lines_of
-from benchmarks.peers.servers import PEERS, PeerUnavailable
+from benchmarks.peers.servers import PEERS, TORCH_INDEX, Peer, installed_peers, started_peers
 from benchmarks.plots import draw
 from benchmarks.processes import module_server, pinned_server
 from benchmarks.report import machine, markdown
@@ -39,36 +39,21 @@ BY_HAND = "by hand"
 MULTIPLEXED = 256
 
 
-def installed_peers(torch_index: str, progress: Progress, failed: dict[str, str]) -> list[str]:
-    """Names of those that could be; why not goes into `failed`."""
-    task = progress.add_task("installing", total=len(PEERS))
-    for peer in PEERS:
-        progress.update(task, description=f"installing {peer.name}", advance=1)
-        try:
-            peer.install(torch_index, progress.console.print)
-        except PeerUnavailable as reason:
-            failed[peer.name] = f"cannot be installed: {reason}"
-        progress.console.print(f"{peer.name}: {failed.get(peer.name, 'installed')}")
-    return [peer.name for peer in PEERS if peer.name not in failed]
-
-
 @contextmanager
 def all_servers(
-    repository: Path, folder: Path, names: list[str], failed: dict[str, str]
+    repository: Path, folder: Path, peers: Sequence[Peer], failed: dict[str, str]
 ) -> Iterator[dict[str, Server]]:
     """By name; those that do not start go into `failed`."""
     weights = weights_file(repository)
     with ExitStack() as stack:
         ours = stack.enter_context(pinned_server(repository, session_store="memory"))
-        servers = {OURS: Server(ours.target, ours.process.pid, weights=weights)}
-        for peer in PEERS:
-            if peer.name in names:
-                try:
-                    servers[peer.name] = stack.enter_context(peer.server(repository, folder))
-                except PeerUnavailable as reason:
-                    failed[peer.name] = str(reason)
+        others = stack.enter_context(started_peers(peers, "steps", repository, folder, failed))
         by_hand = stack.enter_context(module_server("benchmarks.by_hand", weights))
-        yield {**servers, BY_HAND: Server(*by_hand, weights=weights)}
+        yield {
+            OURS: Server(ours.target, ours.process.pid, weights=weights),
+            **others,
+            BY_HAND: Server(*by_hand, weights=weights),
+        }
 
 
 def measure(given: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
@@ -77,8 +62,8 @@ def measure(given: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
         repository = Path(folder) / "repository"
         write_network(repository)
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        names = installed_peers(given.torch_index, progress, failed)
-        servers = stack.enter_context(all_servers(repository, Path(folder), names, failed))
+        peers = installed_peers(NAMES, given.torch_index, progress, failed)
+        servers = stack.enter_context(all_servers(repository, Path(folder), peers, failed))
         rows = [Row(name, streams) for streams in given.streams for name in servers]
         rows.append(Row(OURS, MULTIPLEXED, ahead=AHEAD))
         task = progress.add_task("closed loop", total=given.turns * len(rows))
@@ -119,7 +104,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    parser.add_argument("--torch-index", default=os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu"))
+    parser.add_argument("--torch-index", default=TORCH_INDEX)
     parser.add_argument("--into", type=Path, help="write peers.json, peers.md and a plot there")
     given = parser.parse_args()
     failed: dict[str, str] = {}

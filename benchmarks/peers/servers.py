@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from rich.progress import Progress
 
 from benchmarks.network import FEATURES, MODEL, OUTPUTS, weights_file
-from benchmarks.peers.streams import KSERVE, MOSEC, TRITON
+from benchmarks.peers import KSERVE, MOSEC, TRITON
 from benchmarks.processes import SERVER_CORE, on_core
 from benchmarks.turns import Server, last_line
 from tests.support.server import free_port
@@ -25,13 +27,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = PROJECT / "build" / "peers"
 COMMON_PACKAGES = ("numpy", "safetensors")
 START_UP_S = 120.0
-TRITON_CONFIG = f"""
-name: "{MODEL}"
-backend: "python"
+TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+Work = Literal["steps", "sequences"]
+TRITON_BATCHING: dict[Work, str] = {
+    "steps": f"""
 max_batch_size: 256
 input [{{ name: "x" data_type: TYPE_FP32 dims: [{FEATURES}] }}]
 output [{{ name: "y" data_type: TYPE_FP32 dims: [{OUTPUTS}] }}]
-instance_group [{{ count: 1 kind: KIND_CPU }}]
 sequence_batching {{
   max_sequence_idle_microseconds: 60000000
   oldest {{ max_candidate_sequences: 1024 }}
@@ -40,7 +42,21 @@ sequence_batching {{
     {{ name: "END" control [{{ kind: CONTROL_SEQUENCE_END int32_false_true: [0, 1] }}] }}
   ]
 }}
+""",
+    "sequences": f"""
+max_batch_size: 64
+input [{{ name: "x" data_type: TYPE_FP32 dims: [-1, {FEATURES}] allow_ragged_batch: true }}]
+output [{{ name: "y" data_type: TYPE_FP32 dims: [-1, {OUTPUTS}] }}]
+dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
+""",
+}
+TRITON_CONFIG = f"""
+name: "{MODEL}"
+backend: "python"
+instance_group [{{ count: 1 kind: KIND_CPU }}]
 """
+MOSEC_LIMITS = ("--timeout", "120000", "--capacity", "10000")
+"""Milliseconds and requests: those of its default refuse what waits long in a benchmark's open loop."""
 
 
 class PeerUnavailable(Exception):
@@ -62,8 +78,8 @@ class Peer:
 
     name: str
     packages: tuple[str, ...]
-    command: Callable[[Path, Path, Path], Command]
-    """Of the environment, the repository of bundles, and a folder to write to."""
+    command: Callable[[Work, Path, Path, Path], Command]
+    """For such work; of the environment, the repository of bundles, and a folder to write to."""
 
     @property
     def environment(self) -> Path:
@@ -90,11 +106,11 @@ class Peer:
         done.write_text(packages)
 
     @contextmanager
-    def server(self, repository: Path, folder: Path) -> Iterator[Server]:
-        """Ended with the block. Raises PeerUnavailable."""
+    def server(self, work: Work, repository: Path, folder: Path) -> Iterator[Server]:
+        """For such work, ended with the block. Raises PeerUnavailable."""
         log = folder / f"{self.name}.log"
         try:
-            command = self.command(self.environment, repository, folder)
+            command = self.command(work, self.environment, repository, folder)
         except OSError as error:
             raise PeerUnavailable(f"lacks a file: {error}") from None
         variables = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", **command.variables}
@@ -135,22 +151,23 @@ def _module(environment: Path, module: str, *arguments: object) -> list[str]:
     return [str(environment / "bin" / "python"), "-m", module, *map(str, arguments)]
 
 
-def mosec(environment: Path, repository: Path, _: Path) -> Command:
+def mosec(work: Work, environment: Path, repository: Path, _: Path) -> Command:
     """HTTP; its own batcher."""
     port = free_port()
     arguments = _module(environment, "benchmarks.peers.mosec_server", "--address", "127.0.0.1", "--port", port)
-    return Command(arguments, port, {"WEIGHTS": str(weights_file(repository))})
+    variables = {"WORK": work, "WEIGHTS": str(weights_file(repository))}
+    return Command([*arguments, *(MOSEC_LIMITS if work == "sequences" else ())], port, variables)
 
 
-def kserve(environment: Path, repository: Path, _: Path) -> Command:
+def kserve(work: Work, environment: Path, repository: Path, _: Path) -> Command:
     """The SDK's own gRPC server."""
     port, http_port = free_port(), free_port()
-    arguments = _module(environment, "benchmarks.peers.kserve_server", weights_file(repository), port, http_port)
+    arguments = _module(environment, "benchmarks.peers.kserve_server", work, weights_file(repository), port, http_port)
     return Command(arguments, port, {})
 
 
-def triton(environment: Path, repository: Path, folder: Path) -> Command:
-    """Its binary from nvidia-pytriton with the Python backend, sequences batched by the strategy `oldest`."""
+def triton(work: Work, environment: Path, repository: Path, folder: Path) -> Command:
+    """Its binary from nvidia-pytriton with the Python backend; batches sessions' steps by the strategy `oldest`."""
     (packages,) = environment.glob("lib/python3*/site-packages")
     binaries = folder / "tritonserver"
     shutil.copytree(packages / "pytriton" / "tritonserver", binaries)
@@ -159,8 +176,8 @@ def triton(environment: Path, repository: Path, folder: Path) -> Command:
     shutil.copy(stub, binaries / "backends" / "python")
     model = folder / "models" / MODEL
     (model / "1").mkdir(parents=True)
-    (model / "config.pbtxt").write_text(TRITON_CONFIG)
-    shutil.copy(Path(__file__).parent / "triton_model.py", model / "1" / "model.py")
+    (model / "config.pbtxt").write_text(TRITON_CONFIG + TRITON_BATCHING[work])
+    shutil.copy(Path(__file__).parent / f"triton_{work}.py", model / "1" / "model.py")
     shutil.copy(weights_file(repository), model / "1")
     grpc_port, http_port = free_port(), free_port()
     arguments = [
@@ -182,3 +199,32 @@ PEERS = (
     Peer(TRITON, ("nvidia-pytriton==0.7.0",), triton),
     Peer(KSERVE, ("kserve==0.21.0",), kserve),
 )
+
+
+def installed_peers(names: Container[str], torch_index: str, progress: Progress, failed: dict[str, str]) -> list[Peer]:
+    """Those of such names that can be; why others cannot goes into `failed`."""
+    wanted = [peer for peer in PEERS if peer.name in names]
+    task = progress.add_task("installing", total=len(wanted))
+    for peer in wanted:
+        progress.update(task, description=f"installing {peer.name}", advance=1)
+        try:
+            peer.install(torch_index, progress.console.print)
+        except PeerUnavailable as reason:
+            failed[peer.name] = f"cannot be installed: {reason}"
+        progress.console.print(f"{peer.name}: {failed.get(peer.name, 'installed')}")
+    return [peer for peer in wanted if peer.name not in failed]
+
+
+@contextmanager
+def started_peers(
+    peers: Sequence[Peer], work: Work, repository: Path, folder: Path, failed: dict[str, str]
+) -> Iterator[dict[str, Server]]:
+    """By name; why others do not start goes into `failed`."""
+    with ExitStack() as stack:
+        servers = {}
+        for peer in peers:
+            try:
+                servers[peer.name] = stack.enter_context(peer.server(work, repository, folder))
+            except PeerUnavailable as reason:
+                failed[peer.name] = str(reason)
+        yield servers

@@ -32,13 +32,24 @@ class Confusion(NamedTuple):
 
 @torch.no_grad()
 def streamed_outputs(predictor: Predictor, recordings: Sequence[Recording]) -> list[Tensor]:
-    """For each recording (steps, outputs): the answer after every step, as a stream gives it."""
+    """For each recording (steps, outputs): the answer after every step, as a stream gives it.
+
+    A network that answers about a whole sequence does so about each beginning of the recording.
+    """
+    if predictor.network.spec.readout != "each_step":
+        return [_about_beginnings(predictor, torch.from_numpy(recording.values)) for recording in recordings]
     outputs: list[Tensor] = []
     for group in batches(recordings, 64):
         batch = pad(group)
         answers = predictor.run(batch.values, batch.lengths)
         outputs += [row[:length] for row, length in zip(answers, batch.lengths.tolist(), strict=True)]
     return outputs
+
+
+def _about_beginnings(predictor: Predictor, values: Tensor) -> Tensor:
+    """(steps, features) -> (steps, outputs)."""
+    steps = len(values)
+    return predictor.run(values.expand(steps, *values.shape), torch.arange(1, steps + 1))
 
 
 def measure_live(predictor: Predictor, recordings: Sequence[Recording], settling_steps: int = 0) -> Live:

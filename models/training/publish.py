@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.bfloat16 import Bfloat16Loss, check_streamable, write_loss
+from models.bfloat16 import Bfloat16Loss, write_loss
 from models.bundle import load_bundle, save_bundle
 from models.manifest import Manifest, Output, Quality, Repeats, Sample
 from models.tasks.task import Recordings, Run, Split, Task
@@ -77,12 +77,11 @@ def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Man
 
 
 def measure_bfloat16(task: Task, repository: Path = REPOSITORY) -> Bfloat16Loss:
-    """What bfloat16 weights lose over all answers that live streams of the held-out recordings get; kept beside them.
+    """What bfloat16 weights lose over all answers about held-out recordings and their beginnings; kept beside them.
 
     Raises BundleError or DataError.
     """
     bundle = load_bundle(repository / task.name / str(VERSION))
-    check_streamable(bundle)
     recordings = test_recordings(task)
     exact = measure_live(bundle.predictor, recordings)
     bundle.predictor.network.to_bfloat16()

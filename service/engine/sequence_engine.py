@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -19,6 +19,9 @@ Room: TypeAlias = Callable[[], Floats]
 
 NOTHING = np.empty((0, 0), np.float32)
 
+MAX_UNUSED_STEPS = 8
+"""Behind the end of a sequence: a kernel's call costs as much as a few steps."""
+
 
 @dataclass(eq=False, slots=True)
 class _Running(Sequence):
@@ -29,6 +32,7 @@ class _Running(Sequence):
     inputs: Floats = field(kw_only=True)
     room: Room | None = field(kw_only=True)  # for its outputs; None = memory
     outputs: Floats = field(init=False)
+    in_order: list[tuple[Floats, Floats]] = field(init=False)  # of each direction: the two as it sees them
     rows: list[Floats] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -37,6 +41,9 @@ class _Running(Sequence):
     def begin_stage(self) -> None:
         kernels, hidden = self.network.stages[self.stage], self.network.hidden_size
         self.outputs = self.room() if self.room else np.empty((self.steps, hidden * len(kernels)), np.float32)
+        parts = [self.outputs[:, i * hidden : (i + 1) * hidden] for i in range(len(kernels))]
+        orders = [slice(None), slice(None, None, -1)]
+        self.in_order = [(self.inputs[order], part[order]) for order, part in zip(orders, parts, strict=False)]
         self.rows = [np.zeros(kernel.row_size, np.float32) for kernel in kernels]
 
 
@@ -62,9 +69,12 @@ class TickDone(NamedTuple):
 class SequenceEngine:
     """Runs a tick when it is told to; no queue, no thread."""
 
-    def __init__(self, max_tick_sequences: int, max_tick_steps: int) -> None:
-        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(max_tick_sequences, max_tick_steps)
+    def __init__(self, max_tick_sequences: int, max_tick_steps: Callable[[int], int]) -> None:
+        """The steps: of a tick while so many sequences are under way."""
         self._running: dict[int, _Running] = {}
+        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(
+            max_tick_sequences, lambda: max_tick_steps(len(self._running))
+        )
 
     def __bool__(self) -> bool:
         """Whether there is work."""
@@ -91,7 +101,7 @@ class SequenceEngine:
         if running := self._running.pop(number, None):
             running.abandoned = True
             running.inputs = running.outputs = NOTHING  # its lane still has it, but what it holds is free now
-            running.room = None
+            running.in_order, running.room = [], None
 
     def tick(self) -> TickDone:
         """The next one. Raises StopIteration if there is no work."""
@@ -134,21 +144,34 @@ class SequenceEngine:
 def _step(tick: Tick[SequenceNetwork, _Running]) -> None:
     """The next steps of each, from its inputs and state to its outputs and state."""
     (network, stage, direction), members, steps = tick
-    kernel, hidden = network.stages[stage][direction], network.hidden_size
-    inputs = np.empty((steps, len(members), members[0].inputs.shape[1]), np.float32)
-    for i, member in enumerate(members):
-        part = _in_order(member.inputs, direction)[member.done[direction] :][:steps]
-        inputs[: len(part), i] = part
-        inputs[len(part) :, i] = 0
-    rows = np.stack([member.rows[direction] for member in members])
-    outputs, new_rows = (t.numpy() for t in kernel.run(torch.from_numpy(inputs), torch.from_numpy(rows)))
-    columns = slice(direction * hidden, (direction + 1) * hidden)
-    for i, member in enumerate(members):
-        part = _in_order(member.outputs, direction)[member.done[direction] :, columns][:steps]
-        part[:] = outputs[: len(part), i]
-        member.rows[direction] = new_rows[i]
+    kernel = network.stages[stage][direction]
+    members = sorted(members, key=lambda member: member.done[direction] - member.steps)
+    rows = torch.from_numpy(np.stack([member.rows[direction] for member in members]))
+    for first, end, going in _runs([member.steps - member.done[direction] for member in members], steps):
+        parts = [
+            [values[member.done[direction] :][first:end] for values in member.in_order[direction]]
+            for member in members[:going]
+        ]
+        inputs = np.empty((end - first, going, members[0].inputs.shape[1]), np.float32)
+        for i, (own, _) in enumerate(parts):
+            inputs[: len(own), i] = own
+            inputs[len(own) :, i] = 0
+        outputs, rows = kernel.run(torch.from_numpy(inputs), rows[:going])
+        computed = outputs.numpy()
+        for i, (_, own) in enumerate(parts):
+            own[:] = computed[: len(own), i]
+    for member, row in zip(members, rows.numpy(), strict=False):  # those that have ended need none
+        member.rows[direction] = row
 
 
-def _in_order(values: Floats, direction: int) -> Floats:
-    """As the direction sees them: a view."""
-    return values[::-1] if direction else values
+def _runs(left: list[int], steps: int) -> Iterator[tuple[int, int, int]]:
+    """First step, end, and how many sequences go on so far: those that end leave after some steps without use.
+
+    `left` says how many steps each has, the most first.
+    """
+    first = 0
+    while first < steps:
+        going = sum(own > first for own in left)
+        end = min(-(-left[going - 1] // MAX_UNUSED_STEPS) * MAX_UNUSED_STEPS, steps)
+        yield first, end, going
+        first = end

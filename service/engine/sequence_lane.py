@@ -29,6 +29,8 @@ from service.errors import ExecutionFailed, ServingError
 
 log = logging.getLogger(__name__)
 
+LOOK_AHEAD = 64  # sequences in the queue, for one that is short enough
+
 
 class LaneMetrics(Protocol):
     """Where whole sequences are counted."""
@@ -112,6 +114,7 @@ class SequenceLane:
         self._queue: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
         self._running_steps = 0
+        self._passed_steps = 0  # of those that have passed the first in the queue
         self._numbers = itertools.count()
         self._recordings = Recordings(self._send, self._numbers, max_recordings, metrics)
         self._in_flight = 0
@@ -168,8 +171,9 @@ class SequenceLane:
                     obeyed.set_exception(error)
             case Ended():
                 self._end(news)
-            case Ticked(model, sequences, duration_s, ended):
-                self._metrics.batch(model, sequences, duration_s)
+            case Ticked(ticks, ended):
+                for tick in ticks:
+                    self._metrics.batch(*tick)
                 for one in ended:
                     self._end(one)
             case Told():
@@ -244,17 +248,26 @@ class SequenceLane:
             self._send(Abandon(number))
 
     def _go_on(self) -> None:
-        """Send as many as there is memory for, in order; a longer one goes alone."""
-        while self._queue and self._open:
-            job = self._queue[0]
+        """Send those for which there is memory: in order, but that short ones pass the first for which there is none.
+
+        No more steps pass it than may be under way; it goes alone if it is longer than that.
+        """
+        place = 0
+        while place < min(len(self._queue), LOOK_AHEAD) and self._open:
+            job = self._queue[place]
+            steps = len(job.sequence)
             if not job.result.done():
-                steps = self._running_steps + len(job.sequence)
-                if self._running and steps > self._max_batch_steps:
+                if place and self._passed_steps + steps > self._max_batch_steps:
                     return
+                if self._running and self._running_steps + steps > self._max_batch_steps:
+                    place += 1
+                    continue
+                self._passed_steps = self._passed_steps + steps if place else 0
                 number = next(self._numbers)
-                self._running[number], self._running_steps = job, steps
+                self._running[number] = job
+                self._running_steps += steps
                 self._send(Begin(number, job.bundle.folder, job.sequence))
-            self._queue.popleft()
+            del self._queue[place]
 
     async def _enter(self, count: int, *, wait: bool) -> None:
         async with self._room:

@@ -16,6 +16,8 @@ from models.recurrent import CELL_STEPS, NetworkSpec, RecurrentStack, Values, li
 
 Floats = NDArray[np.float32]
 LSTM_MODE = 2  # of torch.mkldnn_rnn_layer
+LARGE_BYTES, FEW = 2 * 2**20, range(2, 9)
+"""Weights that leave a core's cache at each step, and how many sequences then pay for it; as measured."""
 
 
 class LayerKernel(Protocol):
@@ -46,26 +48,70 @@ class CellLayer:
         return torch.stack(outputs), values
 
 
+class LstmSteps:
+    """An LSTM layer as CellLayer has it, with its few operations in place; products may be bfloat16."""
+
+    def __init__(self, stack: RecurrentStack, suffix: str) -> None:
+        self._weight_ih = self._sigmoids_first(_weight(stack, f"weight_ih_{suffix}"))
+        self._weight_hh = self._sigmoids_first(_weight(stack, f"weight_hh_{suffix}")).t().contiguous()
+        self._bias = self._sigmoids_first(_weight(stack, f"bias_ih_{suffix}") + _weight(stack, f"bias_hh_{suffix}"))
+        self.weight_bytes = self._weight_ih.nbytes + self._weight_hh.nbytes
+
+    @staticmethod
+    def _sigmoids_first(rows: Tensor) -> Tensor:
+        """The candidate's rows to the end."""
+        input_gate, forget_gate, candidate, output_gate = rows.chunk(4)
+        return torch.cat([input_gate, forget_gate, output_gate, candidate])
+
+    def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
+        size = self._weight_hh.shape[0]
+        gates_of_steps = linear(inputs, self._weight_ih, self._bias)
+        outputs = inputs.new_empty(*inputs.shape[:2], size)
+        h, c = values[0], values[1].clone()
+        product, rounded_h = self._weight_hh.new_empty(len(h), 4 * size), self._weight_hh.new_empty(h.shape)
+        for gates, output in zip(gates_of_steps.unbind(), outputs.unbind(), strict=True):
+            torch.mm(rounded_h.copy_(h), self._weight_hh, out=product)
+            gates += product
+            sigmoids, candidate = gates[:, : 3 * size].sigmoid_(), gates[:, 3 * size :].tanh_()
+            input_gate, forget_gate, output_gate = sigmoids.chunk(3, dim=1)
+            c.mul_(forget_gate).addcmul_(input_gate, candidate)
+            h = torch.mul(output_gate, torch.tanh(c, out=candidate), out=output)
+        return outputs, (h, c)
+
+
 class OneDnnLstm:
-    """An LSTM layer by oneDNN, with weights in its own layout."""
+    """An LSTM layer by oneDNN, with weights in its own layout; where they are bfloat16, so is the state."""
 
     def __init__(self, stack: RecurrentStack, suffix: str) -> None:
         """Raises RuntimeError where torch or the processor has no such kernel."""
         self._hidden_size = stack.spec.hidden_size
         weight_ih, weight_hh = _weight(stack, f"weight_ih_{suffix}"), _weight(stack, f"weight_hh_{suffix}")
+        self._type = weight_ih.dtype
         self._weights = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight(
             weight_ih, weight_hh, self._hidden_size, False, True, False, [16, 16, weight_ih.shape[1]]
         )
-        self._biases = _weight(stack, f"bias_ih_{suffix}"), _weight(stack, f"bias_hh_{suffix}")
+        self._biases = [_weight(stack, f"bias_{kind}_{suffix}").to(self._type) for kind in ("ih", "hh")]
         zero = torch.zeros(1, self._hidden_size)
         self.run(torch.zeros(1, 1, weight_ih.shape[1]), (zero, zero))
 
     def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
         outputs, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
-            inputs, *self._weights, *self._biases, *values,
+            inputs.to(self._type), *self._weights, *self._biases, *(value.to(self._type) for value in values),
             False, [], LSTM_MODE, self._hidden_size, 1, True, False, False, False,
         )  # fmt: skip
-        return outputs, (h.view_as(values[0]), c.view_as(values[1]))
+        return outputs.float(), (h.view_as(values[0]).float(), c.view_as(values[1]).float())
+
+
+class LargeLstm:
+    """For a few sequences oneDNN reads the input's weights anew at each step, which costs most where they are large."""
+
+    def __init__(self, few: LstmSteps, others: OneDnnLstm) -> None:
+        self._few = few
+        self._others = others
+
+    def run(self, inputs: Tensor, values: Values) -> tuple[Tensor, Values]:
+        layer = self._few if inputs.shape[1] in FEW else self._others
+        return layer.run(inputs, values)
 
 
 class LaneKernel:
@@ -128,12 +174,14 @@ def _stages(spec: NetworkSpec) -> list[list[list[str]]]:
 
 
 def _layer(stack: RecurrentStack, suffix: str) -> LayerKernel:
-    if stack.spec.cell == "lstm" and stack.spec.transition_layers == 1:
-        try:
-            return OneDnnLstm(stack, suffix)
-        except (RuntimeError, AttributeError):
-            pass
-    return CellLayer(stack, suffix)
+    if stack.spec.cell != "lstm" or stack.spec.transition_layers > 1:
+        return CellLayer(stack, suffix)
+    steps = LstmSteps(stack, suffix)
+    try:
+        one_dnn = OneDnnLstm(stack, suffix)
+    except (RuntimeError, AttributeError):
+        return steps
+    return LargeLstm(steps, one_dnn) if steps.weight_bytes > LARGE_BYTES else one_dnn
 
 
 def _weight(stack: RecurrentStack, name: str) -> Tensor:

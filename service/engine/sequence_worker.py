@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -23,13 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import load_bundle
+from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
 from service.engine.spilled import Ask, Recorder, Told
 
-TICK_STEPS = 32
+QUIET_S = 0.1
+"""Ticks after which no sequence has ended are told of together: hearing of one costs the service as much as a step."""
 
 OF_THE_PARENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that a terminal or a service manager sends to all processes at once; when to end is for the parent to say."""
@@ -70,17 +72,24 @@ class Obeyed(NamedTuple):
     error: Exception | None
 
 
-class Ticked(NamedTuple):
-    """So many sequences of a model shared a tick; and those that ended with it."""
+class Shared(NamedTuple):
+    """So many sequences of a model shared a tick."""
 
     model: ModelKey
     sequences: int
     duration_s: float
+
+
+class Ticked(NamedTuple):
+    """What ticks there were since the last news of this kind, and the sequences that ended with them."""
+
+    ticks: list[Shared]
     ended: list[Ended]
 
 
 News: TypeAlias = Obeyed | Ended | Ticked | Told
 Hear: TypeAlias = Callable[[News], None]
+LoadBundle: TypeAlias = Callable[[Path], Bundle]
 
 
 class Orders(Protocol):
@@ -111,13 +120,19 @@ class ProcessWorker:
     """A process that computes beside this one, so that this one's event loop never waits for it."""
 
     def __init__(
-        self, max_tick_sequences: int, threads: int, niceness: int = 0, *, spill_dir: Path | None = None
+        self,
+        max_tick_sequences: int,
+        threads: int,
+        load: LoadBundle,
+        niceness: int = 0,
+        *,
+        spill_dir: Path | None = None,
     ) -> None:
-        """Recordings are kept in `spill_dir`; None = where temporary files go."""
+        """`load` is for the bundle of a folder. Recordings are kept in `spill_dir`; None = where temporary files go."""
         context = multiprocessing.get_context("spawn")
         self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, niceness, spill_dir
+        arguments = self._orders, told, max_tick_sequences, threads, load, niceness, spill_dir
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
@@ -153,10 +168,12 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread, in a process that does nothing else."""
 
-    def __init__(self, max_tick_sequences: int, threads: int, *, spill_dir: Path | None = None) -> None:
+    def __init__(
+        self, max_tick_sequences: int, threads: int, load: LoadBundle, *, spill_dir: Path | None = None
+    ) -> None:
         """As ProcessWorker has it."""
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self._settings = max_tick_sequences, threads, spill_dir
+        self._settings = max_tick_sequences, threads, load, spill_dir
 
     def listen(self, hear: Hear, died: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -185,12 +202,13 @@ def _in_process(
     told: Connection,
     max_tick_sequences: int,
     threads: int,
+    load: LoadBundle,
     niceness: int,
     spill_dir: Path | None,
 ) -> None:
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(orders, told.send, max_tick_sequences, threads, spill_dir)
+    work(orders, told.send, max_tick_sequences, threads, load, spill_dir)
 
 
 def _end_with_parent() -> None:
@@ -200,56 +218,72 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def work(orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, spill_dir: Path | None) -> None:
+def work(
+    orders: Orders, tell: Hear, max_tick_sequences: int, threads: int, load: LoadBundle, spill_dir: Path | None
+) -> None:
     """Obey and compute until the end of the process."""
     torch.set_num_threads(threads)
-    engine, networks = SequenceEngine(max_tick_sequences, TICK_STEPS), dict[Path, SequenceNetwork]()
-    recorder = Recorder(engine, partial(_find, networks), tell, spill_dir)
+    engine, networks = SequenceEngine(max_tick_sequences, max_tick_steps), dict[Path, SequenceNetwork]()
+    find = partial(_find, networks, load)
+    recorder = Recorder(engine, find, tell, spill_dir)
+    ticks, told_s = list[Shared](), time.monotonic()
     while True:
         while not engine or not orders.empty():
             match orders.get():
                 case Load(folders):
-                    tell(_load(folders, networks))
+                    tell(_load(folders, networks, load))
                 case Forget(folder):
                     networks.pop(folder, None)
                     tell(Obeyed(None))
                 case Begin() as begin:
-                    if failed := _begin(begin, engine, networks):
+                    if failed := _begin(begin, engine, find):
                         tell(failed)
                 case Abandon(number):
                     recorder.abandon(number)
                 case Ask() as ask:
                     recorder.obey(ask)
-        _tick(engine, recorder, tell)
+        ended = _tick(engine, recorder, ticks)
+        if ended or not engine or time.monotonic() > told_s + QUIET_S:
+            tell(Ticked(ticks, ended))
+            ticks, told_s = [], time.monotonic()
 
 
-def _tick(engine: SequenceEngine, recorder: Recorder, tell: Hear) -> None:
+def _tick(engine: SequenceEngine, recorder: Recorder, ticks: list[Shared]) -> list[Ended]:
+    """One more of them. A function, so that nothing here holds what has ended."""
     tick = engine.tick()
-    tell(Ticked(tick.network.model, tick.sequences, tick.duration_s, recorder.ticked(tick.ended)))
+    ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
+    return recorder.ticked(tick.ended)
 
 
-def _load(folders: list[Path], networks: dict[Path, SequenceNetwork]) -> Obeyed:
+def max_tick_steps(sequences: int) -> int:
+    """Of a tick while so many are under way: the more there are, the sooner the next ones should join.
+
+    Of all of them, for one that is alone in its lane would be through it before another could share its ticks.
+    """
+    return min(256, max(32, 512 >> max(0, sequences - 1).bit_length()))
+
+
+def _load(folders: list[Path], networks: dict[Path, SequenceNetwork], load: LoadBundle) -> Obeyed:
     try:
-        networks.update({folder: _network(folder) for folder in folders})
+        networks.update({folder: _network(load(folder)) for folder in folders})
     except Exception as error:
         return Obeyed(error)
     return Obeyed(None)
 
 
-def _find(networks: dict[Path, SequenceNetwork], folder: Path) -> SequenceNetwork:
+def _find(networks: dict[Path, SequenceNetwork], load: LoadBundle, folder: Path) -> SequenceNetwork:
     if folder not in networks:  # after the death of a process that had it
-        networks[folder] = _network(folder)
+        networks[folder] = _network(load(folder))
     return networks[folder]
 
 
-def _network(folder: Path) -> SequenceNetwork:
-    bundle = load_bundle(folder)
+def _network(bundle: Bundle) -> SequenceNetwork:
     return SequenceNetwork(bundle.predictor, bundle.manifest.key)
 
 
-def _begin(begin: Begin, engine: SequenceEngine, networks: dict[Path, SequenceNetwork]) -> Ended | None:
+def _begin(begin: Begin, engine: SequenceEngine, find: Callable[[Path], SequenceNetwork]) -> Ended | None:
     try:
-        engine.add(begin.number, _find(networks, begin.folder), begin.sequence)
+        engine.add(begin.number, find(begin.folder), begin.sequence)
     except Exception as error:
         return Ended(begin.number, repr(error))
     return None

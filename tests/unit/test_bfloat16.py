@@ -11,12 +11,16 @@ from models.bundle import Bundle, BundleError, load_bundle
 from models.manifest import ModelKey
 from models.tasks import TASKS
 from models.tasks.task import Recordings, Run, Split, Task
+from models.training.measure import streamed_outputs
 from models.training.publish import REPOSITORY, measure_bfloat16
 from models.training.publish import test_recordings as held_out
 from models.training.sequences import Recording, batches, pad
 from service.catalog.catalog import Bfloat16, CatalogError, load_catalog
+from service.engine.sequence_engine import SequenceEngine
+from service.engine.sequence_network import SequenceNetwork
 from service.engine.step_kernel import StepKernel
 from tests.support.bundles import write_test_repository
+from tests.support.reference import Reference, assert_close
 
 
 @pytest.fixture
@@ -95,9 +99,20 @@ def test_a_record_that_is_none_is_refused_in_one_line(repository: Path, change: 
     assert "\n" not in str(refusal.value)
 
 
-def test_a_network_that_does_not_stream_is_refused(repository: Path) -> None:
-    with pytest.raises(BundleError, match=r"network: bfloat16 is for live steps, but a bidirectional network"):
-        use_bfloat16(measured(repository / "bidirectional" / "1"), 10.0)
+def test_a_network_that_does_not_stream_may_have_bfloat16_weights_for_whole_sequences(repository: Path) -> None:
+    bundle = measured(repository / "bidirectional" / "1")
+    use_bfloat16(bundle, 0.5)
+    assert is_bfloat16(bundle)
+
+
+def test_a_network_that_answers_about_the_whole_is_measured_on_every_beginning_of_a_recording() -> None:
+    bundle = load_bundle(REPOSITORY / "speaker-bidirectional" / "1")
+    (recording,) = [Recording(np.asarray(bundle.samples[0], np.float32), label=0)]
+    (outputs,) = streamed_outputs(bundle.predictor, [recording])
+    reference = Reference(bundle.folder)
+    assert len(outputs) == len(recording.values)
+    for steps, output in enumerate(outputs.numpy(), start=1):
+        assert_close(output[None], reference.predict(recording.values[:steps]))
 
 
 def test_a_catalog_has_bfloat16_weights_in_all_versions_of_the_models_that_are_named_and_in_no_other(
@@ -154,8 +169,8 @@ def holding_out(task: Task, recordings: Recordings) -> Task:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", ["speaker", "activity"])
-def test_the_networks_that_stream_lose_less_than_is_allowed_in_live_steps_too(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["speaker", "activity", "speaker-bidirectional"])
+def test_the_networks_lose_less_than_is_allowed_in_live_steps_and_in_whole_sequences(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name / "1"
     folder.mkdir(parents=True)
     for file in ("manifest.json", "weights.safetensors", "samples"):
@@ -164,8 +179,31 @@ def test_the_networks_that_stream_lose_less_than_is_allowed_in_live_steps_too(na
     assert loss.predictions >= MIN_PREDICTIONS
     (bundle,) = load_catalog(tmp_path, bfloat16=Bfloat16(frozenset({name}), 0.5))
     assert is_bfloat16(bundle)
-    right = [live_steps_right(bundle, group) for group in batches(held_out(TASKS[name]), 64)]
-    assert 100 * sum(right) / loss.predictions == pytest.approx(loss.bfloat16_percent, abs=0.05)
+    recordings = held_out(TASKS[name])
+    assert 100 * whole_sequences_right(bundle, recordings) / loss.predictions == pytest.approx(
+        loss.bfloat16_percent, abs=0.1
+    )
+    if bundle.manifest.network.streamable:
+        right = [live_steps_right(bundle, group) for group in batches(recordings, 64)]
+        assert 100 * sum(right) / loss.predictions == pytest.approx(loss.bfloat16_percent, abs=0.05)
+
+
+def whole_sequences_right(bundle: Bundle, recordings: Recordings) -> int:
+    """How many answers of the engine, about the steps of each, or about each beginning of it."""
+    network, engine = SequenceNetwork(bundle.predictor, bundle.manifest.key), SequenceEngine(64, lambda _: 32)
+    labels: list[int] = []
+    for recording in recordings:
+        each_step = bundle.manifest.network.readout == "each_step"
+        ends = [len(recording.values)] if each_step else range(1, len(recording.values) + 1)
+        for end in ends:
+            engine.add(len(labels), network, recording.values[:end])
+            labels.append(recording.label)
+    right = 0
+    while engine:
+        for number, outputs in engine.tick().ended:
+            assert not isinstance(outputs, str)
+            right += int((outputs.argmax(axis=1) == labels[number]).sum())
+    return right
 
 
 @torch.no_grad()

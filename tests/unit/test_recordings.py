@@ -31,7 +31,7 @@ def make_lane(worker: Callable[[], Worker]) -> SequenceLane:
 
 @pytest.fixture
 def lane(tmp_path: Path) -> SequenceLane:
-    return make_lane(lambda: ThreadWorker(4, 1, spill_dir=tmp_path))
+    return make_lane(lambda: ThreadWorker(4, 1, load_bundle, spill_dir=tmp_path))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def workers() -> list[ProcessWorker]:
 @pytest.fixture
 def process_lane(workers: list[ProcessWorker], tmp_path: Path) -> Iterator[SequenceLane]:
     def begin() -> Worker:
-        workers.append(ProcessWorker(4, 1, spill_dir=tmp_path))
+        workers.append(ProcessWorker(4, 1, load_bundle, spill_dir=tmp_path))
         return workers[-1]
 
     lane = make_lane(begin)

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.manifest import ModelKey
-from models.predictor import Predictor
 from models.recurrent import NetworkSpec
 from service.engine.sequence_engine import Ended, SequenceEngine
-from service.engine.sequence_network import CellLayer, Floats, OneDnnLstm, SequenceNetwork
+from service.engine.sequence_network import CellLayer, Floats, LstmSteps, OneDnnLstm, SequenceNetwork
 from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.reference import Reference, assert_close
 
@@ -60,7 +59,7 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(folder, spec, rule, seed)
         reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
-        engine = SequenceEngine(most, steps)
+        engine = SequenceEngine(most, lambda _: steps)
         sequences = [random_sequence(spec, rule, count, rng) for count, _ in comings]
         found: dict[int, Floats] = {}
         for number, (sequence, (_, ticks)) in enumerate(zip(sequences, comings, strict=True)):
@@ -77,18 +76,19 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
 
 
 def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> None:
-    engine, network = SequenceEngine(8, 4), lstm(layers=1)
+    engine, network = SequenceEngine(8, lambda _: 4), lstm(layers=1)
     rng = np.random.default_rng(0)
     good = [rng.normal(size=(steps, 3)).astype(np.float32) for steps in (9, 5)]
     engine.add(0, network, good[0])
     engine.add(1, network, rng.normal(size=(6, 3)).astype(np.float32))
     engine.add(2, network, good[1])
-    engine._running[1].inputs = np.zeros((6, 2), np.float32)  # no longer as wide as its neighbours
+    wrong = engine._running[1]
+    wrong.in_order = [(np.zeros((6, 2), np.float32), outputs) for _, outputs in wrong.in_order]  # not as wide
     ended = to_the_end(engine)
     assert [end.number for end in ended if isinstance(end.outcome, str)] == [1]
     found = answers([end for end in ended if end.number != 1])
     for number, sequence in ((0, good[0]), (2, good[1])):
-        alone = SequenceEngine(1, 100)
+        alone = SequenceEngine(1, lambda _: 100)
         alone.add(number, network, sequence)
         assert_close(found[number], answers(to_the_end(alone))[number])
 
@@ -99,15 +99,35 @@ def lstm(layers: int) -> SequenceNetwork:
         return SequenceNetwork(random_bundle(folder, spec, "refuse", seed=0).predictor, MODEL)
 
 
-def test_both_kernels_of_an_lstm_layer_give_the_same() -> None:
+@pytest.mark.parametrize("kernel", [LstmSteps, OneDnnLstm])
+@pytest.mark.parametrize(("is_bfloat16", "tolerance"), [(False, 1e-5), (True, 0.02)])
+def test_all_kernels_of_an_lstm_layer_give_the_same(
+    kernel: type[LstmSteps | OneDnnLstm], is_bfloat16: bool, tolerance: float
+) -> None:
     spec = NetworkSpec(cell="lstm", features=3, hidden_size=16, outputs=2)
     with tempfile.TemporaryDirectory() as folder:
-        predictor: Predictor = random_bundle(folder, spec, "refuse", seed=1).predictor
+        network = random_bundle(folder, spec, "refuse", seed=1).predictor.network
+    if is_bfloat16:
+        network.to_bfloat16()
     inputs, values = torch.randn(7, 5, 3), (torch.randn(5, 16), torch.randn(5, 16))
     with torch.inference_mode():
         try:
-            fast = OneDnnLstm(predictor.network.recurrent, "l0").run(inputs, values)
+            fast = kernel(network.recurrent, "l0").run(inputs, values)
         except RuntimeError:
             pytest.skip("this processor has no such kernel")
-        plain = CellLayer(predictor.network.recurrent, "l0").run(inputs, values)
-    torch.testing.assert_close(fast, plain)
+        plain = CellLayer(network.recurrent, "l0").run(inputs, values)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+
+
+def test_a_large_lstm_gives_the_same_to_few_sequences_as_to_many() -> None:
+    spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=256, layers=2, outputs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(folder, spec, "refuse", seed=0)
+        reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
+        sequences = [np.random.default_rng(i).normal(size=(20 + i, 3)).astype(np.float32) for i in range(12)]
+        for together in (1, 3, 12):
+            engine = SequenceEngine(together, lambda _: 16)
+            for number, sequence in enumerate(sequences):
+                engine.add(number, network, sequence)
+            for number, found in answers(to_the_end(engine)).items():
+                assert_close(found, reference.predict(sequences[number]))

@@ -11,19 +11,20 @@ import pytest
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, BundleError, load_bundle
+from service.engine.sequence_engine import Ended
 from service.engine.sequence_lane import SequenceLane
-from service.engine.sequence_worker import ProcessWorker, ThreadWorker, Worker
+from service.engine.sequence_worker import Begin, News, Order, ProcessWorker, ThreadWorker, Worker
 from service.errors import ExecutionFailed, LaneLost, QueueFull
 from tests.support.fakes import CountingMetrics
 from tests.support.reference import Reference, assert_close
 
 
 def thread() -> Worker:
-    return ThreadWorker(4, 1)
+    return ThreadWorker(4, 1, load_bundle)
 
 
 def process() -> Worker:
-    return ProcessWorker(4, 1, niceness=0)
+    return ProcessWorker(4, 1, load_bundle, niceness=0)
 
 
 def make_lane(metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8) -> SequenceLane:
@@ -132,6 +133,65 @@ async def test_no_more_steps_are_under_way_than_may_be_but_for_a_longer_sequence
     assert {sequences for _, sequences in batches(metrics)} <= {1, 2}
 
 
+class HeldWorker:
+    """Ends a sequence when it is told to."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Begin] = []
+
+    def listen(self, hear: Callable[[News], None], died: Callable[[], None]) -> None:
+        self._hear = hear
+
+    def send(self, order: Order) -> None:
+        if isinstance(order, Begin):
+            self.under_way.append(order)
+
+    def lengths(self) -> list[int]:
+        return [len(begun.sequence) for begun in self.under_way]
+
+    def finish(self, steps: int) -> list[int]:
+        """One of so many steps; who is under way then."""
+        begun = self.under_way.pop(self.lengths().index(steps))
+        self._hear(Ended(begun.number, np.zeros((1, 2), np.float32)))
+        return self.lengths()
+
+    def end(self) -> None:
+        pass
+
+
+async def test_short_sequences_pass_a_long_one_without_memory_but_not_for_ever(vanilla: Bundle) -> None:
+    worker = HeldWorker()
+    lane = make_lane(CountingMetrics(), lambda: worker)  # 100 steps at a time
+    answers = send(lane, vanilla, *[sequence(steps) for steps in (60, 70, 39, 61, 20, 99)])
+    await settle()
+    async with running(lane):
+        await settle()
+        assert worker.lengths() == [60, 39]
+        assert worker.finish(39) == [60, 20]  # 61 has no room, 20 has
+        assert worker.finish(60) == [20, 70]  # the first in the queue, as soon as there is room
+        assert worker.finish(20) == [70]
+        assert worker.finish(70) == [61]
+        assert worker.finish(61) == [99]
+        worker.finish(99)
+        await answers
+
+
+async def test_no_more_steps_pass_a_long_sequence_than_may_be_under_way(vanilla: Bundle) -> None:
+    worker = HeldWorker()
+    lane = make_lane(CountingMetrics(), lambda: worker)
+    answers = send(lane, vanilla, *[sequence(steps) for steps in (10, 200, 50, 49, 30)])
+    await settle()
+    async with running(lane):
+        await settle()
+        assert worker.lengths() == [10, 50, 30]
+        assert worker.finish(50) == [10, 30]  # there is room for 49, but 129 steps would have passed
+        assert worker.finish(30) == [10]
+        assert worker.finish(10) == [200]
+        assert worker.finish(200) == [49]
+        worker.finish(49)
+        await answers
+
+
 async def test_a_full_queue_refuses_and_says_when_to_come_back(lane: SequenceLane, vanilla: Bundle) -> None:
     held = send(lane, vanilla, *[sequence(2)] * 7)
     await settle()
@@ -218,7 +278,7 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
     workers: list[ProcessWorker] = []
 
     def begin() -> Worker:
-        workers.append(ProcessWorker(4, 1, niceness=0))
+        workers.append(ProcessWorker(4, 1, load_bundle, niceness=0))
         return workers[-1]
 
     lane = make_lane(CountingMetrics(), begin)
@@ -241,7 +301,7 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
 
 
 async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
-    worker = ProcessWorker(4, 1, niceness=0)
+    worker = ProcessWorker(4, 1, load_bundle, niceness=0)
     lane = make_lane(CountingMetrics(), lambda: worker)
     await lane.warm_up([vanilla.folder])
     os.kill(worker.pid, signal.SIGSTOP)

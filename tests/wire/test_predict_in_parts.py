@@ -24,7 +24,7 @@ from tests.support.server import RunningServer, start_server
 from tests.support.wire import TIMEOUT_S, Refusal, array, eventually, random_steps, sequence
 
 Responses = dict[int, list[pb.PredictStreamResponse]]
-LONG = 20_000
+LONG, HIDDEN_SIZE = 20_000, 96  # together a second of work
 LIMITS: dict[str, Any] = {"max_sequence_steps": LONG, "max_recording_steps": 3 * LONG, "max_recordings": 2}
 
 
@@ -32,7 +32,7 @@ LIMITS: dict[str, Any] = {"max_sequence_steps": LONG, "max_recording_steps": 3 *
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a bidirectional network that answers about each step."""
     repository = write_test_repository(tmp_path_factory.mktemp("repository"))
-    spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=6, layers=2, outputs=4)
+    spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=HIDDEN_SIZE, layers=2, outputs=4)
     write_bundle(repository, manifest("tagger", spec, features(3, missing_values="hold_last"), labels=LABELS))
     return repository
 
@@ -260,7 +260,7 @@ def test_a_cancelled_call_leaves_no_files(server: RunningServer, channel: grpc.C
     bulk = Bulk(channel, "tagger")
     bulk.send(*parts(1, random_steps(2 * LONG), LONG), part(2, 0, random_steps(9)))
     bulk.until_computing(1)
-    assert spilled_bytes(spill_dir, server.lane_pid()) > 2 * LONG * 12 * 4
+    assert spilled_bytes(spill_dir, server.lane_pid()) > 2 * LONG * 2 * HIDDEN_SIZE * 4
     bulk.call.cancel()
     eventually(lambda: spilled_bytes(spill_dir, server.lane_pid()) == 0)
     assert list(spill_dir.iterdir()) == []
