@@ -258,7 +258,7 @@ def test_one_that_finds_no_place_waits_and_hears_that_it_does(channel: grpc.Chan
 
 def test_a_cancelled_call_leaves_no_files(server: RunningServer, channel: grpc.Channel, spill_dir: Path) -> None:
     bulk = Bulk(channel, "tagger")
-    bulk.send(*parts(1, random_steps(2 * LONG), LONG), part(2, 0, random_steps(9)))
+    bulk.send(part(2, 0, random_steps(9)), *parts(1, random_steps(2 * LONG), LONG))
     bulk.until_computing(1)
     assert spilled_bytes(spill_dir, server.lane_pid()) > 2 * LONG * 2 * HIDDEN_SIZE * 4
     bulk.call.cancel()
@@ -271,7 +271,7 @@ def test_a_worker_that_dies_loses_those_that_it_had_and_the_stream_goes_on(
     server: RunningServer, channel: grpc.Channel
 ) -> None:
     bulk = Bulk(channel, "tagger")
-    bulk.send(*parts(1, random_steps(2 * LONG), LONG), part(2, 0, random_steps(9)))
+    bulk.send(part(2, 0, random_steps(9)), *parts(1, random_steps(2 * LONG), LONG))
     bulk.until_computing(1)
     os.kill(server.lane_pid(), signal.SIGKILL)
     lost = bulk.until(lambda response: response.HasField("error"))
