@@ -131,9 +131,29 @@ def _save(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
+def draw_ticks(
+    file: Path,
+    steps: Sequence[str],
+    per_s: Mapping[str, Sequence[float]],
+    p90_ms: Mapping[str, Sequence[float]],
+    p90_label: str,
+) -> None:
+    """Over the steps of a tick: sequences/s on the left, p90 on the right, a line for each load."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, lines in ((left, per_s), (right, p90_ms)):
+        for load, values in lines.items():
+            axes.plot(steps, values, marker="o", label=load)
+        axes.set(xlabel="steps of a tick")
+        axes.tick_params(axis="x", rotation=45)
+        axes.grid(visible=True, alpha=0.2)
+        axes.legend()
+    left.set(ylabel="sequences/s", ylim=(0, None))
+    right.set(ylabel=p90_label, yscale="log")
+    _save(figure, file)
+
+
 def draw_recordings(file: Path, rows: Sequence[RecordingRow]) -> None:
     """Time on the left, memory on the right, over the length."""
-    matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
     figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     steps = [row.steps for row in rows]
     time.plot(steps, [row.duration_s for row in rows], marker="o")
@@ -148,5 +168,4 @@ def draw_recordings(file: Path, rows: Sequence[RecordingRow]) -> None:
     memory.legend()
     for axes in (time, memory):
         axes.grid(visible=True, which="both", alpha=0.2)
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    _save(figure, file)

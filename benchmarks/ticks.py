@@ -17,16 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use("svg")
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.network import FEATURES, MODEL
+from benchmarks.plots import draw_ticks
 from benchmarks.processes import SERVER_CORE, on_core
 from benchmarks.report import machine, markdown
 from benchmarks.sequence_load import LENGTHS, Lengths
@@ -38,10 +35,12 @@ from service.engine.sequence_worker import max_tick_steps
 
 SERVED = "as served"
 Steps = Callable[[int], int]
+"""Of a tick while so many sequences are under way."""
+Figures = dict[str, list[float]]
 
 
 def always(steps: int) -> Steps:
-    """However many share a tick."""
+    """However many are under way."""
     return lambda _: steps
 
 
@@ -94,8 +93,8 @@ class Load:
         return latencies_s
 
 
-def measure(network: SequenceNetwork, turns: int, seconds: float) -> tuple[list[list[str]], dict[str, list[float]]]:
-    """Lines of a table, and the figures of each kind of ticks: sequences/s by UNDER_WAY, p90 in ms by LENGTHS."""
+def measure(network: SequenceNetwork, turns: int, seconds: float) -> tuple[Figures, Figures]:
+    """For each kind of ticks in turn: sequences/s, by how many are under way, and p90 in ms, by the lengths."""
     closed = {(name, n): list[float]() for name in STEPS for n in UNDER_WAY}
     opened = {(name, kind): list[float]() for name in STEPS for kind in LENGTHS}
     with Progress(console=Console(stderr=True)) as progress:
@@ -111,33 +110,10 @@ def measure(network: SequenceNetwork, turns: int, seconds: float) -> tuple[list[
                     latencies_s = Load(network, steps, lengths, turn).opened(rate, seconds)
                     opened[name, kind].append(float(np.percentile(latencies_s, 90)) * 1e3)
                     progress.advance(task)
-    figures = {
-        name: [
-            *(median(closed[name, n]) for n in UNDER_WAY),
-            *(median(opened[name, kind]) for kind in LENGTHS),
-        ]
-        for name in STEPS
-    }
-    return [[name, *(f"{value:,.0f}" for value in values)] for name, values in figures.items()], figures
-
-
-def plot(file: Path, figures: dict[str, list[float]]) -> None:
-    """Throughput by the steps of a tick, and the time that nine of ten sequences take at most."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = list(figures)
-    for i, n in enumerate(UNDER_WAY):
-        left.plot(names, [figures[name][i] for name in names], marker="o", label=f"{n} under way")
-    for i, kind in enumerate(LENGTHS, start=len(UNDER_WAY)):
-        right.plot(names, [figures[name][i] for name in names], marker="o", label=kind)
-    left.set(ylabel="sequences/s", ylim=(0, None))
-    right.set(ylabel=f"p90, ms, at {SHARE:.0%} of the capacity", yscale="log")
-    for axes in (left, right):
-        axes.set(xlabel="steps of a tick")
-        axes.tick_params(axis="x", rotation=45)
-        axes.grid(visible=True, alpha=0.2)
-        axes.legend()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    return (
+        {f"{n} under way": [median(closed[name, n]) for name in STEPS] for n in UNDER_WAY},
+        {kind: [median(opened[name, kind]) for name in STEPS] for kind in LENGTHS},
+    )
 
 
 def main() -> None:
@@ -153,13 +129,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, on_core(SERVER_CORE):
         write_network(Path(folder))
         bundle = load_bundle(Path(folder) / MODEL / "1")
-        lines, figures = measure(SequenceNetwork(bundle.predictor, bundle.manifest.key), given.turns, given.seconds)
-    head = ["steps of a tick", *(f"sequences/s, {n} under way" for n in UNDER_WAY), *(f"p90 ms, {k}" for k in LENGTHS)]
-    table = markdown(head, lines)
+        per_s, p90_ms = measure(SequenceNetwork(bundle.predictor, bundle.manifest.key), given.turns, given.seconds)
+    head = ["steps of a tick", *(f"sequences/s, {load}" for load in per_s), *(f"p90 ms, {kind}" for kind in p90_ms)]
+    columns = zip(STEPS, *per_s.values(), *p90_ms.values(), strict=True)
+    table = markdown(head, [[name, *(f"{value:,.0f}" for value in values)] for name, *values in columns])
     print(table)
     if given.into:
-        matplotlib.rcParams["svg.hashsalt"] = "rnnserve"
-        plot(given.into / "ticks.svg", figures)
+        given.into.mkdir(parents=True, exist_ok=True)
+        draw_ticks(given.into / "ticks.svg", list(STEPS), per_s, p90_ms, f"p90, ms, at {SHARE:.0%} of the capacity")
         command = f"python -m benchmarks.ticks --turns {given.turns} --seconds {given.seconds:g}"
         parts = [f"`{command}` on {machine()}: medians over the turns.", table, "![](ticks.svg)"]
         (given.into / "ticks.md").write_text("# How many steps a tick should take\n\n" + "\n\n".join(parts) + "\n")

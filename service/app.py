@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import grpc
 import torch
@@ -41,7 +42,7 @@ from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
-from service.engine.sequence_worker import ProcessWorker, Worker
+from service.engine.sequence_worker import LoadBundle, ProcessWorker, Worker
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
 from service.sessions.checkpoints import Checkpointer
@@ -285,14 +286,16 @@ class Service:
             await self.health.set(name, SERVING if part.available else NOT_SERVING)
 
 
-def sequence_lane(settings: Settings, metrics: Metrics, worker: Callable[..., Worker]) -> SequenceLane:
+def sequence_lane(
+    settings: Settings, metrics: Metrics, worker: Callable[[int, int, LoadBundle, Path | None], Worker]
+) -> SequenceLane:
     """The lane for whole sequences, as it is set.
 
     `worker` begins one, given the most sequences of a tick, its threads, what loads a bundle, and where to spill.
     """
     load = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points).load
     return SequenceLane(
-        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load, spill_dir=settings.spill_dir),
+        partial(worker, settings.max_batch_sequences, settings.sequence_threads, load, settings.spill_dir),
         max_queued=settings.max_queued_sequences,
         max_batch_steps=settings.max_batch_steps,
         max_recordings=settings.max_recordings,

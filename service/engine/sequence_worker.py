@@ -124,15 +124,15 @@ class ProcessWorker:
         max_tick_sequences: int,
         threads: int,
         load: LoadBundle,
-        niceness: int = 0,
-        *,
         spill_dir: Path | None = None,
+        *,
+        niceness: int = 0,
     ) -> None:
         """`load` is for the bundle of a folder. Recordings are kept in `spill_dir`; None = where temporary files go."""
         context = multiprocessing.get_context("spawn")
         self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, load, niceness, spill_dir
+        arguments = self._orders, told, max_tick_sequences, threads, load, spill_dir, niceness
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
@@ -168,9 +168,7 @@ class ProcessWorker:
 class ThreadWorker:
     """A thread, in a process that does nothing else."""
 
-    def __init__(
-        self, max_tick_sequences: int, threads: int, load: LoadBundle, *, spill_dir: Path | None = None
-    ) -> None:
+    def __init__(self, max_tick_sequences: int, threads: int, load: LoadBundle, spill_dir: Path | None = None) -> None:
         """As ProcessWorker has it."""
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._settings = max_tick_sequences, threads, load, spill_dir
@@ -203,8 +201,8 @@ def _in_process(
     max_tick_sequences: int,
     threads: int,
     load: LoadBundle,
-    niceness: int,
     spill_dir: Path | None,
+    niceness: int,
 ) -> None:
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -177,8 +177,8 @@ def test_predict_says_what_to_use_for_what_is_too_long(client: Client, steps: in
 def test_the_command_predicts_a_long_file_with_a_bar(
     server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(outcome, "stderr", screen)
+    screen = io.StringIO()
+    monkeypatch.setattr(outcome, "stderr", Console(file=screen, force_terminal=True, width=100))
     header = "feature 0,feature 1,feature 2\n"
     np.savetxt(tmp_path / "hour.csv", random_steps(LONG), delimiter=",", header=header.strip(), comments="")
     (tmp_path / "bad.csv").write_text(header + "1,2,3\n" * 450 + "1,2,nan\n")
@@ -189,7 +189,7 @@ def test_the_command_predicts_a_long_file_with_a_bar(
 
     code, printed = run("bidirectional", str(tmp_path / "hour.csv"))
     assert (code, printed.split("\t")[0] in {"yes", "no"}) == (0, True)
-    assert "hour.csv" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "hour.csv" in screen.getvalue()
     code, printed = run("vanilla", str(tmp_path / "bad.csv"))
     assert (code, printed) == (1, "")
-    assert f"{tmp_path / 'bad.csv'}, line 452" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{tmp_path / 'bad.csv'}, line 452" in screen.getvalue()
