@@ -13,7 +13,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -31,31 +30,20 @@ from benchmarks.sequences import write_network
 from models.bundle import load_bundle
 from service.engine.sequence_engine import SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
-from service.engine.sequence_worker import max_tick_steps
+from service.engine.sequence_worker import MAX_TICK_STEPS
 
-SERVED = "as served"
-Steps = Callable[[int], int]
-"""Of a tick while so many sequences are under way."""
 Figures = dict[str, list[float]]
 
 
-def always(steps: int) -> Steps:
-    """However many are under way."""
-    return lambda _: steps
-
-
-STEPS: dict[str, Steps] = {
-    **{str(steps): always(steps) for steps in (1, 4, 8, 16, 32, 64, 128, 256)},
-    "to the end": always(sys.maxsize),
-    SERVED: max_tick_steps,
-}
+STEPS = {**{str(steps): steps for steps in (1, 4, 8, 16, 32, 64, 128, 256)}, "to the end": sys.maxsize}
+SERVED = str(MAX_TICK_STEPS)
 MAX_MEMBERS, UNDER_WAY, WARM_UP_S, SHARE = 64, (1, 4, 16, 64), 0.3, 0.8
 
 
 class Load:
     """Random sequences through an engine."""
 
-    def __init__(self, network: SequenceNetwork, steps: Steps, lengths: Lengths, seed: int) -> None:
+    def __init__(self, network: SequenceNetwork, steps: int, lengths: Lengths, seed: int) -> None:
         self.engine = SequenceEngine(MAX_MEMBERS, steps)
         self.due_s: list[float] = []
         self._network = network

@@ -7,7 +7,7 @@ sequences that begin and end together, but all that are at the same cell of a ne
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -48,8 +48,8 @@ class Tick(NamedTuple, Generic[Model, Member]):
 class CellScheduler(Generic[Model, Member]):
     """Lanes take turns, and so do the sequences of a lane, whatever is left of them."""
 
-    def __init__(self, max_members: int, max_steps: Callable[[], int]) -> None:
-        """Of a tick; the steps as they are when it is taken."""
+    def __init__(self, max_members: int, max_steps: int) -> None:
+        """Of a tick."""
         self._max_members = max_members
         self._max_steps = max_steps
         self._lanes: dict[Lane[Model], deque[Member]] = {}  # only those with sequences, the one whose turn it is first
@@ -73,7 +73,7 @@ class CellScheduler(Generic[Model, Member]):
         if queue:
             self._lanes[lane] = queue
         longest = max((member.steps - member.done[lane.direction] for member in members), default=0)
-        return Tick(lane, members, min(longest, self._max_steps()))
+        return Tick(lane, members, min(longest, self._max_steps))
 
     def took(self, tick: Tick[Model, Member]) -> Iterator[Member]:
         """The tick was computed: its sequences go on. Those that have passed a stage, which the next one follows."""

@@ -69,12 +69,9 @@ class TickDone(NamedTuple):
 class SequenceEngine:
     """Runs a tick when it is told to; no queue, no thread."""
 
-    def __init__(self, max_tick_sequences: int, max_tick_steps: Callable[[int], int]) -> None:
-        """The steps: of a tick while so many sequences are under way."""
+    def __init__(self, max_tick_sequences: int, max_tick_steps: int) -> None:
         self._running: dict[int, _Running] = {}
-        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(
-            max_tick_sequences, lambda: max_tick_steps(len(self._running))
-        )
+        self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(max_tick_sequences, max_tick_steps)
 
     def __bool__(self) -> bool:
         """Whether there is work."""
@@ -146,20 +143,19 @@ def _step(tick: Tick[SequenceNetwork, _Running]) -> None:
     (network, stage, direction), members, steps = tick
     kernel = network.stages[stage][direction]
     members = sorted(members, key=lambda member: member.done[direction] - member.steps)
+    left = [member.steps - member.done[direction] for member in members]
     rows = torch.from_numpy(np.stack([member.rows[direction] for member in members]))
-    for first, end, going in _runs([member.steps - member.done[direction] for member in members], steps):
-        parts = [
-            [values[member.done[direction] :][first:end] for values in member.in_order[direction]]
-            for member in members[:going]
-        ]
-        inputs = np.empty((end - first, going, members[0].inputs.shape[1]), np.float32)
-        for i, (own, _) in enumerate(parts):
-            inputs[: len(own), i] = own
-            inputs[len(own) :, i] = 0
-        outputs, rows = kernel.run(torch.from_numpy(inputs), rows[:going])
-        computed = outputs.numpy()
-        for i, (_, own) in enumerate(parts):
-            own[:] = computed[: len(own), i]
+    inputs = np.empty((steps, len(members), members[0].inputs.shape[1]), np.float32)
+    outputs = np.empty((steps, len(members), network.hidden_size), np.float32)
+    for i, member in enumerate(members):
+        inputs[: left[i], i] = member.in_order[direction][0][member.done[direction] :][:steps]
+        if left[i] < steps:
+            inputs[left[i] :, i] = 0
+    for first, end, going in _runs(left, steps):
+        computed, rows = kernel.run(torch.from_numpy(inputs[first:end, :going]).contiguous(), rows[:going])
+        outputs[first:end, :going] = computed.numpy()
+    for i, member in enumerate(members):
+        member.in_order[direction][1][member.done[direction] :][:steps] = outputs[: left[i], i]
     for member, row in zip(members, rows.numpy(), strict=False):  # those that have ended need none
         member.rows[direction] = row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from models.recurrent import CELL_STEPS, NetworkSpec, RecurrentStack, Values, li
 Floats = NDArray[np.float32]
 LSTM_MODE = 2  # of torch.mkldnn_rnn_layer
 LARGE_BYTES, FEW = 2 * 2**20, range(2, 9)
-"""Weights that leave a core's cache at each step, and how many sequences then pay for it; as measured."""
+"""Weights that leave the cache of many a core at each step, and how many sequences may then pay for it."""
+TRIED_STEPS, TRIED_SEQUENCES, TRIES = 32, 4, 5
+"""Of the measurement whether they do."""
 
 
 class LayerKernel(Protocol):
@@ -103,7 +106,7 @@ class OneDnnLstm:
 
 
 class LargeLstm:
-    """For a few sequences oneDNN reads the input's weights anew at each step, which costs most where they are large."""
+    """For a few sequences oneDNN reads the input's weights anew at each step; there step by step is better."""
 
     def __init__(self, few: LstmSteps, others: OneDnnLstm) -> None:
         self._few = few
@@ -181,7 +184,23 @@ def _layer(stack: RecurrentStack, suffix: str) -> LayerKernel:
         one_dnn = OneDnnLstm(stack, suffix)
     except (RuntimeError, AttributeError):
         return steps
-    return LargeLstm(steps, one_dnn) if steps.weight_bytes > LARGE_BYTES else one_dnn
+    if steps.weight_bytes > LARGE_BYTES and _few_s(steps, stack, suffix) < _few_s(one_dnn, stack, suffix):
+        return LargeLstm(steps, one_dnn)
+    return one_dnn
+
+
+@torch.inference_mode()
+def _few_s(kernel: LayerKernel, stack: RecurrentStack, suffix: str) -> float:
+    """What a tick of a few sequences takes on this processor; its cache decides which kernel is the best."""
+    width = _weight(stack, f"weight_ih_{suffix}").shape[1]
+    inputs = torch.zeros(TRIED_STEPS, TRIED_SEQUENCES, width)
+    zero = torch.zeros(TRIED_SEQUENCES, stack.spec.hidden_size)
+    times_s = []
+    for _ in range(TRIES):
+        start_s = time.perf_counter()
+        kernel.run(inputs, (zero, zero))
+        times_s.append(time.perf_counter() - start_s)
+    return min(times_s)
 
 
 def _weight(stack: RecurrentStack, name: str) -> Tensor:

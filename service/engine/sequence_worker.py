@@ -30,6 +30,9 @@ from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
 from service.engine.spilled import Ask, Recorder, Told
 
+MAX_TICK_STEPS = 128
+"""As `python -m benchmarks.ticks` and `benchmarks.sequences` have shown; see docs/engine.md."""
+
 QUIET_S = 0.1
 """Ticks after which no sequence has ended are told of together: hearing of one costs the service as much as a step."""
 
@@ -221,7 +224,7 @@ def work(
 ) -> None:
     """Obey and compute until the end of the process."""
     torch.set_num_threads(threads)
-    engine, networks = SequenceEngine(max_tick_sequences, max_tick_steps), dict[Path, SequenceNetwork]()
+    engine, networks = SequenceEngine(max_tick_sequences, MAX_TICK_STEPS), dict[Path, SequenceNetwork]()
     find = partial(_find, networks, load)
     recorder = Recorder(engine, find, tell, spill_dir)
     ticks, told_s = list[Shared](), time.monotonic()
@@ -251,14 +254,6 @@ def _tick(engine: SequenceEngine, recorder: Recorder, ticks: list[Shared]) -> li
     tick = engine.tick()
     ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
     return recorder.ticked(tick.ended)
-
-
-def max_tick_steps(sequences: int) -> int:
-    """Of a tick while so many are under way: the more there are, the sooner the next ones should join.
-
-    Of all of them, for one that is alone in its lane would be through it before another could share its ticks.
-    """
-    return min(256, max(32, 512 >> max(0, sequences - 1).bit_length()))
 
 
 def _load(folders: list[Path], networks: dict[Path, SequenceNetwork], load: LoadBundle) -> Obeyed:

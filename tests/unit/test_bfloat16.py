@@ -190,7 +190,7 @@ def test_the_networks_lose_less_than_is_allowed_in_live_steps_and_in_whole_seque
 
 def whole_sequences_right(bundle: Bundle, recordings: Recordings) -> int:
     """How many answers of the engine, about the steps of each, or about each beginning of it."""
-    network, engine = SequenceNetwork(bundle.predictor, bundle.manifest.key), SequenceEngine(64, lambda _: 32)
+    network, engine = SequenceNetwork(bundle.predictor, bundle.manifest.key), SequenceEngine(64, 32)
     labels: list[int] = []
     for recording in recordings:
         each_step = bundle.manifest.network.readout == "each_step"

@@ -17,7 +17,7 @@ FORWARD, BIDIRECTIONAL = (1,), (2, 2)
 
 class Transcript:
     def __init__(self, max_members: int = 8, max_steps: int = 100) -> None:
-        self.scheduler: CellScheduler[str, Named] = CellScheduler(max_members, lambda: max_steps)
+        self.scheduler: CellScheduler[str, Named] = CellScheduler(max_members, max_steps)
         self.members: dict[str, Named] = {}
         self.ended: list[str] = []
 

@@ -59,7 +59,7 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(folder, spec, rule, seed)
         reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
-        engine = SequenceEngine(most, lambda _: steps)
+        engine = SequenceEngine(most, steps)
         sequences = [random_sequence(spec, rule, count, rng) for count, _ in comings]
         found: dict[int, Floats] = {}
         for number, (sequence, (_, ticks)) in enumerate(zip(sequences, comings, strict=True)):
@@ -76,7 +76,7 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
 
 
 def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> None:
-    engine, network = SequenceEngine(8, lambda _: 4), lstm(layers=1)
+    engine, network = SequenceEngine(8, 4), lstm(layers=1)
     rng = np.random.default_rng(0)
     good = [rng.normal(size=(steps, 3)).astype(np.float32) for steps in (9, 5)]
     engine.add(0, network, good[0])
@@ -88,7 +88,7 @@ def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> Non
     assert [end.number for end in ended if isinstance(end.outcome, str)] == [1]
     found = answers([end for end in ended if end.number != 1])
     for number, sequence in ((0, good[0]), (2, good[1])):
-        alone = SequenceEngine(1, lambda _: 100)
+        alone = SequenceEngine(1, 100)
         alone.add(number, network, sequence)
         assert_close(found[number], answers(to_the_end(alone))[number])
 
@@ -126,7 +126,7 @@ def test_a_large_lstm_gives_the_same_to_few_sequences_as_to_many() -> None:
         reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
         sequences = [np.random.default_rng(i).normal(size=(20 + i, 3)).astype(np.float32) for i in range(12)]
         for together in (1, 3, 12):
-            engine = SequenceEngine(together, lambda _: 16)
+            engine = SequenceEngine(together, 16)
             for number, sequence in enumerate(sequences):
                 engine.add(number, network, sequence)
             for number, found in answers(to_the_end(engine)).items():

@@ -33,7 +33,7 @@ class Asking:
 
     def __init__(self, network: SequenceNetwork, folder: Path, most_steps: int = 4) -> None:
         self.network = network
-        self.engine = SequenceEngine(8, lambda _: most_steps)
+        self.engine = SequenceEngine(8, most_steps)
         self.told: dict[int, object] = {}
         self.recorder = Recorder(self.engine, lambda _: network, self._hear, folder)
 
