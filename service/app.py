@@ -124,6 +124,7 @@ class Service:
             max_outstanding_steps=settings.max_outstanding_steps,
             max_sequence_steps=settings.max_sequence_steps,
             max_recording_steps=settings.max_recording_steps,
+            part_timeout_s=settings.part_timeout_s,
             max_queued_sequences=settings.max_queued_sequences,
             max_bulk_sequences=settings.max_bulk_sequences,
         )

@@ -9,7 +9,7 @@ ServingError
 │   ├── NotFinite            UnknownSymbol
 │   └── SnapshotInvalid
 ├── Conflict             another order of calls is needed
-│   ├── StepOutOfOrder
+│   ├── StepOutOfOrder       PartOverdue
 │   ├── ResumePointLost
 │   └── SessionMoved         Evicted
 ├── NotFound
@@ -167,6 +167,10 @@ class Conflict(ServingError):
 
 class StepOutOfOrder(Conflict):
     """The index is not the session's next one."""
+
+
+class PartOverdue(Conflict):
+    """Nothing came for too long of a sequence that comes in parts."""
 
 
 class ResumePointLost(Conflict):

@@ -85,6 +85,7 @@ class Metrics:
             "rnnserve_batch_seconds", "Duration of such a tick.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
         )
         self._queued = Gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.", registry=r)
+        self._recordings = Gauge("rnnserve_recordings", "Sequences in parts of which something is kept.", registry=r)
         self._models = Gauge("rnnserve_models", "Models served, always 1.", MODEL, registry=r)
 
     def call_started(self, method: tuple[str, str, str]) -> None:
@@ -148,6 +149,9 @@ class Metrics:
 
     def queued(self, sequences: int) -> None:
         self._queued.set(sequences)
+
+    def recordings(self, count: int) -> None:
+        self._recordings.set(count)
 
     def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
         self._batch_sequences.labels(*model).observe(sequences)

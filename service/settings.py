@@ -185,10 +185,17 @@ class Settings(BaseSettings):
     max_recordings: int = Field(
         4, ge=1, le=1_000, description="sequences that come in parts, in all; one more waits, or is QUEUE_FULL"
     )
+    part_timeout_s: float = Field(
+        60.0,
+        ge=0.0,
+        le=86_400.0,
+        description="a stream that sends nothing for so long loses the sequences of which parts are to come, with "
+        "PART_OVERDUE; 0 = never",
+    )
     spill_dir: Path | None = Field(
         None,
         description="folder on a disk for what is computed of these: each takes 8 bytes a step, unit and direction; "
-        "without it the system's folder for temporary files",
+        "without it the system's folder for temporary files, which is memory where that is a tmpfs",
     )
     sequence_threads: int = Field(1, ge=1, le=64, description="torch threads of the lane for whole sequences")
     sequence_niceness: int = Field(10, ge=0, le=19, description="how far that lane stands back; 0 = not at all")

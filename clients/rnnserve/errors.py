@@ -17,6 +17,7 @@ RnnserveError
 ├── ModelInUse            the model has live streams; .metadata["streams"] says how many at least
 ├── NotEnabled            the server is set not to do it; .metadata["setting"] names the setting
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
+├── PartOverdue           nothing came for too long of a sequence that comes in parts
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
 │   ├── SessionLimit  QueueFull  DiskFull  Draining  LaneLost  StoreUnavailable
 │   └── Unreachable       no server answered
@@ -166,6 +167,10 @@ class StepOutOfOrder(RnnserveError):
     """The session expects another step."""
 
 
+class PartOverdue(RnnserveError):
+    """Nothing came for too long of a sequence that comes in parts."""
+
+
 class TryAgain(RnnserveError):
     """Nothing is wrong with the request, but the server can't serve it now."""
 
@@ -247,6 +252,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         ModelInUse,
         NotEnabled,
         StepOutOfOrder,
+        PartOverdue,
         SessionLimit,
         QueueFull,
         DiskFull,

@@ -18,6 +18,7 @@ class Limits:
     max_outstanding_steps: int
     max_sequence_steps: int
     max_recording_steps: int
+    part_timeout_s: float  # 0 = none
     max_queued_sequences: int
     max_bulk_sequences: int
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from service.api.limits import Limits
 from service.engine.recordings import Recording
 from service.engine.sequence_lane import Lane
 from service.engine.spilled import Progress
-from service.errors import FieldInvalid, ServingError, StepOutOfOrder, TooManySteps, within
+from service.errors import FieldInvalid, PartOverdue, ServingError, StepOutOfOrder, TooManySteps, within
 
 PROGRESS_S = 0.25
 PREDICTION_BYTES = 2**20  # of one part of a prediction, about
@@ -66,6 +66,25 @@ class Parts:
         self._write = write
         self._incoming: dict[int, _Sequence] = {}
         self._passed_over: dict[int, None] = {}  # ids of refused ones whose last part has not come, oldest first
+
+    async def next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
+        """The next message of the stream; None = it has ended. Where none comes in time, parts are overdue."""
+        overdue = None
+        if self._incoming and self._limits.part_timeout_s:
+            overdue = asyncio.get_running_loop().call_later(self._limits.part_timeout_s, self._overdue)
+        try:
+            return await anext(requests, None)
+        finally:
+            if overdue:
+                overdue.cancel()
+
+    def _overdue(self) -> None:
+        limit = self._limits.part_timeout_s
+        for number in list(self._incoming):
+            self._drop(number)
+            self._pass_over(number)
+            error = PartOverdue(f"the next part did not come within {limit:g} s", field="part", limit=limit)
+            self._answers.create_task(self._refuse(number, error))
 
     async def take(self, message: pb.PredictStreamRequest) -> None:
         """Returns once this part is stored, so that no more than one of a stream is on its way."""

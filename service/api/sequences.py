@@ -103,7 +103,7 @@ class SequenceService(SequenceServiceServicer):
                 bundle, request.open.options, self._lane, self._limits, self._refusals, answered, answers, write
             )
             with closing(parts):
-                async for message in requests:
+                while (message := await parts.next(requests)) is not None:
                     if message.WhichOneof("request") == "part":
                         await parts.take(message)
                     else:

@@ -52,6 +52,10 @@ class RecordingMetrics(Protocol):
         """One was computed."""
         ...
 
+    def recordings(self, count: int) -> None:
+        """So many are under way now."""
+        ...
+
 
 class Recordings:
     """Those of one lane."""
@@ -65,6 +69,7 @@ class Recordings:
         self._numbers = numbers
         self._max_recordings = max_recordings
         self._places = asyncio.Semaphore(max_recordings)
+        self._under_way = 0
         self._metrics = metrics
         self._calls = itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
@@ -76,6 +81,7 @@ class Recordings:
             message = f"{limit} sequences in parts are under way, as many as may be"
             raise QueueFull(message, retry_after_s=RETRY_AFTER_S, limit=limit)
         await self._places.acquire()
+        self._count(1)
         recording = _InWorker(self, next(self._numbers), bundle.manifest.key)
         try:
             await recording.ask(Record(recording.number, bundle.folder))
@@ -123,6 +129,11 @@ class Recordings:
         if recording.generation == self.generation:
             self._send(Abandon(recording.number))
         self._places.release()
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._under_way += change
+        self._metrics.recordings(self._under_way)
 
 
 class _InWorker:

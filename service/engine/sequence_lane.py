@@ -21,7 +21,7 @@ from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.executor import Floats
 from service.engine.lane_refusals import full, lost
-from service.engine.recordings import Recording, Recordings
+from service.engine.recordings import Recording, RecordingMetrics, Recordings
 from service.engine.sequence_engine import Ended
 from service.engine.sequence_worker import Abandon, Begin, Forget, Load, News, Obeyed, Order, Ticked, Worker
 from service.engine.spilled import Told
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LOOK_AHEAD = 64  # sequences in the queue, for one that is short enough
 
 
-class LaneMetrics(Protocol):
+class LaneMetrics(RecordingMetrics, Protocol):
     """Where whole sequences are counted."""
 
     def queued(self, sequences: int) -> None:
@@ -41,10 +41,6 @@ class LaneMetrics(Protocol):
 
     def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
         """So many shared a tick."""
-        ...
-
-    def sequence(self, model: ModelKey) -> None:
-        """One was computed."""
         ...
 
 

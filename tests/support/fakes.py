@@ -81,6 +81,9 @@ class CountingMetrics:
     def session_resumed(self, model: ModelKey) -> None:
         self.events.append(("resumed", model))
 
+    def recordings(self, count: int) -> None:
+        self.events.append(("recordings", count))
+
     def live_sessions(self, model: ModelKey, sessions: int) -> None:
         self.events.append(("live", model, sessions))
 

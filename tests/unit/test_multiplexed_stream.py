@@ -34,6 +34,7 @@ LIMITS = Limits(
     max_sequence_steps=1,
     max_queued_sequences=1,
     max_recording_steps=1,
+    part_timeout_s=0,
     max_bulk_sequences=1,
 )
 

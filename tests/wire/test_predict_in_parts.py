@@ -21,7 +21,7 @@ from tests.support.bundles import LABELS, features, manifest, write_bundle, writ
 from tests.support.recordings import spilled_bytes
 from tests.support.reference import Reference, assert_close
 from tests.support.server import RunningServer, start_server
-from tests.support.wire import TIMEOUT_S, Refusal, array, eventually, random_steps, sequence
+from tests.support.wire import TIMEOUT_S, Refusal, array, eventually, metric, random_steps, sequence
 
 Responses = dict[int, list[pb.PredictStreamResponse]]
 LONG, HIDDEN_SIZE = 20_000, 96  # together a second of work
@@ -213,6 +213,24 @@ def test_a_stream_that_ends_before_the_last_part_refuses_that_sequence(channel: 
     assert (refusal(found[1]).reason, refusal(found[1]).field) == ("FIELD_INVALID", "part.last")
     assert "after 3 steps" in refusal(found[1]).message
     assert len(outputs(found[2])) == 3
+
+
+def test_a_stream_that_sends_nothing_for_too_long_loses_what_has_no_last_part(repository: Path, tmp_path: Path) -> None:
+    with (
+        start_server(repository, spill_dir=tmp_path, part_timeout_s=0.3, max_recordings=1) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        silent, other = Bulk(channel, "stacked"), Bulk(channel, "stacked")
+        silent.send(part(1, 0, random_steps(3)))
+        eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 1)
+        other.send(*parts(1, random_steps(9), 4))
+        overdue = silent.until(lambda response: response.HasField("error"))
+        assert (overdue.id, Refusal(overdue.error).reason) == (1, "PART_OVERDUE")
+        assert Refusal(overdue.error).metadata == {"limit": "0.3"}
+        assert len(outputs(other.rest()[1])) == 9
+        silent.send(part(1, 3, random_steps(3), last=True), whole(2, random_steps(3)))
+        assert silent.rest().keys() == {2}
+        eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 0)
 
 
 def test_a_refusal_names_the_step_in_the_whole_sequence(channel: grpc.Channel) -> None:

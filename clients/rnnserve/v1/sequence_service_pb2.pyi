@@ -224,7 +224,7 @@ class SequencePart(_message.Message):
     """Some steps in a row of a sequence. The first part begins it, the last one has it computed.
 
     An error ends the sequence, and what is still to come of it is passed over: up to its last part, or to one whose
-    first_step is 0, which begins another sequence.
+    first_step is 0, which begins another sequence. It is an error, too, if the stream sends nothing for too long.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
