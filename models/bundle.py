@@ -17,6 +17,7 @@ from models.manifest import FeatureInput, Manifest, Sample, manifest_digest
 from models.predictor import Predictor
 from models.recurrent import RecurrentNetwork
 from models.samples import read_sample
+from models.seq2seq import network_of
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -63,9 +64,9 @@ def load_bundle(folder: Path) -> Bundle:
     except KeyError as error:  # a type that safetensors knows and torch does not
         raise BundleError(folder, WEIGHTS, f"a tensor is {error.args[0]}, not float32") from None
     with torch.device("meta"):  # shapes alone: what a wrong manifest asks for may be more than there is memory
-        wanted = RecurrentNetwork(manifest.network).state_dict()
+        wanted = network_of(manifest.network).state_dict()
     _check_weights(folder, tensors, wanted)
-    network = RecurrentNetwork(manifest.network)
+    network = network_of(manifest.network)
     network.load_state_dict(tensors)
     samples = tuple(_read_sample(folder, sample, manifest) for sample in manifest.samples)
     return Bundle(folder, manifest, Predictor(network.eval(), manifest.input), samples)

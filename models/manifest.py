@@ -239,6 +239,10 @@ class Manifest(_Part):
             raise ValueError(
                 f"output.labels has {len(self.output.labels)} entries but network.outputs is {self.network.outputs}"
             )
+        if (self.network.decoder is None) != (self.pattern != "many-to-many unaligned"):
+            raise ValueError('network.decoder goes with the pattern "many-to-many unaligned"')
+        if self.network.decoder is not None and len(self.output.labels) < 2:
+            raise ValueError("network.decoder needs two output.labels or more, the first of which means the end")
         for number, sample in enumerate(self.samples):
             if sample.label and sample.label not in self.output.labels:
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")

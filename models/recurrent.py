@@ -33,6 +33,16 @@ GATES: dict[Cell, int] = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 """Rows of a cell's weights, in units of the hidden size."""
 
 
+class DecoderSpec(BaseModel):
+    """What writes the output of an encoder-decoder; see models/seq2seq.py."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embedding_size: PositiveInt = Field(description="width of a label's vector")
+    attention: bool = Field(True, description="each label looks at all steps of the input, not at their end alone")
+    max_labels: int = Field(ge=1, le=10_000, description="of one output")
+
+
 class NetworkSpec(BaseModel):
     """Everything that decides the shape of a network's weights."""
 
@@ -50,6 +60,7 @@ class NetworkSpec(BaseModel):
     output_layers: tuple[PositiveInt, ...] = Field((), description="sizes of the hidden layers of the head")
     outputs: PositiveInt
     readout: Readout = Field("each_step", description="the head sees each step, or the mean over the steps")
+    decoder: DecoderSpec | None = Field(None, description="writes an output of another length; label 0 means its end")
 
     @model_validator(mode="after")
     def _one_kind_of_input(self) -> Self:
@@ -57,6 +68,8 @@ class NetworkSpec(BaseModel):
             raise ValueError("give either features or symbols")
         if (self.symbols is None) != (self.embedding_size is None):
             raise ValueError("embedding_size goes with symbols")
+        if self.decoder is not None and self.readout != "each_step":
+            raise ValueError("a decoder goes with the readout each_step")
         return self
 
     @property
@@ -70,6 +83,8 @@ class NetworkSpec(BaseModel):
     @property
     def why_not_streamable(self) -> str | None:
         """Why no answer can be given before the sequence ends; None if one can."""
+        if self.decoder is not None:
+            return "an encoder-decoder reads the whole sequence before it writes its output"
         if self.direction == "bidirectional":
             return "a bidirectional network reads the sequence from both ends, so it needs the whole of it"
         if self.readout != "each_step":

@@ -51,7 +51,8 @@ from rnnserve.errors import (
 )
 from rnnserve.models import Model, Quality, Sample, TrainingData
 from rnnserve.multiplex import Multiplex
-from rnnserve.results import Answer, BatchAnswer, Notice, Prediction, ResumePoint, TopLabel
+from rnnserve.requests import Decoding
+from rnnserve.results import Answer, BatchAnswer, Hypothesis, Notice, Prediction, ResumePoint, TopLabel
 from rnnserve.retry import RetryPolicy
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot
@@ -67,11 +68,13 @@ __all__ = [
     "BundleMismatch",
     "Client",
     "DataTypeMismatch",
+    "Decoding",
     "DiskFull",
     "Draining",
     "Evicted",
     "ExecutionFailed",
     "FieldInvalid",
+    "Hypothesis",
     "InputKindMismatch",
     "Internal",
     "InvalidArgument",

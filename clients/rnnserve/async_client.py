@@ -20,7 +20,7 @@ from rnnserve.errors import RnnserveError
 from rnnserve.models import Model, Sample
 from rnnserve.multiplexed import Multiplexed
 from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
-from rnnserve.requests import StepSelection, output_options
+from rnnserve.requests import Decoding, StepSelection, output_options
 from rnnserve.results import Notice, Prediction, ResumePoint
 from rnnserve.retry import RetryPolicy
 from rnnserve.session import RESUME_TIMEOUT_S, Session
@@ -243,6 +243,7 @@ class AsyncClient:
         steps: StepSelection | None = None,
         probabilities: bool = False,
         top_k: int = 0,
+        decoding: Decoding | None = None,
     ) -> list[Prediction]:
         """A prediction for each of a few whole sequences, in one message; for many use `predict_many`.
 
@@ -253,12 +254,13 @@ class AsyncClient:
             steps: about which steps; None = the last one for a many-to-one model, all of them otherwise.
             probabilities: whether the predictions carry the probability of each label.
             top_k: how many of the most probable labels they carry.
+            decoding: how an encoder-decoder searches for its output; None = greedily. Not for other models.
 
         Raises:
             InvalidArgument: one of the sequences is bad, which refuses them all; `.field` says which.
             TooManySteps, MessageTooLarge: they do not fit into one message.
         """
-        options = output_options(steps, probabilities, top_k)
+        options = output_options(steps, probabilities, top_k, decoding)
         return await self._run(self._calls.predict(model, version, inputs, options))
 
     @overload
@@ -271,6 +273,7 @@ class AsyncClient:
         steps: StepSelection | None = ...,
         probabilities: bool = ...,
         top_k: int = ...,
+        decoding: Decoding | None = ...,
         errors: Literal["raise"] = ...,
         ahead: int = ...,
         on_progress: OnProgress | None = ...,
@@ -286,6 +289,7 @@ class AsyncClient:
         steps: StepSelection | None = ...,
         probabilities: bool = ...,
         top_k: int = ...,
+        decoding: Decoding | None = ...,
         errors: Literal["return"],
         ahead: int = ...,
         on_progress: OnProgress | None = ...,
@@ -300,6 +304,7 @@ class AsyncClient:
         steps: StepSelection | None = None,
         probabilities: bool = False,
         top_k: int = 0,
+        decoding: Decoding | None = None,
         errors: ErrorHandling = "raise",
         ahead: int = 64,
         on_progress: OnProgress | None = None,
@@ -318,7 +323,7 @@ class AsyncClient:
                 a few times a second.
         """
         bulk = Bulk(errors, on_progress)
-        opening = open_bulk(model, version, output_options(steps, probabilities, top_k))
+        opening = open_bulk(model, version, output_options(steps, probabilities, top_k, decoding))
         return self._run_bulk(opening, bulk, inputs, ahead)
 
     async def close(self) -> None:

@@ -65,6 +65,11 @@ class Model:
     training_data: TrainingData | None
     weights_sha256: str
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether it writes a sequence of another length, so that its predictions are hypotheses."""
+        return self.pattern == "many-to-many-unaligned"
+
     def __str__(self) -> str:
         kind = f"{self.pattern}, {self.cell}, {self.layers} layer{'s' * (self.layers != 1)}, {self.direction}"
         return f"{self.name} v{self.version}: {kind}, {'streamable' if self.streamable else 'whole sequences only'}"

@@ -1,6 +1,7 @@
 """Builds what goes over the wire."""
 
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from rnnserve.errors import FieldInvalid
@@ -10,13 +11,40 @@ from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_
 StepSelection = Literal["all", "last"]
 """About which steps: each one, or the last one only."""
 
-MAX_VERSION = 2**32 - 1
+_MAX_UINT32 = 2**32 - 1
+MAX_VERSION = _MAX_UINT32
 
 _SELECTIONS = {
     None: prediction_pb2.STEP_SELECTION_UNSPECIFIED,
     "all": prediction_pb2.STEP_SELECTION_ALL,
     "last": prediction_pb2.STEP_SELECTION_LAST,
 }
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an encoder-decoder searches for its output: beam search, which with a width of 1 is greedy.
+
+    Raises ValueError for a count that the wire has no place for; all other bounds are the server's.
+    """
+
+    beam_width: int = 1
+    """How many hypotheses are followed at a time; at most 16."""
+    n_best: int = 1
+    """How many hypotheses a prediction has; at most `beam_width`."""
+    length_penalty: float = 0.0
+    """A hypothesis' score is its log probability over this power of its length, the end counted: 0 favours short ones,
+    1 compares them by the mean over their labels; at most 2."""
+    max_labels: int = 0
+    """How many labels a hypothesis has at most; 0 = as many as the model may write."""
+    attention: bool = False
+    """Whether the hypotheses carry their attention; only for models that have it."""
+
+    def __post_init__(self) -> None:
+        for name in ("beam_width", "n_best", "max_labels"):
+            value = getattr(self, name)
+            if not 0 <= value <= _MAX_UINT32:
+                raise ValueError(f"{name} is a number from 0 to {_MAX_UINT32}, unlike {value}")
 
 
 def checked_version(version: int) -> int:
@@ -27,11 +55,18 @@ def checked_version(version: int) -> int:
     raise FieldInvalid(message, reason="FIELD_INVALID", code="INVALID_ARGUMENT", field="version")
 
 
-def output_options(steps: StepSelection | None, probabilities: bool, top_k: int) -> prediction_pb2.OutputOptions:
-    """`steps` None = as the model's pattern has it."""
+def output_options(
+    steps: StepSelection | None, probabilities: bool, top_k: int, decoding: Decoding | None = None
+) -> prediction_pb2.OutputOptions:
+    """`steps` None = as the model's pattern has it; `decoding` None = it is not set."""
     if steps not in _SELECTIONS:
         raise ValueError(f'steps must be "all" or "last", not {steps!r}')
-    return prediction_pb2.OutputOptions(steps=_SELECTIONS[steps], probabilities=probabilities, top_k=top_k)
+    return prediction_pb2.OutputOptions(
+        steps=_SELECTIONS[steps],
+        probabilities=probabilities,
+        top_k=top_k,
+        decoding=None if decoding is None else prediction_pb2.Decoding(**asdict(decoding)),
+    )
 
 
 def steps_message(first_step: int, x: Input) -> tuple[real_time_service_pb2.Steps, int]:

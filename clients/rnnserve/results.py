@@ -49,28 +49,50 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """One output of an encoder-decoder."""
+
+    labels: tuple[str, ...]
+    """Without the one that means the end; may be empty."""
+    score: float
+    """The log probability, divided by the length as `Decoding.length_penalty` has it; the highest is the best."""
+    attention: Array | None
+    """(labels, steps) float32: how much each label attends to each step of the input, rows summing to 1; None unless
+    asked for."""
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says about a whole sequence: about each of its steps, or about the last one only."""
+    """What a model says about a whole sequence: about each of its steps, or about the last one only.
+
+    An encoder-decoder's is in its `hypotheses`: it says nothing about single steps.
+    """
 
     outputs: Array
-    """(steps, outputs) float32: before any softmax. One row where only the last step was asked for."""
+    """(steps, outputs) float32: before any softmax. One row where only the last step was asked for. (0, 0) for an
+    encoder-decoder."""
     labels: tuple[str, ...]
-    """The most probable label about each of these steps; empty for a model without labels."""
+    """The most probable label about each of these steps; empty for a model without labels. Of an encoder-decoder: the
+    labels of its best hypothesis."""
     probabilities: Array | None
     """(steps, labels) float32 in the order of `Model.labels`; None unless asked for."""
     top: tuple[tuple[TopLabel, ...], ...]
     """The most probable labels about each of these steps; empty unless asked for."""
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """The best first; empty for models that are no encoder-decoders."""
 
     @property
     def output(self) -> Array:
-        """(outputs,): about the last step."""
+        """(outputs,): about the last step. Raises IndexError for an encoder-decoder, which has none."""
+        if self.hypotheses:
+            raise IndexError("an encoder-decoder has no output about a step: see hypotheses")
         last: Array = self.outputs[-1]
         return last
 
     @property
     def label(self) -> str | None:
-        """The most probable label about the last step; None for a model without labels."""
-        return self.labels[-1] if self.labels else None
+        """The most probable label about the last step; None for a model without labels and for an encoder-decoder."""
+        return self.labels[-1] if self.labels and not self.hypotheses else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +145,7 @@ def prediction_from(message: prediction_pb2.Prediction) -> Prediction:
         labels=tuple(message.labels),
         probabilities=array_from(message.probabilities) if message.HasField("probabilities") else None,
         top=tuple(_top_from(top) for top in message.top),
+        hypotheses=tuple(_hypothesis_from(hypothesis) for hypothesis in message.hypotheses),
     )
 
 
@@ -136,6 +159,7 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
         labels=tuple(label for part in parts for label in part.labels),
         probabilities=np.concatenate(probabilities) if probabilities else None,
         top=tuple(top for part in parts for top in part.top),
+        hypotheses=tuple(hypothesis for part in parts for hypothesis in part.hypotheses),
     )
 
 
@@ -159,6 +183,14 @@ def notice_from(message: real_time_service_pb2.Notice) -> Notice:
     name = real_time_service_pb2.NoticeReason.Name(message.reason)
     reason = name.removeprefix("NOTICE_REASON_").lower()
     return Notice(reason, message.message, message.time_left.ToTimedelta().total_seconds())
+
+
+def _hypothesis_from(hypothesis: prediction_pb2.Hypothesis) -> Hypothesis:
+    return Hypothesis(
+        labels=tuple(hypothesis.labels),
+        score=hypothesis.score,
+        attention=array_from(hypothesis.attention) if hypothesis.HasField("attention") else None,
+    )
 
 
 def _top_from(top: prediction_pb2.TopLabels) -> tuple[TopLabel, ...]:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from models.beam import MAX_BEAM_WIDTH, Decoding, Hypothesis
 from models.manifest import FeatureInput, Manifest, TextInput, UnknownSymbolError
+from models.recurrent import DecoderSpec
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_pb2, tensor_pb2
 from service.errors import (
     DataTypeMismatch,
@@ -23,6 +25,7 @@ from service.errors import (
 )
 
 WIRE_FLOAT32 = np.dtype("<f4")
+MAX_LENGTH_PENALTY = 2.0
 
 Floats = NDArray[np.float32]
 Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence
@@ -162,6 +165,11 @@ def _not_finite(
 
 def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> None:
     """Raises FieldInvalid if the model cannot give what is asked for."""
+    if manifest.network.decoder is not None:
+        _check_decoding(options, manifest.name, manifest.network.decoder)
+        return
+    if options.HasField("decoding"):
+        raise FieldInvalid(f"model {manifest.name!r} is no encoder-decoder", field="options.decoding")
     labels = len(manifest.output.labels)
     if options.probabilities and not labels:
         raise FieldInvalid(f"model {manifest.name!r} has no labels", field="options.probabilities")
@@ -173,6 +181,51 @@ def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> 
         )
     if options.steps not in prediction_pb2.StepSelection.values():
         raise FieldInvalid(f"there is no step selection {options.steps}", field="options.steps")
+
+
+def _check_decoding(options: prediction_pb2.OutputOptions, name: str, decoder: DecoderSpec) -> None:
+    for field in ("steps", "probabilities", "top_k"):
+        if getattr(options, field):
+            raise FieldInvalid(
+                f"model {name!r} is an encoder-decoder, which writes hypotheses", field=f"options.{field}"
+            )
+    asked = options.decoding
+    for field, limit, meaning in (
+        ("beam_width", MAX_BEAM_WIDTH, "the most"),
+        ("n_best", asked.beam_width or 1, "its beam_width"),
+        ("max_labels", decoder.max_labels, f"the most that {name!r} writes"),
+    ):
+        if (value := getattr(asked, field)) > limit:
+            message = f"{field} is {value}, more than {limit}, {meaning}"
+            raise FieldInvalid(message, field=f"options.decoding.{field}", limit=limit)
+    if not 0 <= asked.length_penalty <= MAX_LENGTH_PENALTY:
+        message = f"length_penalty is {asked.length_penalty:g}, not 0 to {MAX_LENGTH_PENALTY:g}"
+        raise FieldInvalid(message, field="options.decoding.length_penalty", limit=MAX_LENGTH_PENALTY)
+    if asked.attention and not decoder.attention:
+        raise FieldInvalid(f"model {name!r} has no attention", field="options.decoding.attention")
+
+
+def decoding_of(options: prediction_pb2.OutputOptions, decoder: DecoderSpec) -> Decoding:
+    """What checked options ask for."""
+    asked = options.decoding
+    return Decoding(
+        max_labels=asked.max_labels or decoder.max_labels,
+        beam_width=asked.beam_width or 1,
+        n_best=asked.n_best or 1,
+        length_penalty=asked.length_penalty,
+        attention=asked.attention,
+    )
+
+
+def encode_hypotheses(hypotheses: list[Hypothesis], labels: tuple[str, ...]) -> prediction_pb2.Prediction:
+    """What an encoder-decoder has written, the best first."""
+    prediction = prediction_pb2.Prediction()
+    for hypothesis in hypotheses:
+        message = prediction.hypotheses.add(labels=[labels[i] for i in hypothesis.labels], score=hypothesis.score)
+        if hypothesis.attention is not None:
+            encode_tensor_into(message.attention, hypothesis.attention)
+    prediction.labels.extend(prediction.hypotheses[0].labels)
+    return prediction
 
 
 def wants_all_steps(options: prediction_pb2.OutputOptions, manifest: Manifest) -> bool:

@@ -62,7 +62,8 @@ class Openings:
     async def open(self, wanted: OpenSession, answered_step: int, owner: Owner) -> OpenedSession:
         """Give the owner a session. Raises ServingError; if it is cancelled, too, the owner has none."""
         manifest = self._catalog.find(wanted.model, wanted.version).manifest
-        codec.check_options(wanted.options, manifest)
+        if manifest.network.streamable:  # else that is what it is refused for
+            codec.check_options(wanted.options, manifest)
         check_session_id(wanted.session_id)
         if wanted.resume_token:
             check_token(wanted.resume_token)

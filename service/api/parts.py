@@ -96,6 +96,8 @@ class Parts:
         self._passed_over.pop(part.id, None)
         try:
             self._limits.check_size(message)
+            if self._bundle.manifest.network.decoder is not None:
+                raise FieldInvalid("an encoder-decoder takes whole sequences, not parts of one", field="part")
             with within("part"):
                 steps = self._decode(part)
             sequence = self._incoming.get(part.id) or await self._begin(part.id)

@@ -148,9 +148,18 @@ class SequenceService(SequenceServiceServicer):
         self, bundle: Bundle, inputs: list[NDArray[np.generic]], options: OutputOptions, *, wait: bool
     ) -> list[Prediction]:
         start_s = time.perf_counter()
-        results = await self._lane.predict(bundle, inputs, wait=wait)
-        if not codec.wants_all_steps(options, bundle.manifest):
-            results = [outputs[-1:] for outputs in results]
-        predictions = [codec.encode(outputs, bundle.manifest, options) for outputs in results]
+        predictions = await self._answers(bundle, inputs, options, wait=wait)
         self._metrics.sequences_answered(bundle.manifest.key, time.perf_counter() - start_s)
         return predictions
+
+    async def _answers(
+        self, bundle: Bundle, inputs: list[NDArray[np.generic]], options: OutputOptions, *, wait: bool
+    ) -> list[Prediction]:
+        manifest = bundle.manifest
+        if decoder := manifest.network.decoder:
+            found = await self._lane.decode(bundle, inputs, codec.decoding_of(options, decoder), wait=wait)
+            return [codec.encode_hypotheses(hypotheses, manifest.output.labels) for hypotheses in found]
+        results = await self._lane.predict(bundle, inputs, wait=wait)
+        if not codec.wants_all_steps(options, manifest):
+            results = [outputs[-1:] for outputs in results]
+        return [codec.encode(outputs, manifest, options) for outputs in results]

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from models.beam import Decoding, Hypothesis
 from models.bundle import Bundle
 from service.engine.executor import Floats
 from service.engine.lane_refusals import full, lost
@@ -62,6 +64,19 @@ class RemoteLane:
             self._writer, next(self._numbers), "predict", bundle.manifest.key, packed_sequences, wait
         )
         return [_unpacked(output) for output in outputs]
+
+    async def decode(
+        self, bundle: Bundle, sequences: list[NDArray[np.generic]], decoding: Decoding, *, wait: bool
+    ) -> list[list[Hypothesis]]:
+        await self._until_connected(len(sequences))
+        packed_sequences, settings = [_packed(sequence) for sequence in sequences], astuple(decoding)
+        found = await self.call(
+            self._writer, next(self._numbers), "decode", bundle.manifest.key, packed_sequences, settings, wait
+        )
+        return [
+            [Hypothesis(labels, score, attention and _unpacked(attention)) for labels, score, attention in hypotheses]
+            for hypotheses in found
+        ]
 
     async def record(self, bundle: Bundle, *, wait: bool) -> Recording:
         await self._until_connected(1)
@@ -218,6 +233,13 @@ class LaneServer:
                 inputs = [_unpacked(sequence) for sequence in sequences]
                 outputs = await self._lane.predict(self._find(*model), inputs, wait=wait)
                 return [_packed(output) for output in outputs]
+            case "decode", model, sequences, settings, wait:
+                inputs = [_unpacked(sequence) for sequence in sequences]
+                found = await self._lane.decode(self._find(*model), inputs, Decoding(*settings), wait=wait)
+                return [
+                    [(labels, score, None if looked is None else _packed(looked)) for labels, score, looked in one]
+                    for one in found
+                ]
             case "record", model, wait:
                 recordings[number] = await self._lane.record(self._find(*model), wait=wait)
             case "store", recording, steps:

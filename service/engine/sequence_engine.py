@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.beam import Decoding, Hypothesis
+from models.seq2seq import Writing, begin_writing, write_on
 from service.engine.cell_scheduler import CellScheduler, Sequence, Tick
 from service.engine.sequence_network import Floats, SequenceNetwork
 
@@ -18,6 +21,9 @@ Room: TypeAlias = Callable[[], Floats]
 """Where the outputs of the next stage go: (steps, hidden * directions)."""
 
 NOTHING = np.empty((0, 0), np.float32)
+
+MAX_LABELS = 8
+"""That a decoder writes in a tick: a label costs as much as many steps, and most outputs are short."""
 
 MAX_UNUSED_STEPS = 8
 """Behind the end of a sequence: a kernel's call costs as much as a few steps."""
@@ -31,6 +37,8 @@ class _Running(Sequence):
     network: SequenceNetwork = field(kw_only=True)
     inputs: Floats = field(kw_only=True)
     room: Room | None = field(kw_only=True)  # for its outputs; None = memory
+    decoding: Decoding | None = field(kw_only=True)  # of an encoder-decoder
+    writing: Writing | None = field(init=False, default=None)  # in the stage of the decoder
     outputs: Floats = field(init=False)
     in_order: list[tuple[Floats, Floats]] = field(init=False)  # of each direction: the two as it sees them
     rows: list[Floats] = field(init=False)
@@ -39,6 +47,10 @@ class _Running(Sequence):
         self.begin_stage()
 
     def begin_stage(self) -> None:
+        if self.network.decoder and self.decoding and self.stage == len(self.network.stages):
+            self.writing = begin_writing(self.network.decoder, torch.from_numpy(self.inputs), self.decoding)
+            self.steps = sys.maxsize  # nobody knows yet
+            return
         kernels, hidden = self.network.stages[self.stage], self.network.hidden_size
         self.outputs = self.room() if self.room else np.empty((self.steps, hidden * len(kernels)), np.float32)
         parts = [self.outputs[:, i * hidden : (i + 1) * hidden] for i in range(len(kernels))]
@@ -47,14 +59,18 @@ class _Running(Sequence):
         self.rows = [np.zeros(kernel.row_size, np.float32) for kernel in kernels]
 
 
+Answer: TypeAlias = Floats | list[Hypothesis]
+"""Outputs (steps, outputs), or (1, outputs) about the whole; of an encoder-decoder the hypotheses, the best first."""
+
+
 class Ended(NamedTuple):
-    """What became of a sequence: outputs (steps, outputs), or (1, outputs) about the whole; or why it failed.
+    """What became of a sequence: its answer, or why it failed.
 
     Of one that was added with its room, what the last stage gave: (steps, hidden * directions).
     """
 
     number: int
-    outcome: Floats | str
+    outcome: Answer | str
 
 
 class TickDone(NamedTuple):
@@ -77,13 +93,30 @@ class SequenceEngine:
         """Whether there is work."""
         return bool(self._scheduler)
 
-    def add(self, number: int, network: SequenceNetwork, sequence: NDArray[np.generic]) -> None:
+    def add(
+        self,
+        number: int,
+        network: SequenceNetwork,
+        sequence: NDArray[np.generic],
+        decoding: Decoding | None = None,
+    ) -> None:
         """Begin one: (steps, features) or (steps,). Raises whatever the network does that cannot read it."""
-        self.add_read(number, network, network.read(sequence))
+        self.add_read(number, network, network.read(sequence), decoding=decoding)
 
-    def add_read(self, number: int, network: SequenceNetwork, inputs: Floats, room: Room | None = None) -> None:
-        """Begin one that the network has read: (steps, width)."""
-        running = _Running(len(inputs), network.lanes, number=number, network=network, inputs=inputs, room=room)
+    def add_read(
+        self,
+        number: int,
+        network: SequenceNetwork,
+        inputs: Floats,
+        room: Room | None = None,
+        decoding: Decoding | None = None,
+    ) -> None:
+        """Begin one that the network has read: (steps, width). Raises ValueError."""
+        if (network.decoder is None) != (decoding is None):
+            raise ValueError("an encoder-decoder needs to know how to decode, and nothing else does")
+        running = _Running(
+            len(inputs), network.lanes, number=number, network=network, inputs=inputs, room=room, decoding=decoding
+        )
         self._running[number] = running
         self._scheduler.add(network, running)
 
@@ -98,7 +131,7 @@ class SequenceEngine:
         if running := self._running.pop(number, None):
             running.abandoned = True
             running.inputs = running.outputs = NOTHING  # its lane still has it, but what it holds is free now
-            running.in_order, running.room = [], None
+            running.in_order, running.room, running.writing = [], None, None
 
     def tick(self) -> TickDone:
         """The next one. Raises StopIteration if there is no work."""
@@ -111,7 +144,10 @@ class SequenceEngine:
     def _compute(self, tick: Tick[SequenceNetwork, _Running]) -> list[Ended]:
         """Those that fail, one by one if need be, so that only the guilty do."""
         try:
-            _step(tick)
+            if tick.lane.stage == len(tick.lane.model.stages):
+                _write(tick)
+            else:
+                _step(tick)
         except Exception as error:
             if len(tick.members) == 1:
                 return [self._fail(tick.members[0], repr(error))]
@@ -132,9 +168,24 @@ class SequenceEngine:
                 member.begin_stage()
             else:
                 del self._running[member.number]
-                outcome = member.outputs if member.room else member.network.answer(member.outputs)
-                ended.append(Ended(member.number, outcome))
+                ended.append(Ended(member.number, _answer(member)))
         return ended
+
+
+def _answer(member: _Running) -> Answer:
+    if member.writing:
+        return member.writing.beam.hypotheses()
+    return member.outputs if member.room else member.network.answer(member.outputs)
+
+
+def _write(tick: Tick[SequenceNetwork, _Running]) -> None:
+    """Some labels more of each output; one that is over has no steps left."""
+    writings = [(member, member.writing) for member in tick.members if member.writing]
+    if tick.lane.model.decoder:
+        write_on(tick.lane.model.decoder, [writing for _, writing in writings], MAX_LABELS)
+    for member, writing in writings:
+        if writing.beam.is_over:
+            member.steps = 0
 
 
 @torch.inference_mode()

@@ -8,21 +8,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.beam import Decoding, Hypothesis
 from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.executor import Floats
 from service.engine.lane_refusals import full, lost
 from service.engine.recordings import Recording, RecordingMetrics, Recordings
-from service.engine.sequence_engine import Ended
+from service.engine.sequence_engine import Answer, Ended
 from service.engine.sequence_worker import Abandon, Begin, Forget, Load, News, Obeyed, Order, Ticked, Worker
 from service.engine.spilled import Told
 from service.errors import ExecutionFailed, ServingError
@@ -67,6 +69,12 @@ class Lane(Protocol):
         """
         ...
 
+    async def decode(
+        self, bundle: Bundle, sequences: list[NDArray[np.generic]], decoding: Decoding, *, wait: bool
+    ) -> list[list[Hypothesis]]:
+        """The same through an encoder-decoder: for each its hypotheses, the best first."""
+        ...
+
     async def record(self, bundle: Bundle, *, wait: bool) -> Recording:
         """One that comes in parts; to be closed. Where there are as many as may be, waits or raises QueueFull.
 
@@ -87,7 +95,8 @@ class Lane(Protocol):
 class _Job:
     bundle: Bundle
     sequence: NDArray[np.generic]
-    result: asyncio.Future[Floats]
+    decoding: Decoding | None
+    result: asyncio.Future[Any]
 
 
 class SequenceLane:
@@ -181,7 +190,7 @@ class SequenceLane:
         if isinstance(outcome, str):
             log.error("a sequence failed: %s", outcome)
             self._fail(number, ExecutionFailed("the network could not compute this sequence"))
-        elif not np.isfinite(outcome).all():
+        elif not _is_finite(outcome):
             self._fail(number, ExecutionFailed("the sequence leads to a value that is not finite"))
         elif job := self._leave_worker(number):
             self._metrics.sequence(job.bundle.manifest.key)
@@ -205,9 +214,20 @@ class SequenceLane:
         Where the queue has no room, waits or raises QueueFull. Also raises ExecutionFailed, and LaneLost if the
         process died.
         """
+        return await self._compute(bundle, sequences, None, wait=wait)
+
+    async def decode(
+        self, bundle: Bundle, sequences: list[NDArray[np.generic]], decoding: Decoding, *, wait: bool
+    ) -> list[list[Hypothesis]]:
+        """As Lane has it."""
+        return await self._compute(bundle, sequences, decoding, wait=wait)
+
+    async def _compute(
+        self, bundle: Bundle, sequences: list[NDArray[np.generic]], decoding: Decoding | None, *, wait: bool
+    ) -> list[Any]:
         await self._enter(len(sequences), wait=wait)
         loop = asyncio.get_running_loop()
-        jobs = [_Job(bundle, sequence, loop.create_future()) for sequence in sequences]
+        jobs = [_Job(bundle, sequence, decoding, loop.create_future()) for sequence in sequences]
         self._queue.extend(jobs)
         self._go_on()
         try:
@@ -262,7 +282,7 @@ class SequenceLane:
                 number = next(self._numbers)
                 self._running[number] = job
                 self._running_steps += steps
-                self._send(Begin(number, job.bundle.folder, job.sequence))
+                self._send(Begin(number, job.bundle.folder, job.sequence, job.decoding))
             del self._queue[place]
 
     async def _enter(self, count: int, *, wait: bool) -> None:
@@ -279,3 +299,9 @@ class SequenceLane:
         self._metrics.queued(self._in_flight)
         async with self._room:
             self._room.notify_all()
+
+
+def _is_finite(answer: Answer) -> bool:
+    if isinstance(answer, list):
+        return all(math.isfinite(hypothesis.score) for hypothesis in answer)
+    return bool(np.isfinite(answer).all())

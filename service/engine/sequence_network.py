@@ -14,6 +14,7 @@ from torch import Tensor
 from models.manifest import ModelKey
 from models.predictor import Predictor
 from models.recurrent import CELL_STEPS, NetworkSpec, RecurrentStack, Values, linear
+from models.seq2seq import EncoderDecoder
 
 Floats = NDArray[np.float32]
 LSTM_MODE = 2  # of torch.mkldnn_rnn_layer
@@ -139,7 +140,10 @@ class LaneKernel:
 
 
 class SequenceNetwork:
-    """A bidirectional layer is a stage of its own, as it needs both ends; layers in one direction are one stage."""
+    """A bidirectional layer is a stage of its own, as it needs both ends; layers in one direction are one stage.
+
+    So is the decoder, if there is one, behind them.
+    """
 
     def __init__(self, predictor: Predictor, model: ModelKey) -> None:
         self.model = model
@@ -148,7 +152,8 @@ class SequenceNetwork:
         self.hidden_size = spec.hidden_size
         self.answers_about_mean = spec.readout == "mean"
         self.stages = [[LaneKernel(stack, suffixes) for suffixes in lanes] for lanes in _stages(spec)]
-        self.lanes = tuple(map(len, self.stages))
+        self.decoder = predictor.network if isinstance(predictor.network, EncoderDecoder) else None
+        self.lanes = (*map(len, self.stages), *([1] if self.decoder else []))
 
     @torch.inference_mode()
     def read(self, sequence: NDArray[np.generic]) -> Floats:

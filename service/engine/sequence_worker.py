@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.beam import Decoding
 from models.bundle import Bundle
 from models.manifest import ModelKey
 from service.engine.sequence_engine import Ended, SequenceEngine
@@ -58,6 +59,7 @@ class Begin(NamedTuple):
     number: int
     folder: Path
     sequence: NDArray[np.generic]
+    decoding: Decoding | None = None
 
 
 class Abandon(NamedTuple):
@@ -276,7 +278,7 @@ def _network(bundle: Bundle) -> SequenceNetwork:
 
 def _begin(begin: Begin, engine: SequenceEngine, find: Callable[[Path], SequenceNetwork]) -> Ended | None:
     try:
-        engine.add(begin.number, find(begin.folder), begin.sequence)
+        engine.add(begin.number, find(begin.folder), begin.sequence, begin.decoding)
     except Exception as error:
         return Ended(begin.number, repr(error))
     return None

@@ -267,13 +267,13 @@ class Recorder:
         call = self._computing.pop(ended.number, None)
         if call is None:
             return False
-        if isinstance(ended.outcome, str):
-            self.abandon(ended.number)
-            self._tell(Told(call, error=ended.outcome))
-        else:
+        if isinstance(ended.outcome, np.ndarray):
             self._spilled[ended.number].computed(ended.outcome)
             self._spilled[ended.number].drop_pages()
             self._tell(Told(call))
+        else:
+            self.abandon(ended.number)
+            self._tell(Told(call, error=str(ended.outcome)))
         return True
 
 

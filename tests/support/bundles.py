@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from models.bundle import Bundle, load_bundle, save_bundle
 from models.manifest import DataSource, FeatureInput, Manifest, Output, Pattern, Quality, TextInput
-from models.recurrent import NetworkSpec, RecurrentNetwork
+from models.recurrent import DecoderSpec, NetworkSpec, RecurrentNetwork
+from models.seq2seq import network_of
 
 LABELS = ("north", "east", "south", "west")
+PHONES = ("(end)", "AA", "B", "K", "S")
 
 
 def features(count: int, **rules: object) -> FeatureInput:
@@ -53,7 +57,7 @@ def manifest(
 def write_bundle(repository: Path, described: Manifest, *, seed: int = 0, scale: float = 1.0) -> Bundle:
     """Write it with seeded random weights, multiplied by `scale`, and load it again."""
     torch.manual_seed(seed)
-    network = RecurrentNetwork(described.network)
+    network = network_of(described.network)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(scale)
@@ -77,6 +81,19 @@ def write_test_repository(repository: Path) -> Path:
     write_accumulator(repository)
     write_bundle(repository, manifest("stacked", stacked, features(3, missing_values="hold_last")))
     return repository
+
+
+def write_speller(repository: Path, network: Mapping[str, Any] = MappingProxyType({}), *, seed: int = 0) -> Bundle:
+    """An encoder-decoder over letters, whose outputs end by themselves, most of them."""
+    spec = NetworkSpec.model_validate(
+        {
+            "cell": "gru", "direction": "bidirectional", "symbols": 4, "embedding_size": 5, "hidden_size": 6,
+            "outputs": len(PHONES), "decoder": DecoderSpec(embedding_size=5, max_labels=12), **network,
+        }
+    )  # fmt: skip
+    inputs = TextInput(symbols=tuple("abc "))
+    described = manifest("speller", spec, inputs, labels=PHONES, pattern="many-to-many unaligned")
+    return write_bundle(repository, described, seed=seed, scale=3.0)
 
 
 def write_accumulator(repository: Path) -> Bundle:

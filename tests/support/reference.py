@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,7 +126,21 @@ def torch_module(
 @torch.inference_mode()
 def run_in_torch(network: Mapping[str, Any], weights: Weights, inputs: Array) -> Array:
     """One whole sequence through `torch.nn`; only where transition_layers is 1. Shapes as in `NumpyNetwork.run`."""
-    of = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+    of = _tensors(weights)
+    signal = _hidden_in_torch(network, of, inputs)
+    if network["readout"] == "mean":
+        signal = signal.mean(dim=0, keepdim=True)
+    signal = _dense(of, "output_block", len(network["output_layers"]), signal)
+    outputs: Array = nn.functional.linear(signal, of["output.weight"], of["output.bias"]).numpy()
+    return outputs
+
+
+def _tensors(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+
+
+def _hidden_in_torch(network: Mapping[str, Any], of: dict[str, torch.Tensor], inputs: Array) -> torch.Tensor:
+    """What the last recurrent layer gives: (steps, hidden * directions)."""
     signal = torch.from_numpy(np.array(inputs))
     if network["symbols"]:
         signal = of["embedding.weight"][signal]
@@ -140,18 +154,41 @@ def run_in_torch(network: Mapping[str, Any], weights: Weights, inputs: Array) ->
     )
     recurrent = {name.removeprefix("recurrent."): w for name, w in of.items() if name.startswith("recurrent.")}
     module.load_state_dict(recurrent)
-    signal = module(signal.unsqueeze(0))[0].squeeze(0)
-    if network["readout"] == "mean":
-        signal = signal.mean(dim=0, keepdim=True)
-    signal = _dense(of, "output_block", len(network["output_layers"]), signal)
-    outputs: Array = nn.functional.linear(signal, of["output.weight"], of["output.bias"]).numpy()
-    return outputs
+    hidden: torch.Tensor = module(signal.unsqueeze(0))[0].squeeze(0)
+    return hidden
 
 
 def _dense(of: Mapping[str, torch.Tensor], block: str, layers: int, signal: torch.Tensor) -> torch.Tensor:
     for i in range(0, 2 * layers, 2):
         signal = torch.relu(nn.functional.linear(signal, of[f"{block}.{i}.weight"], of[f"{block}.{i}.bias"]))
     return signal
+
+
+class Written(NamedTuple):
+    """The numbers of an output's labels, and the score of it."""
+
+    labels: tuple[int, ...]
+    score: float
+
+
+def _next_label(
+    network: Mapping[str, Any], of: dict[str, torch.Tensor], memory: torch.Tensor, labels: tuple[int, ...]
+) -> torch.Tensor:
+    """Log probabilities (outputs,) of what comes behind these labels; memory (steps, width)."""
+    size, width = network["hidden_size"], memory.shape[1]
+    ends = torch.cat([memory[-1, :size], memory[0, size:]])
+    h = torch.tanh(nn.functional.linear(ends, of["bridge.weight"], of["bridge.bias"])).view(1, 1, -1)
+    module = torch_module(network["cell"], network["decoder"]["embedding_size"], width)
+    module.load_state_dict({name.removeprefix("decoder."): w for name, w in of.items() if name.startswith("decoder.")})
+    seen = of["label_embedding.weight"][torch.tensor([0, *labels])].unsqueeze(0)
+    start = (h, torch.zeros_like(h)) if network["cell"] == "lstm" else h
+    state: torch.Tensor = module(seen, start)[0][0, -1]
+    if network["decoder"]["attention"]:
+        read = (memory @ state).softmax(dim=0) @ memory
+        both = torch.cat([read, state])
+        state = torch.tanh(nn.functional.linear(both, of["combine.weight"], of["combine.bias"]))
+    state = _dense(of, "output_block", len(network["output_layers"]), state)
+    return nn.functional.linear(state, of["output.weight"], of["output.bias"]).log_softmax(dim=0)
 
 
 class Reference:
@@ -168,6 +205,27 @@ class Reference:
         if network["transition_layers"] == 1:
             return run_in_torch(network, self.weights, inputs)
         return NumpyNetwork(network, self.weights).run(inputs)
+
+    @torch.inference_mode()
+    def write(self, values: Array | str, *, beam_width: int, length_penalty: float, max_labels: int) -> list[Written]:
+        """Hypotheses of an encoder-decoder, the best first, by a search that computes every path from its beginning."""
+        network, of = self.manifest["network"], _tensors(self.weights)
+        memory = _hidden_in_torch(network, of, self._inputs(values))
+        paths, ended = [Written((), 0.0)], list[Written]()
+        while len(ended) < beam_width:
+            following = list[Written]()
+            for labels, score in paths:
+                log_probabilities = _next_label(network, of, memory, labels)
+                following += [Written((*labels, i), score + p) for i, p in enumerate(log_probabilities.tolist())]
+            following.sort(key=lambda path: -path.score)
+            for labels, score in following[:beam_width]:
+                if labels[-1] == 0:
+                    ended.append(Written(labels[:-1], score / len(labels) ** length_penalty))
+            paths = [path for path in following if path.labels[-1] != 0][:beam_width]
+            if len(paths[0].labels) == max_labels:
+                ended += [Written(labels, score / len(labels) ** length_penalty) for labels, score in paths]
+                break
+        return sorted(ended, key=lambda written: -written.score)
 
     def _inputs(self, values: Array | str) -> Array:
         spec = self.manifest["input"]

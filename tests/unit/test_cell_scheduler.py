@@ -74,6 +74,18 @@ def test_sequences_in_different_layers_do_not_wait_for_each_other() -> None:
     assert t.ticks() == ["m1>: a × 2", "m1<: a × 2", "m0>: b × 2", "m0<: b × 2", "m1>: b × 2", "m1<: b × 2"]
 
 
+def test_a_stage_of_unknown_length_is_shared_and_ends_for_each_when_it_has_no_steps_left() -> None:
+    t = Transcript(max_steps=4)
+    t.add(lanes=(1, 1), a=3, b=4)
+    assert t.tick() == "m0>: a b × 4"
+    for member in t.members.values():
+        member.steps = 1_000
+    assert t.tick() == "m1>: a b × 4"
+    t.members["a"].steps = 0
+    assert [t.tick(), t.tick()] == ["m1>: a b × 4", "m1>: b × 4"]
+    assert t.ended == ["a"]
+
+
 def test_of_more_sequences_than_a_tick_takes_each_has_its_turn_before_one_has_a_second() -> None:
     t = Transcript(max_members=2, max_steps=1)
     t.add(a=2, b=2, c=2)

@@ -110,6 +110,15 @@ def test_enums_of_the_wire_are_plain_words() -> None:
     assert model.missing_values == "hold-last"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "writes"), [(pb.PATTERN_MANY_TO_MANY_UNALIGNED, True), (pb.PATTERN_MANY_TO_MANY_ALIGNED, False)]
+)
+def test_a_model_whose_output_has_a_length_of_its_own_is_an_encoder_decoder(
+    pattern: pb.Pattern.ValueType, writes: bool
+) -> None:
+    assert model_from(pb.Model(pattern=pattern)).encoder_decoder == writes
+
+
 def test_what_is_not_said_is_empty_and_what_is_new_is_its_number() -> None:
     model = model_from(pb.Model.FromString(pb.Model(cell=99).SerializeToString()))  # type: ignore[arg-type]
     assert (model.pattern, model.cell, model.quality, model.training_data) == ("", "99", None, None)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rnnserve import Answer, Model
-from rnnserve.cli.inputs import at_rate, not_empty, opened, read_sequences, read_steps, write_sample
+from rnnserve import Answer, Hypothesis, Model, Prediction
+from rnnserve.cli.inputs import Recording, at_rate, not_empty, opened, read_sequences, read_steps, write_sample
 from rnnserve.cli.live import StreamView, sparkline
 from rnnserve.cli.outcome import BadInput
+from rnnserve.cli.show import prediction_json, prediction_text
 from rnnserve.models import model_from
 from rnnserve.v1 import model_service_pb2 as pb
 
@@ -135,6 +136,11 @@ def test_the_place_of_a_step_is_its_file_and_its_line(tmp_path: Path) -> None:
     assert of_text.place(1) == f"{text}, line 2"
 
 
+def test_the_place_of_a_step_of_a_given_text_is_the_beginning_of_the_text() -> None:
+    assert (Recording.given("hello").place(1), Recording.given("hello").place(None)) == ("'hello'", "'hello'")
+    assert Recording.given("a" * 1_000).place(500) == repr("a" * 40)
+
+
 def test_steps_are_read_only_as_far_as_they_are_asked_for() -> None:
     first = next(iter(read_steps(iter(["1,2", "broken"]), NUMERIC, "steps.csv")))
     assert first == (1, [1.0, 2.0])
@@ -195,3 +201,16 @@ def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
     drawn = screen.file.getvalue()  # type: ignore[attr-defined]
     for part in ("pump: [title]", "waiting for the first step", "step 3 · bad", "good", "0.25", "0.75"):
         assert part in drawn
+
+
+def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_scripts() -> None:
+    hypotheses = (Hypothesis(("HH", "AH0"), -0.25, None), Hypothesis((), -1.5, None))
+    prediction = Prediction(np.zeros((0, 0), np.float32), ("HH", "AH0"), None, (), hypotheses)
+    assert prediction_text(prediction) == "HH AH0\t-0.250\n\t-1.500"
+    assert prediction_json(prediction, TEXT) == {
+        "label": None,
+        "labels": ["HH", "AH0"],
+        "outputs": [],
+        "probabilities": None,
+        "hypotheses": [{"labels": ["HH", "AH0"], "score": -0.25}, {"labels": [], "score": -1.5}],
+    }

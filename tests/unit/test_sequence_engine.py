@@ -43,8 +43,8 @@ def to_the_end(engine: SequenceEngine) -> list[Ended]:
 
 
 def answers(ended: list[Ended]) -> dict[int, Floats]:
-    assert not [end for end in ended if isinstance(end.outcome, str)]
-    return {end.number: end.outcome for end in ended if not isinstance(end.outcome, str)}
+    assert all(isinstance(end.outcome, np.ndarray) for end in ended)
+    return {end.number: end.outcome for end in ended if isinstance(end.outcome, np.ndarray)}
 
 
 @settings(deadline=None)

@@ -146,6 +146,14 @@ def test_json_lines_of_sequences_are_many(run: Run, tmp_path: Path) -> None:
     assert [len(outputs) for prediction in predictions if isinstance(outputs := prediction["outputs"], list)] == [1, 2]
 
 
+def test_a_text_is_predicted_without_a_file_and_behind_those_of_files(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("ab c")
+    of_file, of_text = run("predict", "text", str(file)).stdout, run("predict", "text", "--text", "ca").stdout
+    assert (len(of_file.split()), len(of_text.split())) == (4, 2)
+    assert run("predict", "text", "--text", "ca", str(file), "--text", "ab c").stdout == of_file + of_text + of_file
+
+
 def test_health_is_told_by_word_and_by_exit_code(run: Run) -> None:
     assert (run("health").stdout, run("health").exit_code) == ("serving\n", 0)
     assert lines_of_json(run("--json", "health", "text")) == [{"model": "text", "status": "serving"}]
@@ -248,6 +256,10 @@ def test_the_demo_skips_what_is_not_served(run: Run) -> None:
         (["stream", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),
         (["stream", "vanilla", "--rate", "0"], "", 2, "rate"),
         (["predict", "vanilla", "/no/such/file"], "", 2, "/no/such/file"),
+        (["predict", "text"], "", 2, "name a FILE, or give a --text"),
+        (["predict", "text", "--text", "ab", "--text", "ax"], "", 1, "UNKNOWN_SYMBOL: 'ax': 'x' is none of"),
+        (["predict", "vanilla", "--text", "ab"], "", 1, "INPUT_KIND_MISMATCH"),
+        (["predict", "text", "--text", "ab", "--beam", "17"], "", 2, "--beam"),
         (["--target", "example.com:1", "--token", "x", "health"], "", 2, "only over TLS"),
         (["--target", "localhost:1", "health"], "", 3, "no server answers at localhost:1"),
         (["--target", "", "health"], "", 2, "the target '' names no host"),

@@ -9,11 +9,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rnnserve import Answer, Model, RnnserveError
+from rnnserve import Answer, Decoding, Model, RnnserveError
 from rnnserve.cli import copies, loading, show
 from rnnserve.cli import demo as story
 from rnnserve.cli.bars import Bars
-from rnnserve.cli.inputs import at_rate, not_empty, opened, place, read_sequences, read_steps, shown, write_sample
+from rnnserve.cli.inputs import (
+    Recording,
+    at_rate,
+    not_empty,
+    opened,
+    place,
+    read_sequences,
+    read_steps,
+    shown,
+    write_sample,
+)
 from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options
 from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
@@ -119,13 +129,29 @@ def _answer_printer(options: Options, model: Model) -> Iterator[Callable[[Answer
 def predict(
     context: typer.Context,
     model: str,
-    files: Annotated[list[Path], typer.Argument(help="Each one sequence, or JSON lines of many.", metavar="FILE…")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Each one sequence, or JSON lines of many.", metavar="FILE…")
+    ] = None,
+    texts: Annotated[list[str] | None, typer.Option("--text", help="A sequence itself, after those of files.")] = None,
+    beam_width: Annotated[
+        int, typer.Option("--beam", help="How many hypotheses an encoder-decoder follows at a time.", min=1, max=16)
+    ] = 1,
+    n_best: Annotated[
+        int, typer.Option(help="How many of them are printed, the best first; at most --beam.", min=1, max=16)
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="0 favours short ones, 1 compares them by the mean over their labels.", min=0, max=2)
+    ] = 0.0,
 ) -> None:
-    """Predict whole sequences, of any length."""
+    """Predict whole sequences, of any length. An encoder-decoder's hypotheses are printed with their scores."""
     options = _options(context)
+    decoding = Decoding(beam_width, n_best, length_penalty)
     with exit_codes(), options.client() as client:
+        if not files and not texts:
+            raise BadInput("name a FILE, or give a --text")
         described = client.model(model)
-        recordings = [recording for file in files for recording in read_sequences(file, described)]
+        recordings = [recording for file in files or () for recording in read_sequences(file, described)]
+        recordings += map(Recording.given, texts or ())
         with (
             Bars.drawn([recording.file for recording in recordings]) as bars,
             placed(lambda error: None if error.index is None else recordings[error.index].place(_step_of(error))),
@@ -133,14 +159,15 @@ def predict(
             predictions = client.predict_many(
                 model,
                 [recording.value for recording in recordings],
-                probabilities=bool(described.labels),
+                probabilities=bool(described.labels) and not described.encoder_decoder,
+                decoding=None if decoding == Decoding() else decoding,  # other models refuse it
                 on_progress=bars.show,
             )
             for prediction in bars.counted(predictions):
                 if options.json:
                     show.print_json(show.prediction_json(prediction, described))
                 else:
-                    print(show.prediction_line(prediction), flush=True)
+                    print(show.prediction_text(prediction), flush=True)
 
 
 def _step_of(refusal: RnnserveError) -> int | None:

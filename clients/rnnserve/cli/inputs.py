@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from rnnserve.tensors import Array, Input
 
 Row = list[float]
 
+_SHOWN_CHARACTERS = 40
 _FLOAT32_END = 2.0**128 - 2.0**103  # from here on float32 rounds to infinity
 
 
@@ -31,6 +32,11 @@ class Recording:
     value: Array | str
     file: str
     lines: Sequence[int]
+
+    @classmethod
+    def given(cls, text: str) -> Self:
+        """A text that stands in no file."""
+        return cls(text, repr(text[:_SHOWN_CHARACTERS]), ())
 
     def place(self, step: int | None) -> str:
         """The file, and the line where it is known which one."""

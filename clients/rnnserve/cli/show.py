@@ -140,11 +140,14 @@ def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:
         "labels": list(prediction.labels),
         "outputs": prediction.outputs.tolist(),
         "probabilities": None if rows is None else [_by_label(row, model) for row in rows],
+        "hypotheses": [{"labels": list(each.labels), "score": each.score} for each in prediction.hypotheses],
     }
 
 
-def prediction_line(prediction: Prediction) -> str:
-    """About the last step, or the only one; all labels where there are more."""
+def prediction_text(prediction: Prediction) -> str:
+    """About the last step, or the only one; all labels where there are more. A line for each hypothesis."""
+    if prediction.hypotheses:
+        return "\n".join(f"{' '.join(each.labels)}\t{each.score:.3f}" for each in prediction.hypotheses)
     if len(prediction.labels) > 1:
         return " ".join(prediction.labels)
     probabilities = None if prediction.probabilities is None else prediction.probabilities[-1]

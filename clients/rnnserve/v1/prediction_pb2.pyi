@@ -53,6 +53,7 @@ class OutputOptions(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    DECODING_FIELD_NUMBER: _builtins.int
     steps: Global___StepSelection.ValueType
     """About which steps."""
     probabilities: _builtins.bool
@@ -61,20 +62,65 @@ class OutputOptions(_message.Message):
     """Also this many of the most probable labels with their probabilities; 0 = none.
     At most the number of labels. Only for models with labels.
     """
+    @_builtins.property
+    def decoding(self) -> Global___Decoding:
+        """How the output is searched for. Only for encoder-decoders, whose predictions carry hypotheses and none of the above."""
+
     def __init__(
         self,
         *,
         steps: Global___StepSelection.ValueType = ...,
         probabilities: _builtins.bool = ...,
         top_k: _builtins.int = ...,
+        decoding: Global___Decoding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["probabilities", b"probabilities", "steps", b"steps", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding", "probabilities", b"probabilities", "steps", b"steps", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
+
+@_typing.final
+class Decoding(_message.Message):
+    """How an encoder-decoder writes its output: beam search, which with a width of 1 is greedy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEAM_WIDTH_FIELD_NUMBER: _builtins.int
+    N_BEST_FIELD_NUMBER: _builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
+    MAX_LABELS_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    beam_width: _builtins.int
+    """How many hypotheses are followed at a time; 0 = 1. At most 16."""
+    n_best: _builtins.int
+    """How many are given, the best first; 0 = 1. At most beam_width."""
+    length_penalty: _builtins.float
+    """The score of a hypothesis is its log probability divided by this power of its length, the end counted; so 0 favours
+    short ones, and 1 compares them by the mean over their labels. 0 to 2.
+    """
+    max_labels: _builtins.int
+    """How many labels an output has at most; 0 = as many as the model may write. At most that."""
+    attention: _builtins.bool
+    """Also what each label was written about. Only for models with attention."""
+    def __init__(
+        self,
+        *,
+        beam_width: _builtins.int = ...,
+        n_best: _builtins.int = ...,
+        length_penalty: _builtins.float = ...,
+        max_labels: _builtins.int = ...,
+        attention: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "beam_width", b"beam_width", "length_penalty", b"length_penalty", "max_labels", b"max_labels", "n_best", b"n_best"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decoding: _TypeAlias = Decoding  # noqa: Y015
 
 @_typing.final
 class Prediction(_message.Message):
@@ -86,6 +132,7 @@ class Prediction(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    HYPOTHESES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _tensor_pb2.Tensor:
         """The outputs of the network, (steps, outputs) float32: before any softmax."""
@@ -102,6 +149,10 @@ class Prediction(_message.Message):
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLabels]:
         """One for each of these steps. Only if asked for."""
 
+    @_builtins.property
+    def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hypothesis]:
+        """What an encoder-decoder has written, the best first. All of the above is empty then, but the labels of the best one."""
+
     def __init__(
         self,
         *,
@@ -109,14 +160,51 @@ class Prediction(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         probabilities: _tensor_pb2.Tensor | None = ...,
         top: _abc.Iterable[Global___TopLabels] | None = ...,
+        hypotheses: _abc.Iterable[Global___Hypothesis] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "probabilities", b"probabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "outputs", b"outputs", "probabilities", b"probabilities", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hypotheses", b"hypotheses", "labels", b"labels", "outputs", b"outputs", "probabilities", b"probabilities", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class Hypothesis(_message.Message):
+    """One output of an encoder-decoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    """Divided by the length as Decoding has it; the highest is the best."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its labels, without the one that means the end."""
+
+    @_builtins.property
+    def attention(self) -> _tensor_pb2.Tensor:
+        """(labels, steps) float32: how much each label's state attends to each step of the input; rows sum to 1. Only if asked
+        for.
+        """
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        score: _builtins.float = ...,
+        attention: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hypothesis: _TypeAlias = Hypothesis  # noqa: Y015
 
 @_typing.final
 class TopLabels(_message.Message):

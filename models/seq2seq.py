@@ -1,0 +1,173 @@
+"""Encoder-decoders: one network reads a sequence, another writes one of another length (Tx ≠ Ty).
+
+Sutskever, Vinyals and Le, "Sequence to Sequence Learning with Neural Networks", 2014. With attention each label is
+written with a look at all steps of the input: Luong, Pham and Manning, "Effective Approaches to Attention-based Neural
+Machine Translation", 2015 (global attention, dot score, no input feeding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from models.beam import END, Beam, Decoding, Floats
+from models.recurrent import NetworkSpec, RecurrentNetwork, RecurrentStack, Values
+
+
+class EncoderDecoder(RecurrentNetwork):
+    """Its recurrent layers are the encoder; what these give, (steps, width), is the memory that the decoder attends to.
+
+    The decoder is one layer as wide as that, which begins where the encoder has ended in each direction:
+    s⟨0⟩ = tanh(Wb [last of the forward, first of the backward direction] + bb).
+    """
+
+    def __init__(self, spec: NetworkSpec, *, dropout: float = 0.0) -> None:
+        super().__init__(spec, dropout=dropout)
+        if spec.decoder is None:
+            raise ValueError("the network has no decoder")
+        width, of_label = spec.hidden_size * spec.directions, spec.decoder.embedding_size
+        self.label_embedding = nn.Embedding(spec.outputs, of_label)
+        self.bridge = nn.Linear(width, width)
+        layer = NetworkSpec(cell=spec.cell, features=of_label, hidden_size=width, outputs=spec.outputs)
+        self.decoder = RecurrentStack(layer, of_label)
+        self.combine = nn.Linear(2 * width, width) if spec.decoder.attention else None
+
+    def teach(self, inputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        """Each label's logits, given the true ones before it.
+
+        inputs (batch, steps, features) or (batch, steps), lengths (batch,), labels (batch, labels), END behind the last
+        -> (batch, labels, outputs).
+        """
+        read = self.read(inputs)
+        start = [self._zeros(len(read), self.spec.hidden_size) for _ in range(self.spec.layers)]
+        memory, _ = self.recurrent(read, lengths, start)
+        places = torch.arange(len(memory))
+        ends = self._ends(memory[places, lengths - 1], memory[:, 0])
+        before = functional.pad(labels[:, :-1], (1, 0), value=END)
+        every = torch.full((len(memory),), labels.shape[1])
+        states, _ = self.decoder(self.label_embedding(before), every, [self.first_values(ends)])
+        read, _ = self.attend(states, memory, torch.arange(memory.shape[1]) < lengths.unsqueeze(1))
+        return self.write(states, read)
+
+    def ends_of(self, memory: Tensor) -> Tensor:
+        """(steps, width) of one sequence -> (width,): where each direction has ended."""
+        return self._ends(memory[-1], memory[0])
+
+    def _ends(self, last: Tensor, first: Tensor) -> Tensor:
+        size = self.spec.hidden_size
+        return torch.cat([last[..., :size], first[..., size:]], dim=-1)
+
+    def first_values(self, ends: Tensor) -> Values:
+        """The decoder's at the beginning: (batch, width) each."""
+        h = torch.tanh(self.bridge(ends))
+        return (h, torch.zeros_like(h)) if self.spec.cell == "lstm" else (h,)
+
+    def step(self, labels: Tensor, values: Values) -> Values:
+        """The decoder's values after it has seen the label before, (batch,)."""
+        one = torch.ones(len(labels), dtype=torch.int64)
+        _, (values,) = self.decoder(self.label_embedding(labels).unsqueeze(1), one, [values])
+        return values
+
+    def attend(self, states: Tensor, memory: Tensor, is_step: Tensor) -> tuple[Tensor, Tensor]:
+        """What each state reads from the memory of its group, and how much it attends to each step.
+
+        states (groups, rows, width), memory (groups, steps, width), is_step (groups, steps): what is no padding
+        -> (groups, rows, width), (groups, rows, steps).
+        """
+        scores = states @ memory.transpose(1, 2)
+        weights = scores.masked_fill(~is_step.unsqueeze(1), -torch.inf).softmax(dim=-1)
+        return weights @ memory, weights
+
+    def write(self, states: Tensor, read: Tensor) -> Tensor:
+        """(…, width) of the decoder, and what it reads from the memory -> (…, outputs): logits."""
+        if self.combine is not None:
+            states = torch.tanh(self.combine(torch.cat([read, states], dim=-1)))
+        return self.answer(states)
+
+    def _zeros(self, batch: int, size: int) -> Values:
+        return tuple(torch.zeros(batch, size) for _ in range(self.spec.state_layout.values_per_layer))
+
+
+def network_of(spec: NetworkSpec) -> RecurrentNetwork:
+    """With random weights, of the kind that the spec asks for."""
+    return RecurrentNetwork(spec) if spec.decoder is None else EncoderDecoder(spec)
+
+
+@dataclass(eq=False)
+class Writing:
+    """An output on its way: memory (steps, width), the search, and (paths, width) of each of the decoder's values."""
+
+    memory: Tensor
+    beam: Beam
+    values: Values
+
+
+@torch.inference_mode()
+def begin_writing(network: EncoderDecoder, memory: Tensor, decoding: Decoding) -> Writing:
+    """With what the encoder gave for one sequence: (steps, width)."""
+    return Writing(memory, Beam(decoding), network.first_values(network.ends_of(memory).unsqueeze(0)))
+
+
+@torch.inference_mode()
+def write_on(network: EncoderDecoder, writings: Sequence[Writing], labels: int) -> None:
+    """So many labels more of each, or up to its end; all paths of all of them in one product."""
+    memories = _Memories(network, writings)
+    for _ in range(labels):
+        live = [writing for writing in writings if not writing.beam.is_over]
+        if not live:
+            return
+        last = torch.tensor([label for writing in live for label in writing.beam.last_labels])
+        values = network.step(last, tuple(map(torch.cat, zip(*(writing.values for writing in live), strict=True))))
+        read, weights = memories.attend(values[0], live)
+        log_probabilities = network.write(values[0], read).log_softmax(dim=-1)
+        candidates = min(max(writing.beam.decoding.beam_width for writing in live) + 1, log_probabilities.shape[1])
+        best, numbers = (found.numpy() for found in log_probabilities.topk(candidates))
+        first = 0
+        for writing, attention in zip(live, weights, strict=True):
+            rows = slice(first, first := first + len(writing.values[0]))
+            parents = writing.beam.advance(best[rows], numbers[rows], attention)
+            writing.values = tuple(value[rows][parents] for value in values)
+
+
+class _Memories:
+    """Those of some writings, padded in groups of like length, so that no more than half of it is padding."""
+
+    def __init__(self, network: EncoderDecoder, writings: Sequence[Writing]) -> None:
+        self._network = network
+        by_size: dict[int, list[Writing]] = {}
+        if network.combine is not None:
+            for writing in writings:
+                by_size.setdefault(len(writing.memory).bit_length(), []).append(writing)
+        self._groups = [
+            (group, pad_sequence([w.memory for w in group], batch_first=True), _is_step([len(w.memory) for w in group]))
+            for group in by_size.values()
+        ]
+
+    def attend(self, states: Tensor, live: Sequence[Writing]) -> tuple[Tensor, list[Floats | None]]:
+        """states (paths of all, width) -> what each reads, and of each writing the weights (paths, steps)."""
+        firsts, first = dict[Writing, int](), 0
+        for writing in live:
+            firsts[writing] = first
+            first += len(writing.values[0])
+        read, weights = torch.zeros_like(states), dict[Writing, Floats | None]()
+        for group, memory, is_step in self._groups:
+            width = max(len(writing.values[0]) for writing in group)
+            places = [(i, firsts[w], len(w.values[0])) for i, w in enumerate(group) if w in firsts]
+            asked = states.new_zeros(len(group), width, states.shape[1])
+            for i, begin, paths in places:
+                asked[i, :paths] = states[begin : begin + paths]
+            found, looked = self._network.attend(asked, memory, is_step)
+            for i, begin, paths in places:
+                read[begin : begin + paths] = found[i, :paths]
+                if group[i].beam.decoding.attention:
+                    weights[group[i]] = looked[i, :paths, : len(group[i].memory)].numpy()
+        return read, [weights.get(writing) for writing in live]
+
+
+def _is_step(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
