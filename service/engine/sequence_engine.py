@@ -155,20 +155,22 @@ class SequenceEngine:
         return []
 
     def _fail(self, member: _Running, why: str) -> Ended:
-        member.abandoned = True
-        del self._running[member.number]
+        self.abandon(member.number)
         return Ended(member.number, why)
 
     def _go_on(self, tick: Tick[SequenceNetwork, _Running]) -> list[Ended]:
         ended = []
         going = tick._replace(members=[member for member in tick.members if not member.abandoned])
         for member in self._scheduler.took(going):
-            if member.stage < len(member.lanes):
-                member.inputs = member.outputs
-                member.begin_stage()
-            else:
-                del self._running[member.number]
-                ended.append(Ended(member.number, _answer(member)))
+            try:
+                if member.stage < len(member.lanes):
+                    member.inputs = member.outputs
+                    member.begin_stage()
+                else:
+                    ended.append(Ended(member.number, _answer(member)))
+                    del self._running[member.number]
+            except Exception as error:  # no memory, say
+                ended.append(self._fail(member, repr(error)))
         return ended
 
 

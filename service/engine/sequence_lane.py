@@ -32,6 +32,8 @@ from service.errors import ExecutionFailed, ServingError
 log = logging.getLogger(__name__)
 
 LOOK_AHEAD = 64  # sequences in the queue, for one that is short enough
+SHORT_SHARE, KEPT_SHARE = 256, 8
+"""A sequence is short if it takes this part of the memory or less; and of that, this part is kept for short ones."""
 
 
 class LaneMetrics(RecordingMetrics, Protocol):
@@ -96,7 +98,12 @@ class _Job:
     bundle: Bundle
     sequence: NDArray[np.generic]
     decoding: Decoding | None
+    is_short: bool
     result: asyncio.Future[Any]
+
+    @property
+    def steps(self) -> int:
+        return len(self.sequence)
 
 
 class SequenceLane:
@@ -116,10 +123,12 @@ class SequenceLane:
         self._max_queued = max_queued
         self._max_batch_steps = max_batch_steps
         self._metrics = metrics
-        self._queue: deque[_Job] = deque()
+        self._short_steps, self._kept_steps = max_batch_steps // SHORT_SHARE, max_batch_steps // KEPT_SHARE
+        self._short: deque[_Job] = deque()
+        self._long: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
-        self._running_steps = 0
-        self._passed_steps = 0  # of those that have passed the first in the queue
+        self._running_steps = self._running_short_steps = 0
+        self._passed_steps = 0  # of those that have passed the first of the long ones
         self._numbers = itertools.count()
         self._recordings = Recordings(self._send, self._numbers, max_recordings, metrics)
         self._in_flight = 0
@@ -205,8 +214,12 @@ class SequenceLane:
     def _leave_worker(self, number: int) -> _Job | None:
         job = self._running.pop(number, None)
         if job:
-            self._running_steps -= len(job.sequence)
+            self._count(job, -1)
         return job
+
+    def _count(self, job: _Job, sign: int) -> None:
+        self._running_steps += sign * job.steps
+        self._running_short_steps += sign * job.steps * job.is_short
 
     async def predict(self, bundle: Bundle, sequences: list[NDArray[np.generic]], *, wait: bool) -> list[Floats]:
         """Each (steps, features) or (steps,) -> for each (steps, outputs), or (1, outputs) about the whole of it.
@@ -227,8 +240,12 @@ class SequenceLane:
     ) -> list[Any]:
         await self._enter(len(sequences), wait=wait)
         loop = asyncio.get_running_loop()
-        jobs = [_Job(bundle, sequence, decoding, loop.create_future()) for sequence in sequences]
-        self._queue.extend(jobs)
+        jobs = [
+            _Job(bundle, sequence, decoding, len(sequence) <= self._short_steps, loop.create_future())
+            for sequence in sequences
+        ]
+        for job in jobs:
+            (self._short if job.is_short else self._long).append(job)
         self._go_on()
         try:
             return await asyncio.gather(*(job.result for job in jobs))
@@ -264,26 +281,52 @@ class SequenceLane:
             self._send(Abandon(number))
 
     def _go_on(self) -> None:
-        """Send those for which there is memory: in order, but that short ones pass the first for which there is none.
+        """Send those for which there is memory."""
+        if self._open:
+            self._send_long()
+            self._send_short()
+
+    def _send_short(self) -> None:
+        """In order; while long ones wait, as many as fit into what is kept for them."""
+        while self._short:
+            job = self._short[0]
+            if not job.result.done():
+                kept = self._running_short_steps + job.steps <= self._kept_steps
+                if not (kept or (not self._long and self._has_memory(job))):
+                    return
+                self._begin(job)
+            self._short.popleft()
+
+    def _send_long(self) -> None:
+        """In order, but that shorter ones pass the first for which there is no memory.
 
         No more steps pass it than may be under way; it goes alone if it is longer than that.
         """
         place = 0
-        while place < min(len(self._queue), LOOK_AHEAD) and self._open:
-            job = self._queue[place]
-            steps = len(job.sequence)
+        while place < min(len(self._long), LOOK_AHEAD):
+            job = self._long[place]
             if not job.result.done():
-                if place and self._passed_steps + steps > self._max_batch_steps:
+                if place and self._passed_steps + job.steps > self._max_batch_steps:
                     return
-                if self._running and self._running_steps + steps > self._max_batch_steps:
+                if not self._has_memory(job):
                     place += 1
                     continue
-                self._passed_steps = self._passed_steps + steps if place else 0
-                number = next(self._numbers)
-                self._running[number] = job
-                self._running_steps += steps
-                self._send(Begin(number, job.bundle.folder, job.sequence, job.decoding))
-            del self._queue[place]
+                self._begin(job)
+                self._passed_steps += job.steps
+            if not place:
+                self._passed_steps = 0
+            del self._long[place]
+
+    def _has_memory(self, job: _Job) -> bool:
+        """Beside what runs, the short ones that are in what is kept for them left out; always for one that is alone."""
+        taken = self._running_steps - min(self._running_short_steps, self._kept_steps)
+        return not taken or taken + job.steps <= self._max_batch_steps
+
+    def _begin(self, job: _Job) -> None:
+        number = next(self._numbers)
+        self._running[number] = job
+        self._count(job, 1)
+        self._send(Begin(number, job.bundle.folder, job.sequence, job.decoding))
 
     async def _enter(self, count: int, *, wait: bool) -> None:
         async with self._room:

@@ -1,6 +1,7 @@
 """Whatever sequences share their ticks, each gets the answer that the equations give for it alone."""
 
 import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,27 @@ def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> Non
         alone = SequenceEngine(1, 100)
         alone.add(number, network, sequence)
         assert_close(found[number], answers(to_the_end(alone))[number])
+
+
+@pytest.mark.parametrize("fails", ["answer", "begin_stage"])
+def test_a_sequence_for_whose_answer_or_next_layer_there_is_no_memory_leaves_its_neighbours_alone(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    engine, network = SequenceEngine(8, 4), lstm(layers=2)
+    for number, steps in enumerate((9, 6, 5)):
+        engine.add(number, network, np.ones((steps, 3), np.float32))
+    kind: Any = SequenceNetwork if fails == "answer" else type(engine._running[1])
+    right = getattr(kind, fails)
+
+    def without_memory(self: Any, *hidden: Floats) -> Any:
+        if (len(hidden[0]) if hidden else self.steps) == 6:
+            raise MemoryError
+        return right(self, *hidden)
+
+    monkeypatch.setattr(kind, fails, without_memory)
+    ended = to_the_end(engine)
+    assert {end.number: isinstance(end.outcome, str) for end in ended} == {0: False, 1: True, 2: False}
+    assert not engine._running
 
 
 def lstm(layers: int) -> SequenceNetwork:

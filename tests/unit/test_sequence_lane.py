@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, BundleError, load_bundle
 from service.engine.sequence_engine import Ended
 from service.engine.sequence_lane import SequenceLane
-from service.engine.sequence_worker import Begin, News, Order, ProcessWorker, ThreadWorker, Worker
+from service.engine.sequence_worker import Abandon, Begin, News, Order, ProcessWorker, ThreadWorker, Worker
 from service.errors import ExecutionFailed, LaneLost, QueueFull
 from tests.support.fakes import CountingMetrics
 from tests.support.reference import Reference, assert_close
@@ -27,8 +27,12 @@ def process() -> Worker:
     return ProcessWorker(4, 1, load_bundle, niceness=0)
 
 
-def make_lane(metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8) -> SequenceLane:
-    return SequenceLane(worker, max_queued=max_queued, max_batch_steps=100, max_recordings=2, metrics=metrics)
+def make_lane(
+    metrics: CountingMetrics, worker: Callable[[], Worker], *, max_queued: int = 8, max_batch_steps: int = 100
+) -> SequenceLane:
+    return SequenceLane(
+        worker, max_queued=max_queued, max_batch_steps=max_batch_steps, max_recordings=2, metrics=metrics
+    )
 
 
 @pytest.fixture
@@ -138,13 +142,17 @@ class HeldWorker:
 
     def __init__(self) -> None:
         self.under_way: list[Begin] = []
+        self.abandoned: list[int] = []
 
     def listen(self, hear: Callable[[News], None], died: Callable[[], None]) -> None:
         self._hear = hear
 
     def send(self, order: Order) -> None:
-        if isinstance(order, Begin):
-            self.under_way.append(order)
+        match order:
+            case Begin():
+                self.under_way.append(order)
+            case Abandon(number):
+                self.abandoned.append(number)
 
     def lengths(self) -> list[int]:
         return [len(begun.sequence) for begun in self.under_way]
@@ -192,6 +200,62 @@ async def test_no_more_steps_pass_a_long_sequence_than_may_be_under_way(vanilla:
         await answers
 
 
+async def test_short_sequences_have_memory_of_their_own_while_long_ones_wait_and_leave_them_theirs(
+    vanilla: Bundle,
+) -> None:
+    worker = HeldWorker()
+    lane = make_lane(
+        CountingMetrics(), lambda: worker, max_queued=1_000, max_batch_steps=1_024
+    )  # 4 are short, 128 kept
+    long = send(lane, vanilla, *[sequence(steps) for steps in (500, 1_000)])
+    await settle()
+    async with running(lane):
+        await settle()
+        short = send(lane, vanilla, *[sequence(4)] * 40)
+        await settle()
+        assert worker.lengths() == [500, *[4] * 32]
+        assert worker.finish(500) == [*[4] * 32, 1_000, *[4] * 6]  # no long one waits any more
+        for steps in [1_000, *[4] * 40]:
+            worker.finish(steps)
+        await asyncio.gather(long, short)
+
+
+async def test_one_that_is_cancelled_is_computed_no_further(vanilla: Bundle) -> None:
+    worker = HeldWorker()
+    lane = make_lane(CountingMetrics(), lambda: worker)
+    cancelled, kept = send(lane, vanilla, sequence(60)), send(lane, vanilla, sequence(40))
+    waiting = send(lane, vanilla, sequence(50))
+    async with running(lane):
+        await settle()
+        cancelled.cancel()
+        await settle()
+        assert worker.abandoned == [worker.under_way[0].number]
+        assert worker.lengths() == [60, 40, 50]
+        for steps in (40, 50):
+            worker.finish(steps)
+        await asyncio.gather(kept, waiting)
+
+
+async def test_the_first_in_the_queue_being_cancelled_leaves_those_behind_it_as_patient_as_before(
+    vanilla: Bundle,
+) -> None:
+    worker = HeldWorker()
+    lane = make_lane(CountingMetrics(), lambda: worker)
+    held = send(lane, vanilla, sequence(10))
+    first = send(lane, vanilla, sequence(200))
+    passing = send(lane, vanilla, sequence(90))
+    async with running(lane):
+        await settle()
+        assert worker.finish(90) == [10]
+        first.cancel()
+        others = send(lane, vanilla, *[sequence(steps) for steps in (150, 80)])
+        await settle()
+        assert worker.lengths() == [10, 80]  # 170 steps would have passed the one that is gone
+        for steps in (80, 10, 150):
+            worker.finish(steps)
+        await asyncio.gather(held, passing, others)
+
+
 async def test_a_full_queue_refuses_and_says_when_to_come_back(lane: SequenceLane, vanilla: Bundle) -> None:
     held = send(lane, vanilla, *[sequence(2)] * 7)
     await settle()
@@ -208,7 +272,7 @@ async def test_a_caller_that_may_wait_gets_its_turn_when_there_is_room(lane: Seq
     held = send(lane, vanilla, *[sequence(2)] * 8)
     waiting = send(lane, vanilla, sequence(3), wait=True)
     await settle()
-    assert len(lane._queue) == 8
+    assert len(lane._long) == 8
     async with running(lane):
         assert len((await waiting)[0]) == 3
         await held
@@ -286,9 +350,9 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
     os.kill(workers[0].pid, signal.SIGSTOP)  # so that it is caught at work
     async with running(lane):
         held = [send(lane, vanilla, sequence(60)), send(lane, bidirectional, sequence(40))]
-        await until(lambda: lane._in_flight == 2 and not lane._queue)
+        await until(lambda: lane._in_flight == 2 and not lane._long)
         waiting = send(lane, bidirectional, sequence(5))
-        await until(lambda: len(lane._queue) == 1)
+        await until(lambda: len(lane._long) == 1)
         os.kill(workers[0].pid, signal.SIGKILL)
         for lost in held:
             with pytest.raises(LaneLost) as failure:
@@ -307,7 +371,7 @@ async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
     async with running(lane):
         held = send(lane, vanilla, sequence(4))
-        await until(lambda: lane._in_flight == 1 and not lane._queue)
+        await until(lambda: lane._in_flight == 1 and not lane._long)
     held.cancel()
     async with asyncio.timeout(10):
         await asyncio.to_thread(lane.close)
