@@ -170,7 +170,7 @@ class StepOutOfOrder(Conflict):
 
 
 class PartOverdue(Conflict):
-    """Nothing came for too long of a sequence that comes in parts."""
+    """For too long a client has not sent the next part of a sequence, or not read what it was sent about it."""
 
 
 class ResumePointLost(Conflict):

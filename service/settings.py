@@ -186,11 +186,11 @@ class Settings(BaseSettings):
         4, ge=1, le=1_000, description="sequences that come in parts, in all; one more waits, or is QUEUE_FULL"
     )
     part_timeout_s: float = Field(
-        60.0,
+        300.0,
         ge=0.0,
         le=86_400.0,
-        description="a stream that sends nothing for so long loses the sequences of which parts are to come, with "
-        "PART_OVERDUE; 0 = never",
+        description="a client that for so long does not send the next part of such a sequence, or does not read what "
+        "it is sent about it, loses it with PART_OVERDUE; 0 = never",
     )
     spill_dir: Path | None = Field(
         None,

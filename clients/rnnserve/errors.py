@@ -17,7 +17,7 @@ RnnserveError
 ├── ModelInUse            the model has live streams; .metadata["streams"] says how many at least
 ├── NotEnabled            the server is set not to do it; .metadata["setting"] names the setting
 ├── StepOutOfOrder        .metadata["expected_step"] is the index of the next step
-├── PartOverdue           nothing came for too long of a sequence that comes in parts
+├── PartOverdue           for too long no part of a sequence was sent, or nothing read that came about it
 ├── TryAgain              nothing is wrong with the request; .retry_after_s says when to come back
 │   ├── SessionLimit  QueueFull  DiskFull  Draining  LaneLost  StoreUnavailable
 │   └── Unreachable       no server answered
@@ -168,7 +168,7 @@ class StepOutOfOrder(RnnserveError):
 
 
 class PartOverdue(RnnserveError):
-    """Nothing came for too long of a sequence that comes in parts."""
+    """For too long we have not sent the next part of a sequence, or not read what came about it."""
 
 
 class TryAgain(RnnserveError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,11 @@ from service.errors import (
 
 WIRE_FLOAT32 = np.dtype("<f4")
 MAX_LENGTH_PENALTY = 2.0
+PIECE_BYTES = 2**20  # of a prediction that goes out in several
 
 Floats = NDArray[np.float32]
+Answer: TypeAlias = Floats | list[Hypothesis]
+"""Outputs (steps, outputs), or the hypotheses of an encoder-decoder, the best first."""
 Input = real_time_service_pb2.Steps | sequence_service_pb2.Sequence
 """Each has a oneof `input` of `tensor` and `text`."""
 
@@ -217,17 +221,6 @@ def decoding_of(options: prediction_pb2.OutputOptions, decoder: DecoderSpec) -> 
     )
 
 
-def encode_hypotheses(hypotheses: list[Hypothesis], labels: tuple[str, ...]) -> prediction_pb2.Prediction:
-    """What an encoder-decoder has written, the best first."""
-    prediction = prediction_pb2.Prediction()
-    for hypothesis in hypotheses:
-        message = prediction.hypotheses.add(labels=[labels[i] for i in hypothesis.labels], score=hypothesis.score)
-        if hypothesis.attention is not None:
-            encode_tensor_into(message.attention, hypothesis.attention)
-    prediction.labels.extend(prediction.hypotheses[0].labels)
-    return prediction
-
-
 def wants_all_steps(options: prediction_pb2.OutputOptions, manifest: Manifest) -> bool:
     """Whether the prediction of a sequence is about each of its steps, or about the last one or the whole only."""
     if options.steps == prediction_pb2.STEP_SELECTION_UNSPECIFIED:
@@ -242,17 +235,50 @@ def row_bytes(manifest: Manifest, options: prediction_pb2.OutputOptions) -> int:
     return number_bytes + label_bytes + options.top_k * (label_bytes + WIRE_FLOAT32.itemsize) + 8
 
 
-def encode(outputs: Floats, manifest: Manifest, options: prediction_pb2.OutputOptions) -> prediction_pb2.Prediction:
-    """What the model says about some steps: (steps, outputs)."""
-    prediction = prediction_pb2.Prediction()
-    encode_into(prediction, outputs, manifest, options)
-    return prediction
+def pieces(
+    answer: Answer, manifest: Manifest, options: prediction_pb2.OutputOptions
+) -> Iterator[tuple[int, Answer, bool]]:
+    """An answer in pieces of about PIECE_BYTES: the first step of each, the piece, and whether more follow."""
+    if isinstance(answer, list):
+        yield 0, answer, False
+        return
+    rows = rows_of_piece(manifest, options)
+    for first in range(0, len(answer), rows):
+        yield first, answer[first : first + rows], first + rows < len(answer)
+
+
+def rows_of_piece(manifest: Manifest, options: prediction_pb2.OutputOptions) -> int:
+    """About how many steps make one."""
+    return max(1, PIECE_BYTES // row_bytes(manifest, options))
+
+
+def encode_answer_into(
+    prediction: prediction_pb2.Prediction, answer: Answer, manifest: Manifest, options: prediction_pb2.OutputOptions
+) -> None:
+    """What the model says about a sequence, or a piece of it, into an empty prediction where it belongs."""
+    if isinstance(answer, list):
+        _encode_hypotheses_into(prediction, answer, manifest.output.labels)
+    else:
+        encode_into(prediction, answer, manifest, options)
+
+
+def _encode_hypotheses_into(
+    prediction: prediction_pb2.Prediction, hypotheses: list[Hypothesis], labels: tuple[str, ...]
+) -> None:
+    for hypothesis in hypotheses:
+        message = prediction.hypotheses.add(labels=[labels[i] for i in hypothesis.labels], score=hypothesis.score)
+        if hypothesis.attention is not None:
+            encode_tensor_into(message.attention, hypothesis.attention)
+    prediction.labels.extend(prediction.hypotheses[0].labels)
 
 
 def encode_into(
     prediction: prediction_pb2.Prediction, outputs: Floats, manifest: Manifest, options: prediction_pb2.OutputOptions
 ) -> None:
-    """The same into an empty prediction where it belongs: a message that is put into another one is copied."""
+    """What the model says about some steps, (steps, outputs), into an empty prediction where it belongs.
+
+    For a message that is put into another one is copied.
+    """
     encode_tensor_into(prediction.outputs, outputs)
     labels = manifest.output.labels
     if labels:

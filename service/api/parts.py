@@ -23,10 +23,9 @@ from service.engine.spilled import Progress
 from service.errors import FieldInvalid, PartOverdue, ServingError, StepOutOfOrder, TooManySteps, within
 
 PROGRESS_S = 0.25
-PREDICTION_BYTES = 2**20  # of one part of a prediction, about
 
 T = TypeVar("T")
-Write = Callable[[pb.PredictStreamResponse], Awaitable[None]]
+Write = Callable[[pb.PredictStreamResponse], Coroutine[Any, Any, None]]
 
 
 @dataclass(eq=False)
@@ -38,6 +37,7 @@ class _Sequence:
     told_s: float  # when the client was last told how far it is
     next_step: int = 0
     recording: Recording = field(init=False)
+    overdue: asyncio.TimerHandle | None = None  # while its next part is waited for
 
 
 class Parts:
@@ -64,27 +64,31 @@ class Parts:
         self._answered = answered
         self._answers = answers
         self._write = write
+        self._reads = False
         self._incoming: dict[int, _Sequence] = {}
         self._passed_over: dict[int, None] = {}  # ids of refused ones whose last part has not come, oldest first
 
     async def next(self, requests: AsyncIterator[pb.PredictStreamRequest]) -> pb.PredictStreamRequest | None:
-        """The next message of the stream; None = it has ended. Where none comes in time, parts are overdue."""
-        overdue = None
-        if self._incoming and self._limits.part_timeout_s:
-            overdue = asyncio.get_running_loop().call_later(self._limits.part_timeout_s, self._overdue)
+        """The next message of the stream; None = it has ended."""
+        self._reads = True
         try:
             return await anext(requests, None)
         finally:
-            if overdue:
-                overdue.cancel()
+            self._reads = False
 
-    def _overdue(self) -> None:
+    def _expect_next(self, sequence: _Sequence) -> None:
+        if limit := self._limits.part_timeout_s:
+            sequence.overdue = asyncio.get_running_loop().call_later(limit, self._overdue, sequence)
+
+    def _overdue(self, sequence: _Sequence) -> None:
+        if not self._reads:  # the part may be there
+            self._expect_next(sequence)
+            return
+        self._drop(sequence.id)
+        self._pass_over(sequence.id)
         limit = self._limits.part_timeout_s
-        for number in list(self._incoming):
-            self._drop(number)
-            self._pass_over(number)
-            error = PartOverdue(f"the next part did not come within {limit:g} s", field="part", limit=limit)
-            self._answers.create_task(self._refuse(number, error))
+        error = PartOverdue(f"the next part did not come within {limit:g} s", field="part", limit=limit)
+        self._answers.create_task(self._refuse(sequence.id, error))
 
     async def take(self, message: pb.PredictStreamRequest) -> None:
         """Returns once this part is stored, so that no more than one of a stream is on its way."""
@@ -101,6 +105,7 @@ class Parts:
             with within("part"):
                 steps = self._decode(part)
             sequence = self._incoming.get(part.id) or await self._begin(part.id)
+            _stop(sequence.overdue)
             await self._during(sequence, sequence.recording.store(steps), sequence.recording.progress)
             sequence.next_step += len(steps)
         except ServingError as error:
@@ -109,7 +114,9 @@ class Parts:
                 self._pass_over(part.id)
             await self._refuse(part.id, error)
             return
-        if part.last:
+        if not part.last:
+            self._expect_next(sequence)
+        else:
             del self._incoming[part.id]
             self._answers.create_task(self._answer(sequence))
 
@@ -156,7 +163,7 @@ class Parts:
         recording, step = sequence.recording, 0
         if self._last_only and self._bundle.manifest.network.readout == "each_step":
             step = sequence.next_step - 1
-        max_steps = max(1, PREDICTION_BYTES // codec.row_bytes(self._bundle.manifest, self._options))
+        max_steps = codec.rows_of_piece(self._bundle.manifest, self._options)
         try:
             await self._during(sequence, recording.compute(), recording.progress)
             more = True
@@ -168,9 +175,10 @@ class Parts:
                 response = pb.PredictStreamResponse(id=sequence.id, first_step=step, more=more)
                 codec.encode_into(response.prediction, outputs, self._bundle.manifest, self._options)
                 step += len(outputs)
-                await self._write(response)
+                await self._write_in_time(response)
             self._answered(time.monotonic() - sequence.begin_s)
         except ServingError as error:
+            recording.close()
             await self._refuse(sequence.id, error)
         finally:
             recording.close()
@@ -195,7 +203,16 @@ class Parts:
         sequence.told_s = time.monotonic()
         received, computed, total = progress
         message = pb.Progress(received_steps=received, computed_steps=computed, total_steps=total)
-        await self._write(pb.PredictStreamResponse(id=sequence.id, progress=message))
+        await self._write_in_time(pb.PredictStreamResponse(id=sequence.id, progress=message))
+
+    async def _write_in_time(self, response: pb.PredictStreamResponse) -> None:
+        """Raises PartOverdue if the client does not read; it is written all the same, for a write has no way back."""
+        limit = self._limits.part_timeout_s
+        writing = self._answers.create_task(self._write(response))
+        await asyncio.wait([writing], timeout=limit or None)
+        if not writing.done():
+            raise PartOverdue(f"nothing was read within {limit:g} s", field="part", limit=limit)
+        writing.result()
 
     def _pass_over(self, number: int) -> None:
         self._passed_over[number] = None
@@ -205,10 +222,16 @@ class Parts:
     def _drop(self, number: int) -> None:
         sequence = self._incoming.pop(number, None)
         if sequence:
+            _stop(sequence.overdue)
             sequence.recording.close()
 
     async def _refuse(self, number: int, error: ServingError) -> None:
         await self._write(pb.PredictStreamResponse(id=number, error=self._refusals.status(error)))
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer:
+        timer.cancel()
 
 
 async def _waiting() -> Progress:

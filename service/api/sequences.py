@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.manifest import Manifest, ModelKey
-from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions, Prediction
+from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions
 from rnnserve.v1.sequence_service_pb2 import (
     IdentifiedSequence,
     PredictRequest,
@@ -29,10 +29,13 @@ from service.api.limits import Limits
 from service.api.parts import Parts
 from service.catalog.catalog import Catalog
 from service.engine.sequence_lane import Lane
-from service.errors import FieldInvalid, OpenMissing, OpenRepeated, ServingError, within
+from service.errors import FieldInvalid, MessageTooLarge, OpenMissing, OpenRepeated, ServingError, within
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
+
+MAX_RESPONSE_BYTES = 64 * 2**20
+"""Of Predict, about; what our client takes."""
 
 
 class SequenceMetrics(Protocol):
@@ -68,8 +71,14 @@ class SequenceService(SequenceServiceServicer):
             self._decode(sequence, bundle.manifest, path=f"sequences[{i}]")
             for i, sequence in enumerate(request.sequences)
         ]
-        predictions = await self._predict(bundle, inputs, request.options, wait=False)
-        return PredictResponse(model=bundle.manifest.name, version=bundle.manifest.version, predictions=predictions)
+        start_s = time.perf_counter()
+        self._check_answers(bundle.manifest, inputs, request.options)
+        answers = await self._compute(bundle, inputs, request.options, wait=False)
+        response = PredictResponse(model=bundle.manifest.name, version=bundle.manifest.version)
+        for answer in answers:
+            codec.encode_answer_into(response.predictions.add(), answer, bundle.manifest, request.options)
+        self._metrics.sequences_answered(bundle.manifest.key, time.perf_counter() - start_s)
+        return response
 
     async def PredictStream(  # type: ignore[override]
         self,
@@ -91,7 +100,8 @@ class SequenceService(SequenceServiceServicer):
 
         async def answer(message: PredictStreamRequest) -> None:
             try:
-                await write(await self._reply(message, bundle, request.open.options))
+                async for response in self._replies(message, bundle, request.open.options):
+                    await write(response)
             finally:
                 slots.release()
 
@@ -127,10 +137,23 @@ class SequenceService(SequenceServiceServicer):
         with within(path):
             return codec.decode(sequence, manifest, max_steps=self._limits.max_sequence_steps)
 
-    async def _reply(
+    def _check_answers(self, manifest: Manifest, inputs: list[NDArray[np.generic]], options: OutputOptions) -> None:
+        if manifest.network.decoder is not None:
+            return
+        rows = sum(len(steps) if codec.wants_all_steps(options, manifest) else 1 for steps in inputs)
+        size_bytes = rows * codec.row_bytes(manifest, options)
+        if size_bytes > MAX_RESPONSE_BYTES:
+            raise MessageTooLarge(
+                f"the answer would have {size_bytes} bytes, more than {MAX_RESPONSE_BYTES}; PredictStream gives parts",
+                field="sequences",
+                limit=MAX_RESPONSE_BYTES,
+            )
+
+    async def _replies(
         self, message: PredictStreamRequest, bundle: Bundle, options: OutputOptions
-    ) -> PredictStreamResponse:
+    ) -> AsyncIterator[PredictStreamResponse]:
         item: IdentifiedSequence = message.sequence
+        start_s = time.perf_counter()
         try:
             self._limits.check_size(message)
             match message.WhichOneof("request"):
@@ -139,27 +162,23 @@ class SequenceService(SequenceServiceServicer):
                 case None:
                     raise FieldInvalid("the message is empty", field="request")
             inputs = self._decode(item.sequence, bundle.manifest, path="sequence.sequence")
-            predictions = await self._predict(bundle, [inputs], options, wait=True)
-            return PredictStreamResponse(id=item.id, prediction=predictions[0])
+            (answer,) = await self._compute(bundle, [inputs], options, wait=True)
         except ServingError as error:
-            return PredictStreamResponse(id=item.id, error=self._refusals.status(error))
-
-    async def _predict(
-        self, bundle: Bundle, inputs: list[NDArray[np.generic]], options: OutputOptions, *, wait: bool
-    ) -> list[Prediction]:
-        start_s = time.perf_counter()
-        predictions = await self._answers(bundle, inputs, options, wait=wait)
+            yield PredictStreamResponse(id=item.id, error=self._refusals.status(error))
+            return
+        for first_step, piece, more in codec.pieces(answer, bundle.manifest, options):
+            response = PredictStreamResponse(id=item.id, first_step=first_step, more=more)
+            codec.encode_answer_into(response.prediction, piece, bundle.manifest, options)
+            yield response
         self._metrics.sequences_answered(bundle.manifest.key, time.perf_counter() - start_s)
-        return predictions
 
-    async def _answers(
+    async def _compute(
         self, bundle: Bundle, inputs: list[NDArray[np.generic]], options: OutputOptions, *, wait: bool
-    ) -> list[Prediction]:
-        manifest = bundle.manifest
-        if decoder := manifest.network.decoder:
-            found = await self._lane.decode(bundle, inputs, codec.decoding_of(options, decoder), wait=wait)
-            return [codec.encode_hypotheses(hypotheses, manifest.output.labels) for hypotheses in found]
+    ) -> Iterable[codec.Answer]:
+        """Of each sequence about the steps that are asked for, or its hypotheses."""
+        if decoder := bundle.manifest.network.decoder:
+            return await self._lane.decode(bundle, inputs, codec.decoding_of(options, decoder), wait=wait)
         results = await self._lane.predict(bundle, inputs, wait=wait)
-        if not codec.wants_all_steps(options, manifest):
-            results = [outputs[-1:] for outputs in results]
-        return [codec.encode(outputs, manifest, options) for outputs in results]
+        if codec.wants_all_steps(options, bundle.manifest):
+            return results
+        return [outputs[-1:] for outputs in results]

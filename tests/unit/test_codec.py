@@ -9,10 +9,10 @@ from hypothesis.extra import numpy as arrays
 
 from models.manifest import Manifest, TextInput
 from models.recurrent import NetworkSpec
-from rnnserve.v1.prediction_pb2 import OutputOptions, StepSelection
+from rnnserve.v1.prediction_pb2 import OutputOptions, Prediction, StepSelection
 from rnnserve.v1.real_time_service_pb2 import Steps
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_UNSPECIFIED, Tensor
-from service.api.codec import Floats, check_options, decode, encode, encode_tensor_into
+from service.api.codec import Floats, check_options, decode, encode_into, encode_tensor_into
 from service.errors import (
     DataTypeMismatch,
     FieldInvalid,
@@ -26,6 +26,13 @@ from service.errors import (
 )
 from tests.support.bundles import LABELS, features, manifest
 from tests.support.wire import array, tensor
+
+
+def encode(outputs: Floats, described: Manifest, options: OutputOptions) -> Prediction:
+    prediction = Prediction()
+    encode_into(prediction, outputs, described, options)
+    return prediction
+
 
 NAN, INFINITY = float("nan"), float("inf")
 SYMBOLS = tuple(string.ascii_lowercase + "üß😀")

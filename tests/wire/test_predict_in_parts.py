@@ -21,11 +21,22 @@ from tests.support.bundles import LABELS, features, manifest, write_bundle, writ
 from tests.support.recordings import spilled_bytes
 from tests.support.reference import Reference, assert_close
 from tests.support.server import RunningServer, start_server
-from tests.support.wire import TIMEOUT_S, Refusal, array, eventually, metric, random_steps, sequence
+from tests.support.wire import (
+    TIMEOUT_S,
+    Refusal,
+    array,
+    eventually,
+    metric,
+    predict,
+    random_steps,
+    refusal_of,
+    sequence,
+)
 
 Responses = dict[int, list[pb.PredictStreamResponse]]
 LONG, HIDDEN_SIZE = 20_000, 96  # together a second of work
-LIMITS: dict[str, Any] = {"max_sequence_steps": LONG, "max_recording_steps": 3 * LONG, "max_recordings": 2}
+LONG_PARTS: dict[str, Any] = {"max_sequence_steps": LONG, "max_recording_steps": 3 * LONG}
+LIMITS: dict[str, Any] = {**LONG_PARTS, "max_recordings": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +44,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a bidirectional network that answers about each step."""
     repository = write_test_repository(tmp_path_factory.mktemp("repository"))
     spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=HIDDEN_SIZE, layers=2, outputs=4)
+    wide = NetworkSpec(cell="tanh", features=3, hidden_size=2, outputs=1_000)
+    write_bundle(repository, manifest("wide", wide, features(3)))
     write_bundle(repository, manifest("tagger", spec, features(3, missing_values="hold_last"), labels=LABELS))
     return repository
 
@@ -215,14 +228,18 @@ def test_a_stream_that_ends_before_the_last_part_refuses_that_sequence(channel: 
     assert len(outputs(found[2])) == 3
 
 
-def test_a_stream_that_sends_nothing_for_too_long_loses_what_has_no_last_part(repository: Path, tmp_path: Path) -> None:
-    with (
-        start_server(repository, spill_dir=tmp_path, part_timeout_s=0.3, max_recordings=1) as server,
-        grpc.insecure_channel(server.target) as channel,
-    ):
+@pytest.fixture
+def impatient(repository: Path, tmp_path: Path) -> Iterator[RunningServer]:
+    """It has one place, and gives it to another soon."""
+    with start_server(repository, spill_dir=tmp_path, part_timeout_s=0.3, max_recordings=1, **LONG_PARTS) as running:
+        yield running
+
+
+def test_a_sequence_whose_next_part_does_not_come_loses_its_place(impatient: RunningServer) -> None:
+    with grpc.insecure_channel(impatient.target) as channel:
         silent, other = Bulk(channel, "stacked"), Bulk(channel, "stacked")
         silent.send(part(1, 0, random_steps(3)))
-        eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 1)
+        eventually(lambda: metric(impatient.metrics_url, "rnnserve_recordings") == 1)
         other.send(*parts(1, random_steps(9), 4))
         overdue = silent.until(lambda response: response.HasField("error"))
         assert (overdue.id, Refusal(overdue.error).reason) == (1, "PART_OVERDUE")
@@ -230,7 +247,49 @@ def test_a_stream_that_sends_nothing_for_too_long_loses_what_has_no_last_part(re
         assert len(outputs(other.rest()[1])) == 9
         silent.send(part(1, 3, random_steps(3), last=True), whole(2, random_steps(3)))
         assert silent.rest().keys() == {2}
-        eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 0)
+        eventually(lambda: metric(impatient.metrics_url, "rnnserve_recordings") == 0)
+
+
+def test_what_else_a_stream_sends_does_not_keep_the_place(impatient: RunningServer) -> None:
+    with grpc.insecure_channel(impatient.target) as channel:
+        bulk = Bulk(channel, "stacked")
+        bulk.send(part(0, 0, random_steps(3)))
+        for number in itertools.count(1):  # one after the other, until the server has had enough
+            bulk.send(whole(number, random_steps(3)))
+            if bulk.until(lambda response: not response.HasField("progress")).id == 0:
+                break
+
+
+def test_a_client_that_does_not_read_its_prediction_loses_its_place(impatient: RunningServer) -> None:
+    with grpc.insecure_channel(impatient.target) as channel, grpc.insecure_channel(impatient.target) as of_other:
+        deaf, other = Bulk(channel, "wide"), Bulk(of_other, "stacked")
+        deaf.send(*parts(1, random_steps(2 * LONG), LONG))  # 80 MB of prediction
+        eventually(lambda: metric(impatient.metrics_url, "rnnserve_recordings") == 1)
+        other.send(*parts(1, random_steps(9), 4))
+        assert len(outputs(other.rest()[1])) == 9
+        last = without_progress(deaf.rest()[1])[-1]
+        assert Refusal(last.error).reason == "PART_OVERDUE"
+
+
+def test_a_long_prediction_of_a_whole_sequence_comes_in_parts_too(channel: grpc.Channel, repository: Path) -> None:
+    values = random_steps(LONG)
+    found = ask(channel, "wide", [whole(1, values[:20]), whole(2, values)])
+    assert len(found[1]) == 1
+    assert len(found[2]) > 10
+    assert_close(outputs(found[2]), Reference(repository / "wide" / "1").predict(values))
+
+
+def test_a_prediction_that_is_too_long_for_one_response_is_refused_before_it_is_computed(
+    channel: grpc.Channel,
+) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        SequenceServiceStub(channel).Predict(predict("wide", [random_steps(LONG)]), timeout=TIMEOUT_S)
+    refusal = refusal_of(refused.value)
+    assert (refusal.reason, refusal.field, refusal.metadata) == (
+        "MESSAGE_TOO_LARGE",
+        "sequences",
+        {"limit": "67108864"},
+    )
 
 
 def test_a_refusal_names_the_step_in_the_whole_sequence(channel: grpc.Channel) -> None:

@@ -224,7 +224,8 @@ class SequencePart(_message.Message):
     """Some steps in a row of a sequence. The first part begins it, the last one has it computed.
 
     An error ends the sequence, and what is still to come of it is passed over: up to its last part, or to one whose
-    first_step is 0, which begins another sequence. It is an error, too, if the stream sends nothing for too long.
+    first_step is 0, which begins another sequence. It is an error, too, if the next part does not come for too
+    long, or the client does not read what it is sent.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -274,8 +275,8 @@ class PredictStreamResponse(_message.Message):
     id: _builtins.int
     """The id of the sequence that this is about."""
     first_step: _builtins.int
-    """In a prediction of a sequence in parts, the index of the first step that this is about, or 0 if it is about the
-    whole of it.
+    """In a prediction in parts, which long ones are, the index of the first step that this is about. Of a sequence in
+    parts, also that of the last step where only that is asked for; 0 if it is about the whole of it.
     """
     more: _builtins.bool
     """Whether more parts of this prediction follow."""

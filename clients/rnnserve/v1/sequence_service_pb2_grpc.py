@@ -52,7 +52,8 @@ class SequenceServiceServicer:
     """
 
     def Predict(self, request, context):
-        """One or more whole sequences, which may differ in length. One bad sequence refuses the request.
+        """One or more whole sequences, which may differ in length. One bad sequence refuses the request, and so do more than
+        64 MiB of predictions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

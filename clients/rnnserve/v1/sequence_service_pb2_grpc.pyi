@@ -34,7 +34,9 @@ class SequenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SequenceServiceAsyncStub: ...
     Predict: _grpc.UnaryUnaryMultiCallable[_sequence_service_pb2.PredictRequest, _sequence_service_pb2.PredictResponse]
-    """One or more whole sequences, which may differ in length. One bad sequence refuses the request."""
+    """One or more whole sequences, which may differ in length. One bad sequence refuses the request, and so do more than
+    64 MiB of predictions.
+    """
     PredictStream: _grpc.StreamStreamMultiCallable[_sequence_service_pb2.PredictStreamRequest, _sequence_service_pb2.PredictStreamResponse]
     """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
     order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
@@ -51,7 +53,9 @@ class SequenceServiceAsyncStub(SequenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Predict: _aio.UnaryUnaryMultiCallable[_sequence_service_pb2.PredictRequest, _sequence_service_pb2.PredictResponse]  # type: ignore[assignment]
-    """One or more whole sequences, which may differ in length. One bad sequence refuses the request."""
+    """One or more whole sequences, which may differ in length. One bad sequence refuses the request, and so do more than
+    64 MiB of predictions.
+    """
     PredictStream: _aio.StreamStreamMultiCallable[_sequence_service_pb2.PredictStreamRequest, _sequence_service_pb2.PredictStreamResponse]  # type: ignore[assignment]
     """Any number of whole sequences: `open` first and once, then the sequences. Answers come as they are ready, in any
     order, matched by id. A bad sequence is answered by an error of its own and leaves the others alone.
@@ -71,7 +75,9 @@ class SequenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sequence_service_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sequence_service_pb2.PredictResponse, _abc.Awaitable[_sequence_service_pb2.PredictResponse]]:
-        """One or more whole sequences, which may differ in length. One bad sequence refuses the request."""
+        """One or more whole sequences, which may differ in length. One bad sequence refuses the request, and so do more than
+        64 MiB of predictions.
+        """
 
     @_abc_1.abstractmethod
     def PredictStream(
