@@ -310,6 +310,16 @@ def test_a_call_cancelled_between_two_parts_gives_back_its_places_and_its_files(
     eventually(lambda: spilled_bytes(spill_dir, server.lane_pid()) == 0)
 
 
+def test_a_call_cancelled_while_its_whole_sequences_are_computed_gives_up_what_has_no_last_part(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
+    bulk = Bulk(channel, "tagger")
+    bulk.send(part(1, 0, random_steps(9)), *(whole(number, random_steps(LONG)) for number in range(2, 7)))
+    eventually(lambda: metric(server.metrics_url, "rnnserve_queued_sequences") == LIMITS["max_bulk_sequences"])
+    bulk.call.cancel()
+    eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 0)
+
+
 def test_a_worker_that_dies_loses_those_that_it_had_and_the_stream_goes_on(
     server: RunningServer, channel: grpc.Channel
 ) -> None:
