@@ -122,8 +122,9 @@ class Parts:
 
     async def end(self) -> None:
         """No more will come: what has no last part is refused."""
-        for sequence in list(self._incoming.values()):
-            self._drop(sequence.id)
+        incoming = list(self._incoming.values())
+        self.close()  # before any refusal, for which the client may never read
+        for sequence in incoming:
             message = f"the stream ended after {sequence.next_step} steps, before the last part"
             await self._refuse(sequence.id, FieldInvalid(message, field="part.last"))
 

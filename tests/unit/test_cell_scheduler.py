@@ -108,6 +108,13 @@ def test_models_take_turns() -> None:
     assert t.ticks() == ["m0>: a × 1", "n0>: b × 1", "m0>: a × 1", "n0>: b × 1"]
 
 
+def test_a_model_with_more_sequences_than_a_tick_takes_has_no_second_turn_before_the_others() -> None:
+    t = Transcript(max_members=1, max_steps=1)
+    t.add("m", a=1, b=1, c=1)
+    t.add("n", d=2)
+    assert t.ticks() == ["m0>: a × 1", "n0>: d × 1", "m0>: b × 1", "n0>: d × 1", "m0>: c × 1"]
+
+
 def test_an_abandoned_sequence_is_left_out_in_every_lane_and_its_neighbours_stay() -> None:
     t = Transcript(max_steps=2)
     t.add(lanes=BIDIRECTIONAL, a=4, b=2)

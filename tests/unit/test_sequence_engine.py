@@ -9,11 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.manifest import ModelKey
 from models.recurrent import NetworkSpec
+from service.engine import sequence_network
 from service.engine.sequence_engine import Ended, SequenceEngine
-from service.engine.sequence_network import CellLayer, Floats, LstmSteps, OneDnnLstm, SequenceNetwork
+from service.engine.sequence_network import (
+    CellLayer,
+    Floats,
+    LaneKernel,
+    LayerKernel,
+    LstmSteps,
+    OneDnnLstm,
+    SequenceNetwork,
+)
 from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.reference import Reference, assert_close
 
@@ -115,6 +125,23 @@ def test_a_sequence_for_whose_answer_or_next_layer_there_is_no_memory_leaves_its
     assert not engine._running
 
 
+def test_little_is_computed_behind_the_ends_of_sequences_and_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, run = list[int](), LaneKernel.run
+
+    def counted(kernel: LaneKernel, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(inputs.shape[0] * inputs.shape[1])
+        return run(kernel, inputs, rows)
+
+    monkeypatch.setattr(LaneKernel, "run", counted)
+    engine, network, lengths = SequenceEngine(64, 128), lstm(layers=1), range(128, 0, -3)
+    for number, steps in enumerate(lengths):
+        engine.add(number, network, np.zeros((steps, 3), np.float32))
+    to_the_end(engine)
+    needed = 2 * sum(lengths)  # of two directions
+    assert needed <= sum(calls) < 1.1 * needed
+    assert len(calls) < len(lengths)
+
+
 def lstm(layers: int) -> SequenceNetwork:
     spec = NetworkSpec(cell="lstm", direction="bidirectional", features=3, hidden_size=4, layers=layers, outputs=2)
     with tempfile.TemporaryDirectory() as folder:
@@ -153,3 +180,21 @@ def test_a_large_lstm_gives_the_same_to_few_sequences_as_to_many() -> None:
                 engine.add(number, network, sequence)
             for number, found in answers(to_the_end(engine)).items():
                 assert_close(found, reference.predict(sequences[number]))
+
+
+@pytest.mark.parametrize(("faster", "slower"), [(LstmSteps, OneDnnLstm), (OneDnnLstm, LstmSteps)])
+def test_few_sequences_get_the_kernel_of_a_large_lstm_that_is_measured_as_the_faster_one(
+    monkeypatch: pytest.MonkeyPatch, faster: type[LayerKernel], slower: type[LayerKernel]
+) -> None:
+    spec = NetworkSpec(cell="lstm", features=3, hidden_size=512, outputs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        predictor = random_bundle(folder, spec, "refuse", seed=0).predictor
+    try:
+        OneDnnLstm(predictor.network.recurrent, "l0")
+    except RuntimeError:
+        pytest.skip("this processor has no such kernel")
+    monkeypatch.setattr(sequence_network, "_few_s", lambda kernel, *_: 1.0 if isinstance(kernel, faster) else 2.0)
+    lane = SequenceNetwork(predictor, MODEL).stages[0][0]
+    monkeypatch.delattr(slower, "run")  # nobody may call it
+    with torch.inference_mode():
+        lane.run(torch.zeros(2, 4, 3), torch.zeros(4, lane.row_size))

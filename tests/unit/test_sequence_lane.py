@@ -126,6 +126,16 @@ async def test_models_share_no_tick(
     assert (computed.count("vanilla"), computed.count("bidirectional")) == (1, 2 * 2)  # two directions
 
 
+async def test_ticks_of_a_long_sequence_are_told_of_while_it_is_computed(
+    lane: SequenceLane, vanilla: Bundle, metrics: CountingMetrics
+) -> None:
+    async with running(lane):
+        answer = send(lane, vanilla, sequence(300_000))
+        await until(lambda: len(batches(metrics)) > 0)
+        assert ("sequence", vanilla.manifest.key) not in metrics.events
+        answer.cancel()
+
+
 async def test_no_more_steps_are_under_way_than_may_be_but_for_a_longer_sequence_alone(
     lane: SequenceLane, vanilla: Bundle, metrics: CountingMetrics
 ) -> None:

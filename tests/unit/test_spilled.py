@@ -21,7 +21,7 @@ from service.engine.spilled import Ask, Compute, HowFar, Piece, Progress, Read, 
 from service.errors import DiskFull, ExecutionFailed, ServingError
 from tests.support.networks import random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.recordings import resident_bytes, spilled_bytes
-from tests.support.reference import Reference, assert_close
+from tests.support.reference import NumpyNetwork, Reference, assert_close
 from tests.unit.test_sequence_engine import as_sent, random_sequence
 
 MODEL = ModelKey("random", 1)
@@ -108,6 +108,20 @@ def test_wherever_a_recording_is_cut_it_gets_the_answer_of_the_same_sequence_who
         assert spilled_bytes(tmp_path) == 0
 
     check()
+
+
+@pytest.mark.parametrize("max_steps", [16, 4_096])
+def test_the_mean_over_a_long_recording_loses_nothing_in_pieces_long_or_many(tmp_path: Path, max_steps: int) -> None:
+    spec = NetworkSpec(cell="tanh", features=3, hidden_size=2, outputs=2, readout="mean")
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(folder, spec, "refuse", seed=3, scale=2.0)
+        reference = Reference(bundle.folder)
+    constant = np.ones((30_000, 3), np.float32)  # so that float32 would round a sum the same way at each step
+    asking = Asking(SequenceNetwork(bundle.predictor, MODEL), tmp_path, most_steps=4_096)
+    asking.record(0, constant, [])
+    asking.ask(Compute(0))
+    wanted = NumpyNetwork(reference.manifest["network"], reference.weights).run(reference.normalised(constant))
+    assert_close(asking.answer(0, max_steps), wanted)
 
 
 def test_other_sequences_share_the_ticks_of_a_recording(asking: Asking, network: SequenceNetwork) -> None:

@@ -36,7 +36,7 @@ from tests.support.wire import (
 Responses = dict[int, list[pb.PredictStreamResponse]]
 LONG, HIDDEN_SIZE = 20_000, 96  # together a second of work
 LONG_PARTS: dict[str, Any] = {"max_sequence_steps": LONG, "max_recording_steps": 3 * LONG}
-LIMITS: dict[str, Any] = {**LONG_PARTS, "max_recordings": 2}
+LIMITS: dict[str, Any] = {**LONG_PARTS, "max_recordings": 2, "max_bulk_sequences": 4}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +314,15 @@ def test_what_comes_of_a_refused_sequence_is_passed_over_up_to_its_end_or_a_new_
     assert (first.WhichOneof("result"), second.WhichOneof("result")) == ("error", "prediction")
 
 
+def test_of_refused_sequences_that_never_end_no_more_are_passed_over_than_may_be_in_flight(
+    channel: grpc.Channel,
+) -> None:
+    refused = [part(number, 7, random_steps(3)) for number in range(5)]
+    ends = [part(number, 10, random_steps(3), last=True) for number in range(5)]
+    found = ask(channel, "stacked", [*refused, *ends])
+    assert [len(without_progress(found[number])) for number in range(5)] == [2, 1, 1, 1, 1]
+
+
 def test_a_stream_that_ends_none_of_what_it_begins_is_told_when_there_are_too_many(channel: grpc.Channel) -> None:
     begun = [part(number, 0, random_steps(3)) for number in range(3)]
     ends = [part(number, 3, random_steps(3), last=True) for number in range(3)]
@@ -342,6 +351,30 @@ def test_a_cancelled_call_leaves_no_files(server: RunningServer, channel: grpc.C
     eventually(lambda: spilled_bytes(spill_dir, server.lane_pid()) == 0)
     assert list(spill_dir.iterdir()) == []
     assert len(outputs(ask(channel, "tagger", parts(1, random_steps(9), 4))[1])) == 9
+
+
+def test_a_call_cancelled_between_two_parts_gives_back_its_places_and_its_files(
+    server: RunningServer, channel: grpc.Channel, spill_dir: Path
+) -> None:
+    holding, waiting = Bulk(channel, "stacked"), Bulk(channel, "stacked")
+    holding.send(*(part(number, 0, random_steps(3)) for number in range(2)), whole(2, random_steps(3)))
+    holding.until(lambda response: response.id == 2)  # so that what was sent before it is there
+    waiting.send(*parts(7, random_steps(9), 4))
+    waiting.until(lambda response: response.HasField("progress"))
+    holding.call.cancel()
+    assert len(outputs(waiting.rest()[7])) == 9
+    eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 0)
+    eventually(lambda: spilled_bytes(spill_dir, server.lane_pid()) == 0)
+
+
+def test_a_call_cancelled_while_its_whole_sequences_are_computed_gives_up_what_has_no_last_part(
+    server: RunningServer, channel: grpc.Channel
+) -> None:
+    bulk = Bulk(channel, "tagger")
+    bulk.send(part(1, 0, random_steps(9)), *(whole(number, random_steps(LONG)) for number in range(2, 7)))
+    eventually(lambda: metric(server.metrics_url, "rnnserve_queued_sequences") == LIMITS["max_bulk_sequences"])
+    bulk.call.cancel()
+    eventually(lambda: metric(server.metrics_url, "rnnserve_recordings") == 0)
 
 
 def test_a_worker_that_dies_loses_those_that_it_had_and_the_stream_goes_on(
