@@ -6,6 +6,7 @@ Orders go in, news come out, between any two ticks; nobody waits for anybody but
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import queue
@@ -137,7 +138,7 @@ class ProcessWorker:
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         given, pipe = context.Pipe(duplex=False)
         self._news, told = context.Pipe(duplex=False)
-        arguments = given, told, max_tick_sequences, threads, load, spill_dir, niceness
+        arguments = given, told, max_tick_sequences, threads, load, spill_dir, niceness, logging.root.level
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         resource_tracker.ensure_running()  # where start() does that, it unblocks signals
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
@@ -232,7 +233,9 @@ def _in_process(
     load: LoadBundle,
     spill_dir: Path | None,
     niceness: int,
+    log_level: int,
 ) -> None:
+    logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s")
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError):  # the parent is dead
