@@ -17,13 +17,13 @@ RUN pip install --quiet --constraint /src/constraints.txt '/src[service]'
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --home-dir /app rnnserve \
-    && install --directory --owner rnnserve /var/lib/rnnserve
+    && install --directory --owner rnnserve /var/lib/rnnserve /var/spool/rnnserve
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
 COPY models models
 COPY service service
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RNNSERVE_HOST=0.0.0.0 \
-    RNNSERVE_STATE_DIR=/var/lib/rnnserve
+    RNNSERVE_STATE_DIR=/var/lib/rnnserve RNNSERVE_SPILL_DIR=/var/spool/rnnserve
 USER rnnserve
 EXPOSE 50051 9464
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "service.healthcheck"]

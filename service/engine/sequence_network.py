@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,6 +16,8 @@ from models.manifest import ModelKey
 from models.predictor import Predictor
 from models.recurrent import CELL_STEPS, NetworkSpec, RecurrentStack, Values, linear
 from models.seq2seq import EncoderDecoder
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 LSTM_MODE = 2  # of torch.mkldnn_rnn_layer
@@ -189,9 +192,13 @@ def _layer(stack: RecurrentStack, suffix: str) -> LayerKernel:
         one_dnn = OneDnnLstm(stack, suffix)
     except (RuntimeError, AttributeError):
         return steps
-    if steps.weight_bytes > LARGE_BYTES and _few_s(steps, stack, suffix) < _few_s(one_dnn, stack, suffix):
-        return LargeLstm(steps, one_dnn)
-    return one_dnn
+    if steps.weight_bytes <= LARGE_BYTES:
+        return one_dnn
+    steps_s, one_dnn_s = _few_s(steps, stack, suffix), _few_s(one_dnn, stack, suffix)
+    chosen = "step by step" if steps_s < one_dnn_s else "oneDNN"
+    times_ms = 1_000 * steps_s, 1_000 * one_dnn_s
+    log.debug("layer %s: %s for a few sequences; step by step %.2f ms, oneDNN %.2f ms", suffix, chosen, *times_ms)
+    return LargeLstm(steps, one_dnn) if steps_s < one_dnn_s else one_dnn
 
 
 @torch.inference_mode()

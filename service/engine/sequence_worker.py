@@ -6,6 +6,7 @@ Orders go in, news come out, between any two ticks; nobody waits for anybody but
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import queue
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -98,9 +99,8 @@ LoadBundle: TypeAlias = Callable[[Path], Bundle]
 
 
 class Orders(Protocol):
-    """A queue."""
+    """What is to be done, one after the other."""
 
-    def put(self, order: Order) -> None: ...
     def get(self) -> Order: ...
     def empty(self) -> bool: ...
 
@@ -135,16 +135,20 @@ class ProcessWorker:
     ) -> None:
         """`load` is for the bundle of a folder. Recordings are kept in `spill_dir`; None = where temporary files go."""
         context = multiprocessing.get_context("spawn")
-        self._orders: multiprocessing.Queue[Order] = context.Queue()  # a thread of its own fills the pipe
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        given, pipe = context.Pipe(duplex=False)
         self._news, told = context.Pipe(duplex=False)
-        arguments = self._orders, told, max_tick_sequences, threads, load, spill_dir, niceness
+        arguments = given, told, max_tick_sequences, threads, load, spill_dir, niceness, logging.root.level
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
+        resource_tracker.ensure_running()  # where start() does that, it unblocks signals
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
         try:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        given.close()
         told.close()
+        threading.Thread(target=_pass_on, args=(self._orders, pipe), name="lane's orders", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -159,13 +163,13 @@ class ProcessWorker:
             with suppress(EOFError, OSError):
                 while self._news in wait([self._news, self._process.sentinel]):
                     loop.call_soon_threadsafe(hear, self._news.recv())
+            self._orders.put(None)
             loop.call_soon_threadsafe(died)
 
     def send(self, order: Order) -> None:
         self._orders.put(order)
 
     def end(self) -> None:
-        self._orders.cancel_join_thread()
         self._process.kill()
         self._process.join()
 
@@ -200,18 +204,42 @@ class ThreadWorker:
         pass
 
 
+def _pass_on(orders: queue.SimpleQueue[Order | None], pipe: Connection) -> None:
+    """Until None, in a thread: a pipe may be full. A multiprocessing.Queue would leave semaphores at os._exit."""
+    with pipe, suppress(OSError):  # the process is dead
+        while order := orders.get():
+            pipe.send(order)
+
+
+class _FromPipe:
+    """Orders that another process passes on."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def get(self) -> Order:
+        order: Order = self._pipe.recv()
+        return order
+
+    def empty(self) -> bool:
+        return not self._pipe.poll()
+
+
 def _in_process(
-    orders: multiprocessing.Queue[Order],
+    given: Connection,
     told: Connection,
     max_tick_sequences: int,
     threads: int,
     load: LoadBundle,
     spill_dir: Path | None,
     niceness: int,
+    log_level: int,
 ) -> None:
+    logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s")
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    work(orders, told.send, max_tick_sequences, threads, load, spill_dir)
+    with suppress(EOFError):  # the parent is dead
+        work(_FromPipe(given), told.send, max_tick_sequences, threads, load, spill_dir)
 
 
 def _end_with_parent() -> None:

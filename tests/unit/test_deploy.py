@@ -1,5 +1,6 @@
 """What stands in deploy/ and docker-compose.yml fits the service and itself."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_the_kustomizations_name_all_manifests() -> None:
 def test_the_settings_of_pods_and_containers_exist(pod: dict[str, Any], compose: dict[str, Any]) -> None:
     given = [*environment(pod["containers"][0]), *compose["services"]["service"]["environment"]]
     assert {name.removeprefix("RNNSERVE_").lower() for name in given} <= set(Settings.model_fields)
+
+
+def test_every_folder_of_the_image_is_on_a_disk(pod: dict[str, Any], compose: dict[str, Any]) -> None:
+    folders = dict(re.findall(r"RNNSERVE_(\w+_DIR)=(\S+)", (ROOT / "Dockerfile").read_text()))
+    assert set(folders) == {"STATE_DIR", "SPILL_DIR"}
+    disks = {volume["name"] for volume in pod["volumes"] if volume["emptyDir"].get("medium") != "Memory"}
+    (container,) = pod["containers"]
+    assert {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in disks} == {*folders.values()}
+    volumes = dict(volume.split(":") for volume in compose["services"]["rnnserve"]["volumes"])
+    assert set(volumes) <= set(compose["volumes"])
+    assert set(volumes.values()) == {*folders.values()}
 
 
 def test_a_pod_has_the_time_for_its_drain(pod: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from service.engine.sequence_worker import Abandon, Begin, News, Order, ProcessW
 from service.errors import ExecutionFailed, LaneLost, QueueFull
 from tests.support.fakes import CountingMetrics
 from tests.support.reference import Reference, assert_close
+from tests.support.server import ROOT
 
 
 def thread() -> Worker:
@@ -387,6 +390,19 @@ async def test_closing_ends_the_process_even_at_work(vanilla: Bundle) -> None:
         await asyncio.to_thread(lane.close)
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+def begin_a_process_and_exit() -> None:
+    worker = process()
+    worker.send(Abandon(0))
+    worker.end()
+    os._exit(0)
+
+
+def test_a_service_that_exits_at_once_leaves_nothing_of_the_process_behind() -> None:
+    run = f"import {__name__} as this; this.{begin_a_process_and_exit.__name__}()"
+    ended = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")  # multiprocessing complains of what is left
 
 
 async def test_a_bundle_that_cannot_be_loaded_is_told_and_the_others_go_on(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from rnnserve import AsyncClient, Client, MessageTooLarge, NotFinite, Prediction, RnnserveError, TooManySteps
 from rnnserve.cli import outcome
 from rnnserve.cli.app import app
+from rnnserve.cli.bars import Bars
 from rnnserve.tensors import Array, Input
 from tests.support.recordings import spilled_bytes
 from tests.support.reference import Reference, assert_close
@@ -193,3 +194,18 @@ def test_the_command_predicts_a_long_file_with_a_bar(
     code, printed = run("vanilla", str(tmp_path / "bad.csv"))
     assert (code, printed) == (1, "")
     assert f"{tmp_path / 'bad.csv'}, line 452" in screen.getvalue()
+
+
+def test_a_sequence_is_counted_and_its_bar_gone_before_its_result_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(outcome, "stderr", Console(file=screen, force_terminal=True, width=100))
+
+    def predictions(bars: Bars) -> Iterator[Prediction]:
+        bars.show(0, 0.94)
+        yield Prediction(np.zeros((1, 1), np.float32), (), None, ())
+
+    with Bars.drawn(["hour.csv", "day.csv"]) as bars:
+        next(bars.counted(predictions(bars)))
+        drawn = screen.getvalue().rpartition("predicting")[2]
+        assert "50%" in drawn
+        assert "hour.csv" not in drawn

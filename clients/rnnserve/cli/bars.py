@@ -48,7 +48,8 @@ class Bars:
         count = len(self._files)
         everything = self._progress.add_task("predicting", total=count, visible=count > 1)
         for index, prediction in enumerate(predictions):
+            self._progress.advance(everything)
             if index in self._bars:
                 self._progress.remove_task(self._bars.pop(index))
-            self._progress.advance(everything)
+                self._progress.refresh()  # to print a long result may hold up the next one
             yield prediction
