@@ -135,16 +135,17 @@ def write_on(network: EncoderDecoder, writings: Sequence[Writing], labels: int) 
 
 
 class _Memories:
-    """Those of some writings, padded in groups of like length, so that no more than half of it is padding."""
+    """Those of some writings, padded in groups of like length and width: no more than half of either is padding."""
 
     def __init__(self, network: EncoderDecoder, writings: Sequence[Writing]) -> None:
         self._network = network
-        by_size: dict[int, list[Writing]] = {}
+        by_size: dict[tuple[int, int], list[Writing]] = {}
         if network.combine is not None:
             for writing in writings:
-                by_size.setdefault(len(writing.memory).bit_length(), []).append(writing)
+                size = len(writing.memory).bit_length(), writing.beam.decoding.beam_width.bit_length()
+                by_size.setdefault(size, []).append(writing)
         self._groups = [
-            (group, pad_sequence([w.memory for w in group], batch_first=True), _is_step([len(w.memory) for w in group]))
+            (group, _padded([w.memory for w in group]), _is_step([len(w.memory) for w in group]))
             for group in by_size.values()
         ]
 
@@ -167,6 +168,11 @@ class _Memories:
                 if group[i].beam.decoding.attention:
                     weights[group[i]] = looked[i, :paths, : len(group[i].memory)].numpy()
         return read, [weights.get(writing) for writing in live]
+
+
+def _padded(memories: list[Tensor]) -> Tensor:
+    """(groups, steps, width); of one alone no copy."""
+    return memories[0].unsqueeze(0) if len(memories) == 1 else pad_sequence(memories, batch_first=True)
 
 
 def _is_step(lengths: list[int]) -> Tensor:

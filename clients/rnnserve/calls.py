@@ -150,7 +150,7 @@ class Calls:
         try:
             response = yield from self._call(lambda stubs: stubs.sequences.Predict, request)
         except (TooManySteps, MessageTooLarge) as error:
-            error.message += "; `predict_many` sends sequences of any length, in parts where need be"
+            error.message += "; `predict_many` sends longer ones in parts, to models that take parts"
             error.args = (error.message,)
             raise
         return [prediction_from(prediction) for prediction in response.predictions]

@@ -64,6 +64,10 @@ class Model:
     quality: Quality | None
     training_data: TrainingData | None
     weights_sha256: str
+    max_labels: int = 0
+    """Of an output of an encoder-decoder; 0 for other models."""
+    attention: bool = False
+    """Whether a label of such an output attends to the steps of the input."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -111,6 +115,8 @@ def model_from(message: pb.Model) -> Model:
         quality=_quality_from(message.quality) if message.HasField("quality") else None,
         training_data=_training_data_from(message.training_data) if message.HasField("training_data") else None,
         weights_sha256=message.weights_sha256,
+        max_labels=message.decoder.max_labels,
+        attention=message.decoder.attention,
     )
 
 

@@ -38,7 +38,7 @@ class Fit:
     def narrowed(self, error: RnnserveError) -> "Fit":
         """What fits in the light of a refusal; the same where that is about something else, or says nothing new."""
         limit = int(error.metadata.get("limit", 0))
-        if error.reason == "MESSAGE_TOO_LARGE" and 0 < limit < self.message_bytes:
+        if error.reason == "MESSAGE_TOO_LARGE" and error.field in (None, "request") and 0 < limit < self.message_bytes:
             return Fit(limit, self.steps)
         if error.reason == "TOO_MANY_STEPS" and 0 < limit < self.steps:
             return Fit(self.message_bytes, limit)

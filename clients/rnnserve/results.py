@@ -59,6 +59,8 @@ class Hypothesis:
     attention: Array | None
     """(labels, steps) float32: how much each label attends to each step of the input, rows summing to 1; None unless
     asked for."""
+    is_cut: bool = False
+    """Whether it has as many labels as it may have, and no end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +192,7 @@ def _hypothesis_from(hypothesis: prediction_pb2.Hypothesis) -> Hypothesis:
         labels=tuple(hypothesis.labels),
         score=hypothesis.score,
         attention=array_from(hypothesis.attention) if hypothesis.HasField("attention") else None,
+        is_cut=hypothesis.is_cut,
     )
 
 

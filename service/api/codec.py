@@ -235,6 +235,16 @@ def row_bytes(manifest: Manifest, options: prediction_pb2.OutputOptions) -> int:
     return number_bytes + label_bytes + options.top_k * (label_bytes + WIRE_FLOAT32.itemsize) + 8
 
 
+def answer_bytes(manifest: Manifest, options: prediction_pb2.OutputOptions, steps: int) -> int:
+    """About how much the answer about a sequence of so many steps takes, at most; of a search, all that it holds."""
+    if manifest.network.decoder is None:
+        return (steps if wants_all_steps(options, manifest) else 1) * row_bytes(manifest, options)
+    asked = decoding_of(options, manifest.network.decoder)
+    label_bytes = max(len(label.encode()) + 2 for label in manifest.output.labels)
+    attention_bytes = steps * WIRE_FLOAT32.itemsize if asked.attention else 0
+    return asked.beam_width * asked.max_labels * (label_bytes + attention_bytes)
+
+
 def pieces(
     answer: Answer, manifest: Manifest, options: prediction_pb2.OutputOptions
 ) -> Iterator[tuple[int, Answer, bool]]:
@@ -266,7 +276,9 @@ def _encode_hypotheses_into(
     prediction: prediction_pb2.Prediction, hypotheses: list[Hypothesis], labels: tuple[str, ...]
 ) -> None:
     for hypothesis in hypotheses:
-        message = prediction.hypotheses.add(labels=[labels[i] for i in hypothesis.labels], score=hypothesis.score)
+        message = prediction.hypotheses.add(
+            labels=[labels[i] for i in hypothesis.labels], score=hypothesis.score, is_cut=hypothesis.is_cut
+        )
         if hypothesis.attention is not None:
             encode_tensor_into(message.attention, hypothesis.attention)
     prediction.labels.extend(prediction.hypotheses[0].labels)

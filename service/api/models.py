@@ -118,6 +118,7 @@ def describe(bundle: Bundle) -> pb.Model:
             name=manifest.data.name, licence=manifest.data.licence, credit=manifest.data.credit
         ),
         weights_sha256=manifest.weights_sha256,
+        decoder=pb.Decoder(**network.decoder.model_dump(exclude={"embedding_size"})) if network.decoder else None,
         **_input_fields(manifest),
     )
 

@@ -90,18 +90,20 @@ class Parts:
         error = PartOverdue(f"the next part did not come within {limit:g} s", field="part", limit=limit)
         self._answers.create_task(self._refuse(sequence.id, error))
 
-    async def take(self, message: pb.PredictStreamRequest) -> None:
+    async def take(self, request: pb.PredictStreamRequest) -> None:
         """Returns once this part is stored, so that no more than one of a stream is on its way."""
-        part = message.part
+        part = request.part
         if part.id in self._passed_over and part.first_step > 0:
             if part.last:
                 del self._passed_over[part.id]
             return
         self._passed_over.pop(part.id, None)
         try:
-            self._limits.check_size(message)
+            self._limits.check_size(request)
             if self._bundle.manifest.network.decoder is not None:
-                raise FieldInvalid("an encoder-decoder takes whole sequences, not parts of one", field="part")
+                limit = self._limits.max_sequence_steps
+                message = f"an encoder-decoder takes whole sequences of up to {limit} steps, not parts of one"
+                raise FieldInvalid(message, field="part", limit=limit)
             with within("part"):
                 steps = self._decode(part)
             sequence = self._incoming.get(part.id) or await self._begin(part.id)

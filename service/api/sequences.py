@@ -138,14 +138,12 @@ class SequenceService(SequenceServiceServicer):
             return codec.decode(sequence, manifest, max_steps=self._limits.max_sequence_steps)
 
     def _check_answers(self, manifest: Manifest, inputs: list[NDArray[np.generic]], options: OutputOptions) -> None:
-        if manifest.network.decoder is not None:
-            return
-        rows = sum(len(steps) if codec.wants_all_steps(options, manifest) else 1 for steps in inputs)
-        size_bytes = rows * codec.row_bytes(manifest, options)
+        size_bytes = sum(codec.answer_bytes(manifest, options, len(steps)) for steps in inputs)
         if size_bytes > MAX_RESPONSE_BYTES:
+            field = "options.decoding.attention" if manifest.network.decoder else "sequences"
             raise MessageTooLarge(
-                f"the answer would have {size_bytes} bytes, more than {MAX_RESPONSE_BYTES}; PredictStream gives parts",
-                field="sequences",
+                f"the answer might have {size_bytes} bytes, more than {MAX_RESPONSE_BYTES}",
+                field=field,
                 limit=MAX_RESPONSE_BYTES,
             )
 
@@ -162,6 +160,8 @@ class SequenceService(SequenceServiceServicer):
                 case None:
                     raise FieldInvalid("the message is empty", field="request")
             inputs = self._decode(item.sequence, bundle.manifest, path="sequence.sequence")
+            if bundle.manifest.network.decoder is not None:  # others answer in pieces
+                self._check_answers(bundle.manifest, [inputs], options)
             (answer,) = await self._compute(bundle, [inputs], options, wait=True)
         except ServingError as error:
             yield PredictStreamResponse(id=item.id, error=self._refusals.status(error))

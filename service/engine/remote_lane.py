@@ -74,7 +74,10 @@ class RemoteLane:
             self._writer, next(self._numbers), "decode", bundle.manifest.key, packed_sequences, settings, wait
         )
         return [
-            [Hypothesis(labels, score, attention and _unpacked(attention)) for labels, score, attention in hypotheses]
+            [
+                Hypothesis(labels, score, is_cut, None if attention is None else _unpacked(attention))
+                for labels, score, is_cut, attention in hypotheses
+            ]
             for hypotheses in found
         ]
 
@@ -237,7 +240,7 @@ class LaneServer:
                 inputs = [_unpacked(sequence) for sequence in sequences]
                 found = await self._lane.decode(self._find(*model), inputs, Decoding(*settings), wait=wait)
                 return [
-                    [(labels, score, None if looked is None else _packed(looked)) for labels, score, looked in one]
+                    [(*rest, None if attention is None else _packed(attention)) for *rest, attention in one]
                     for one in found
                 ]
             case "record", model, wait:

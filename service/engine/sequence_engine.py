@@ -22,8 +22,11 @@ Room: TypeAlias = Callable[[], Floats]
 
 NOTHING = np.empty((0, 0), np.float32)
 
-MAX_LABELS = 8
-"""That a decoder writes in a tick: a label costs as much as many steps, and most outputs are short."""
+TICK_LABELS, TICK_ATTENDED_STEPS = 8, 2**18
+"""That a decoder writes in a tick: a label costs as much as many steps, and most outputs are short.
+
+Fewer, where all paths together attend to more steps than so many.
+"""
 
 MAX_UNUSED_STEPS = 8
 """Behind the end of a sequence: a kernel's call costs as much as a few steps."""
@@ -184,7 +187,9 @@ def _write(tick: Tick[SequenceNetwork, _Running]) -> None:
     """Some labels more of each output; one that is over has no steps left."""
     writings = [(member, member.writing) for member in tick.members if member.writing]
     if tick.lane.model.decoder:
-        write_on(tick.lane.model.decoder, [writing for _, writing in writings], MAX_LABELS)
+        attended = sum(len(writing.memory) * writing.beam.decoding.beam_width for _, writing in writings)
+        labels = max(1, min(TICK_LABELS, TICK_ATTENDED_STEPS // max(1, attended)))
+        write_on(tick.lane.model.decoder, [writing for _, writing in writings], labels)
     for member, writing in writings:
         if writing.beam.is_over:
             member.steps = 0

@@ -89,3 +89,25 @@ def test_each_hypothesis_has_the_attention_of_its_own_path() -> None:
         assert one.attention is not None
         assert one.attention.shape == (len(one.labels), 2)
         assert one.attention[:, 0].tolist() == list(range(len(one.labels)))
+
+
+def test_what_has_no_end_at_the_most_labels_is_cut_and_what_has_ended_is_not() -> None:
+    found = search(seeded(1, 3), Decoding(max_labels=2, beam_width=6, n_best=6))
+    assert {one.is_cut for one in found} == {True, False}
+    assert all(one.is_cut == (len(one.labels) == 2) for one in found)
+
+
+def test_a_search_that_meets_what_is_no_number_is_over() -> None:
+    beam = Beam(Decoding(max_labels=1_000))
+    beam.advance(np.full((1, 2), np.nan, np.float32), np.array([[1, 2]]), None)
+    assert beam.is_over
+    assert np.isnan(beam.hypotheses()[0].score)
+
+
+def test_a_beam_keeps_nothing_of_the_attention_of_others() -> None:
+    beam, of_all = Beam(Decoding(max_labels=1, attention=True)), np.ones((100, 2), np.float32)
+    beam.advance(np.log(np.array([[0.5, 0.4]], np.float32)), np.array([[1, 2]]), of_all[:1])
+    (found,) = beam.hypotheses()
+    assert found.attention is not None
+    of_all[:] = 7
+    assert found.attention.tolist() == [[1.0, 1.0]]

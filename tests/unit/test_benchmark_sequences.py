@@ -150,8 +150,8 @@ async def test_a_closed_loop_has_so_many_sequences_in_flight() -> None:
 
     one = await closed_loop(uniform, 5, 0.05, seed=0, predict=predict)
     assert most == 5
-    assert len(one.answered) > 5
-    assert all(10 <= answered.steps <= 200 for answered in one.answered)
+    assert len(one.sequences) > 5
+    assert all(10 <= answered.steps <= 200 for answered in one.sequences)
 
 
 def test_packed_sequences_of_different_lengths_are_answered_as_each_by_itself(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
 
 
 def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_scripts() -> None:
-    hypotheses = (Hypothesis(("HH", "AH0"), -0.25, None), Hypothesis((), -1.5, None))
+    hypotheses = (Hypothesis(("HH", "AH0"), -0.25, None), Hypothesis((), -1.5, None, is_cut=True))
     prediction = Prediction(np.zeros((0, 0), np.float32), ("HH", "AH0"), None, (), hypotheses)
     assert prediction_text(prediction) == "HH AH0\t-0.250\n\t-1.500"
     assert prediction_json(prediction, TEXT) == {
@@ -212,5 +212,8 @@ def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_s
         "labels": ["HH", "AH0"],
         "outputs": [],
         "probabilities": None,
-        "hypotheses": [{"labels": ["HH", "AH0"], "score": -0.25}, {"labels": [], "score": -1.5}],
+        "hypotheses": [
+            {"labels": ["HH", "AH0"], "score": -0.25, "is_cut": False},
+            {"labels": [], "score": -1.5, "is_cut": True},
+        ],
     }

@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from rnnserve import AsyncClient, Client, Decoding, FieldInvalid, ModelNotStreamable, Prediction, UnknownSymbol
+from rnnserve import (
+    AsyncClient,
+    Client,
+    Decoding,
+    FieldInvalid,
+    MessageTooLarge,
+    ModelNotStreamable,
+    Prediction,
+    UnknownSymbol,
+)
 from rnnserve.cli.app import app
 from rnnserve.v1 import sequence_service_pb2 as pb
+from rnnserve.v1.prediction_pb2 import Decoding as WireDecoding
+from rnnserve.v1.prediction_pb2 import OutputOptions
 from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
 from tests.support.bundles import PHONES, write_speller, write_test_repository
 from tests.support.reference import Reference
@@ -33,7 +44,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[1, 2])
 def server(request: pytest.FixtureRequest, repository: Path) -> Iterator[RunningServer]:
     """Of one process, and of two workers with one lane."""
-    with start_server(repository, workers=request.param) as running:
+    with start_server(repository, workers=request.param, max_sequence_steps=100_000) as running:
         yield running
 
 
@@ -118,6 +129,38 @@ def test_what_only_other_models_give_is_refused(client: Client, options: dict[st
     assert refusal.value.field == f"options.{field}"
 
 
+def test_an_answer_that_might_be_too_large_is_refused_before_it_is_searched_for_and_the_others_are_answered(
+    client: Client, server: RunningServer
+) -> None:
+    long, limit = "abc " * 22_000, {"limit": "67108864"}
+    with pytest.raises(MessageTooLarge, match="the answer might have") as refused:
+        client.predict("speller", ["abc ", long], decoding=Decoding(beam_width=16, attention=True))
+    assert (refused.value.field, refused.value.metadata) == ("options.decoding.attention", limit)
+    options = OutputOptions(decoding=WireDecoding(beam_width=16, attention=True))
+    requests = [pb.PredictStreamRequest(open=pb.OpenPredictStream(model="speller", options=options))]
+    for number, text in enumerate(["abc", long, "cab"]):
+        item = pb.IdentifiedSequence(id=number, sequence=pb.Sequence(text=text))
+        requests.append(pb.PredictStreamRequest(sequence=item))
+    with grpc.insecure_channel(server.target) as channel:
+        answers = list(SequenceServiceStub(channel).PredictStream(iter(requests), timeout=TIMEOUT_S))
+    found = {answer.id: answer for answer in answers}
+    assert [found[number].WhichOneof("result") for number in range(3)] == ["prediction", "error", "prediction"]
+    assert (Refusal(found[1].error).reason, Refusal(found[1].error).metadata) == ("MESSAGE_TOO_LARGE", limit)
+
+
+def test_an_output_that_is_cut_says_so(client: Client) -> None:
+    for most in (1, 12):
+        (prediction,) = client.predict("speller", ["abc"], decoding=Decoding(beam_width=4, n_best=4, max_labels=most))
+        assert {one.is_cut for one in prediction.hypotheses if len(one.labels) < most} <= {False}
+        assert {one.is_cut for one in prediction.hypotheses if len(one.labels) == most} <= {True}
+
+
+def test_a_model_tells_how_much_it_writes_and_whether_it_attends(client: Client) -> None:
+    model = client.model("speller")
+    assert (model.max_labels, model.attention, model.labels[0]) == (12, True, PHONES[0])
+    assert (client.model("text").max_labels, client.model("text").attention) == (0, False)
+
+
 def test_other_models_do_not_decode(client: Client) -> None:
     with pytest.raises(FieldInvalid, match="no encoder-decoder") as refusal:
         client.predict("text", ["abc"], decoding=Decoding())
@@ -156,4 +199,6 @@ def test_the_command_prints_hypotheses(server: RunningServer, repository: Path) 
     lines = run("predict", "speller", "--text", "abc", "--beam", "3", "--n-best", "2").splitlines()
     assert [line.split("\t")[0] for line in lines] == best[:2]
     found = json.loads(run("--json", "predict", "speller", "--text", "abc", "--beam", "3"))
-    assert found["hypotheses"] == [{"labels": best[0].split(), "score": pytest.approx(wanted[0].score, abs=1e-4)}]
+    (hypothesis,) = found["hypotheses"]
+    assert hypothesis["labels"] == best[0].split()
+    assert hypothesis["score"] == pytest.approx(wanted[0].score, abs=1e-4)

@@ -140,7 +140,9 @@ def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:
         "labels": list(prediction.labels),
         "outputs": prediction.outputs.tolist(),
         "probabilities": None if rows is None else [_by_label(row, model) for row in rows],
-        "hypotheses": [{"labels": list(each.labels), "score": each.score} for each in prediction.hypotheses],
+        "hypotheses": [
+            {"labels": list(each.labels), "score": each.score, "is_cut": each.is_cut} for each in prediction.hypotheses
+        ],
     }
 
 

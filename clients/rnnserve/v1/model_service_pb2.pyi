@@ -467,6 +467,7 @@ class Model(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     TRAINING_DATA_FIELD_NUMBER: _builtins.int
     WEIGHTS_SHA256_FIELD_NUMBER: _builtins.int
+    DECODER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     version: _builtins.int
@@ -519,6 +520,10 @@ class Model(_message.Message):
     def training_data(self) -> Global___TrainingData:
         """What it was trained on."""
 
+    @_builtins.property
+    def decoder(self) -> Global___Decoder:
+        """What writes the output. Only of an encoder-decoder, the first of whose labels means the end of an output."""
+
     def __init__(
         self,
         *,
@@ -543,14 +548,41 @@ class Model(_message.Message):
         quality: Global___Quality | None = ...,
         training_data: Global___TrainingData | None = ...,
         weights_sha256: _builtins.str = ...,
+        decoder: Global___Decoder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality", "training_data", b"training_data"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "quality", b"quality", "training_data", b"training_data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell", "direction", b"direction", "features", b"features", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbols", b"symbols", "training_data", b"training_data", "transition_layers", b"transition_layers", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbols", b"symbols", "training_data", b"training_data", "transition_layers", b"transition_layers", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Decoder(_message.Message):
+    """Of an encoder-decoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_LABELS_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    max_labels: _builtins.int
+    """How many labels it writes at most."""
+    attention: _builtins.bool
+    """Whether each label attends to the steps of the input."""
+    def __init__(
+        self,
+        *,
+        max_labels: _builtins.int = ...,
+        attention: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "max_labels", b"max_labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decoder: _TypeAlias = Decoder  # noqa: Y015
 
 @_typing.final
 class Quality(_message.Message):

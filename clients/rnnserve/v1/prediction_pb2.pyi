@@ -98,13 +98,18 @@ class Decoding(_message.Message):
     n_best: _builtins.int
     """How many are given, the best first; 0 = 1. At most beam_width."""
     length_penalty: _builtins.float
-    """The score of a hypothesis is its log probability divided by this power of its length, the end counted; so 0 favours
-    short ones, and 1 compares them by the mean over their labels. 0 to 2.
+    """The score of a hypothesis is its log probability divided by this power of its length, the end counted, if it has
+    one; so 0 favours short ones, and 1 compares them by the mean over their labels. 0 to 2. It ranks what the search
+    has found, which is over when beam_width hypotheses have ended.
     """
     max_labels: _builtins.int
-    """How many labels an output has at most; 0 = as many as the model may write. At most that."""
+    """How many labels an output has at most, see Model.decoder; 0 = as many as the model may write. At most that. What has
+    no end by then is cut.
+    """
     attention: _builtins.bool
-    """Also what each label was written about. Only for models with attention."""
+    """Also what each label was written about. Only for models with attention, and only while beam_width × max_labels ×
+    steps of the input numbers take no more than 64 MiB.
+    """
     def __init__(
         self,
         *,
@@ -179,8 +184,11 @@ class Hypothesis(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    IS_CUT_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """Divided by the length as Decoding has it; the highest is the best."""
+    is_cut: _builtins.bool
+    """Whether it was cut at max_labels; else it has ended by itself."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Its labels, without the one that means the end."""
@@ -197,10 +205,11 @@ class Hypothesis(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         score: _builtins.float = ...,
         attention: _tensor_pb2.Tensor | None = ...,
+        is_cut: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "labels", b"labels", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "is_cut", b"is_cut", "labels", b"labels", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
