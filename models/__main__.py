@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from models.bundle import BundleError, load_manifest
 from models.data import DataError
 from models.manifest import Manifest
+from models.studies import STUDIES
 from models.tasks import TASKS
 from models.tasks.task import Task
 from models.training import ablation, publish
@@ -67,6 +68,18 @@ def evaluate(task: TaskArgument, repository: Repository = publish.REPOSITORY, bf
             f"{manifest.name}: over all steps {loss.float32_percent:.3f} % right with float32 weights, "
             f"{loss.bfloat16_percent:.3f} % with bfloat16 ({loss.predictions:,} predictions)"
         )
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help=f"one of {', '.join(STUDIES)}")],
+    seed: Seed = 0,
+    into: Annotated[Path, typer.Option(help="folder of the page and its picture")] = Path("docs/studies"),
+) -> None:
+    """Measure one of the course's ideas, and write a page with a picture."""
+    if study not in STUDIES:
+        raise typer.BadParameter(f"there is no study {study!r}; known are {', '.join(STUDIES)}")
+    typer.echo(STUDIES[study](into, seed).read_text())
 
 
 @app.command("list")

@@ -1,0 +1,13 @@
+"""What the course says of recurrent networks, measured side by side: `python -m models compare STUDY`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from models.studies import gradients
+
+STUDIES: dict[str, Callable[[Path, int], Path]] = {
+    "gradients": gradients.compare,
+}
+"""Each writes its page and picture into a folder, given a first seed too, and gives the page."""
