@@ -19,7 +19,6 @@ from service.engine.sequence_network import (
     CellLayer,
     Floats,
     LaneKernel,
-    LargeLstm,
     LayerKernel,
     LstmSteps,
     OneDnnLstm,
@@ -167,26 +166,6 @@ def test_all_kernels_of_an_lstm_layer_give_the_same(
             pytest.skip("this processor has no such kernel")
         plain = CellLayer(network.recurrent, "l0").run(inputs, values)
     torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("one_dnn_ms", "kernel", "chosen"), [(2, LargeLstm, "step by step"), (0.5, OneDnnLstm, "oneDNN")]
-)
-def test_the_log_says_which_kernel_a_large_lstm_has_and_what_both_took(
-    one_dnn_ms: float, kernel: type, chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    took_s = {LstmSteps: 0.001, OneDnnLstm: one_dnn_ms / 1_000}
-    monkeypatch.setattr(sequence_network, "_few_s", lambda tried, *_: took_s[type(tried)])
-    spec = NetworkSpec(cell="lstm", features=3, hidden_size=384, outputs=2)
-    with tempfile.TemporaryDirectory() as folder:
-        stack = random_bundle(folder, spec, "refuse", seed=0).predictor.network.recurrent
-    caplog.set_level("DEBUG", logger=sequence_network.__name__)
-    layer = sequence_network._layer(stack, "l0")
-    if isinstance(layer, LstmSteps):
-        pytest.skip("this processor has no such kernel")
-    assert isinstance(layer, kernel)
-    times = f"step by step 1.00 ms, oneDNN {one_dnn_ms:.2f} ms"
-    assert caplog.messages == [f"layer l0: {chosen} for a few sequences; {times}"]
 
 
 def test_a_large_lstm_gives_the_same_to_few_sequences_as_to_many() -> None:
