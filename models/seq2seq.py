@@ -43,16 +43,15 @@ class EncoderDecoder(RecurrentNetwork):
         inputs (batch, steps, features) or (batch, steps), lengths (batch,), labels (batch, labels), END behind the last
         -> (batch, labels, outputs).
         """
-        read = self.read(inputs)
-        start = [self._zeros(len(read), self.spec.hidden_size) for _ in range(self.spec.layers)]
-        memory, _ = self.recurrent(read, lengths, start)
+        start = [self._zeros(len(inputs), self.spec.hidden_size) for _ in range(self.spec.layers)]
+        memory, _ = self.recurrent(self.read(inputs), lengths, start)
         places = torch.arange(len(memory))
         ends = self._ends(memory[places, lengths - 1], memory[:, 0])
         before = functional.pad(labels[:, :-1], (1, 0), value=END)
         every = torch.full((len(memory),), labels.shape[1])
         states, _ = self.decoder(self.label_embedding(before), every, [self.first_values(ends)])
-        read, _ = self.attend(states, memory, torch.arange(memory.shape[1]) < lengths.unsqueeze(1))
-        return self.write(states, read)
+        contexts, _ = self.attend(states, memory, torch.arange(memory.shape[1]) < lengths.unsqueeze(1))
+        return self.write(states, contexts)
 
     def ends_of(self, memory: Tensor) -> Tensor:
         """(steps, width) of one sequence -> (width,): where each direction has ended."""
@@ -74,7 +73,7 @@ class EncoderDecoder(RecurrentNetwork):
         return values
 
     def attend(self, states: Tensor, memory: Tensor, is_step: Tensor) -> tuple[Tensor, Tensor]:
-        """What each state reads from the memory of its group, and how much it attends to each step.
+        """The context of each state, from the memory of its group, and how much it attends to each step.
 
         states (groups, rows, width), memory (groups, steps, width), is_step (groups, steps): what is no padding
         -> (groups, rows, width), (groups, rows, steps).
@@ -83,10 +82,10 @@ class EncoderDecoder(RecurrentNetwork):
         weights = scores.masked_fill(~is_step.unsqueeze(1), -torch.inf).softmax(dim=-1)
         return weights @ memory, weights
 
-    def write(self, states: Tensor, read: Tensor) -> Tensor:
-        """(…, width) of the decoder, and what it reads from the memory -> (…, outputs): logits."""
+    def write(self, states: Tensor, contexts: Tensor) -> Tensor:
+        """(…, width) of the decoder, and their contexts -> (…, outputs): logits."""
         if self.combine is not None:
-            states = torch.tanh(self.combine(torch.cat([read, states], dim=-1)))
+            states = torch.tanh(self.combine(torch.cat([contexts, states], dim=-1)))
         return self.answer(states)
 
     def _zeros(self, batch: int, size: int) -> Values:
@@ -123,8 +122,8 @@ def write_on(network: EncoderDecoder, writings: Sequence[Writing], labels: int) 
             return
         last = torch.tensor([label for writing in live for label in writing.beam.last_labels])
         values = network.step(last, tuple(map(torch.cat, zip(*(writing.values for writing in live), strict=True))))
-        read, weights = memories.attend(values[0], live)
-        log_probabilities = network.write(values[0], read).log_softmax(dim=-1)
+        contexts, weights = memories.attend(values[0], live)
+        log_probabilities = network.write(values[0], contexts).log_softmax(dim=-1)
         candidates = min(max(writing.beam.decoding.beam_width for writing in live) + 1, log_probabilities.shape[1])
         best, numbers = (found.numpy() for found in log_probabilities.topk(candidates))
         first = 0
@@ -150,24 +149,24 @@ class _Memories:
         ]
 
     def attend(self, states: Tensor, live: Sequence[Writing]) -> tuple[Tensor, list[Floats | None]]:
-        """states (paths of all, width) -> what each reads, and of each writing the weights (paths, steps)."""
+        """states (paths of all, width) -> their contexts, and the weights (paths, steps) of each that wants them."""
         firsts, first = dict[Writing, int](), 0
         for writing in live:
             firsts[writing] = first
             first += len(writing.values[0])
-        read, weights = torch.zeros_like(states), dict[Writing, Floats | None]()
+        contexts, kept = torch.zeros_like(states), dict[Writing, Floats | None]()
         for group, memory, is_step in self._groups:
             width = max(len(writing.values[0]) for writing in group)
             places = [(i, firsts[w], len(w.values[0])) for i, w in enumerate(group) if w in firsts]
-            asked = states.new_zeros(len(group), width, states.shape[1])
+            queries = states.new_zeros(len(group), width, states.shape[1])
             for i, begin, paths in places:
-                asked[i, :paths] = states[begin : begin + paths]
-            found, looked = self._network.attend(asked, memory, is_step)
+                queries[i, :paths] = states[begin : begin + paths]
+            of_queries, weights = self._network.attend(queries, memory, is_step)
             for i, begin, paths in places:
-                read[begin : begin + paths] = found[i, :paths]
+                contexts[begin : begin + paths] = of_queries[i, :paths]
                 if group[i].beam.decoding.attention:
-                    weights[group[i]] = looked[i, :paths, : len(group[i].memory)].numpy()
-        return read, [weights.get(writing) for writing in live]
+                    kept[group[i]] = weights[i, :paths, : len(group[i].memory)].numpy()
+        return contexts, [kept.get(writing) for writing in live]
 
 
 def _padded(memories: list[Tensor]) -> Tensor:
