@@ -120,5 +120,5 @@ class Beam:
             if place.attention is not None:
                 attention.append(place.attention[path])
             path = place.parents[path]
-        looked = np.stack(attention[::-1]) if attention else self._no_attention
-        return Hypothesis(tuple(labels[::-1]), ended.score, ended.is_cut, looked)
+        rows = np.stack(attention[::-1]) if attention else self._no_attention
+        return Hypothesis(tuple(labels[::-1]), ended.score, ended.is_cut, rows)

@@ -9,7 +9,7 @@ and Ollivier, "Can recurrent neural networks warp time?", 2018).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +120,10 @@ def relative_reach(norms: Floats) -> Floats:
     return np.where(norms < np.finfo(np.float32).tiny, 0.0, norms / norms[1])
 
 
-def measure(seed: int) -> dict[int, dict[str, Floats]]:
+def measure(lengths: Sequence[int], seed: int) -> dict[int, dict[str, Floats]]:
     """By length and start: the norms relative to that at distance 1, (SEEDS, steps)."""
-    runs = [(steps, name, seed + i) for steps in LENGTHS for name in STARTS for i in range(SEEDS)]
-    found: dict[int, dict[str, list[Floats]]] = {steps: {name: [] for name in STARTS} for steps in LENGTHS}
+    runs = [(steps, name, seed + i) for steps in lengths for name in STARTS for i in range(SEEDS)]
+    found: dict[int, dict[str, list[Floats]]] = {steps: {name: [] for name in STARTS} for steps in lengths}
     for steps, name, own in track(runs, "gradients", console=Console(stderr=True)):
         norms = gradient_norms(layer(name, steps, own), torch.rand(steps, SEQUENCES, 1))
         found[steps][name].append(relative_reach(norms))
@@ -132,7 +132,7 @@ def measure(seed: int) -> dict[int, dict[str, Floats]]:
 
 def compare(folder: Path, seed: int) -> Path:
     """Measure, and write gradients.md and gradients.png."""
-    relative = measure(seed)
+    relative = measure(LENGTHS, seed)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "gradients.png", relative)
     page = folder / "gradients.md"

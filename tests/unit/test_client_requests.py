@@ -1,5 +1,7 @@
 """How a search for hypotheses is asked for."""
 
+from typing import Any
+
 import pytest
 
 from rnnserve import Decoding
@@ -27,8 +29,9 @@ def test_a_decoding_is_sent_only_if_it_is_given() -> None:
 @pytest.mark.parametrize("field", ["beam_width", "n_best", "max_labels"])
 @pytest.mark.parametrize("value", [-1, 2**32])
 def test_a_count_that_the_wire_has_no_place_for_is_refused_by_name(field: str, value: int) -> None:
+    given: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"^{field} is a number from 0 to 4294967295, unlike {value}$"):
-        Decoding(**{field: value})  # type: ignore[arg-type]
+        Decoding(**given)
 
 
 def test_bounds_that_the_wire_can_hold_are_the_servers() -> None:

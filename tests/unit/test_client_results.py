@@ -48,7 +48,7 @@ def test_an_encoder_decoder_says_nothing_about_single_steps() -> None:
     assert (prediction.outputs.shape, prediction.probabilities, prediction.top) == ((0, 0), None, ())
     assert prediction.label is None
     with pytest.raises(IndexError, match="hypotheses"):
-        prediction.output  # noqa: B018
+        _ = prediction.output
 
 
 def test_other_models_have_no_hypotheses_and_their_last_step() -> None:
