@@ -108,7 +108,7 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
                 break
             if turn.reconnect_after_s is not None or not bookkeeper.waiting:
                 self._deadline = None
-            elif self._deadline is None:
+            if bookkeeper.waiting and self._deadline is None:
                 self._deadline = _now_s() + self._timeout_s
             wake_s = None if turn.wake_after_s is None else _now_s() + turn.wake_after_s
             event = await self._next_event(earliest(self._deadline, until_s), wake_s)

@@ -130,6 +130,40 @@ async def test_a_silent_server_times_out_for_every_kind_of_awaited_call(small_se
                 await client.models()
 
 
+@contextmanager
+def mute(port: int) -> Iterator[None]:
+    """Connections are taken there, and nothing is ever said on them."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        yield
+
+
+def test_a_stream_waits_no_longer_than_said_for_a_new_connection_that_is_mute(doomed_server: RunningServer) -> None:
+    with (
+        Client(doomed_server.target, timeout_s=0.5, resume_timeout_s=1) as client,
+        client.stream("vanilla") as stream,
+    ):
+        stream.step(STEP)
+        doomed_server.kill()
+        with mute(doomed_server.port), pytest.raises(TimedOut, match=r"0\.5 s"):
+            stream.step(STEP)
+
+
+async def test_an_awaited_stream_waits_no_longer_than_said_for_a_new_connection_that_is_mute(
+    doomed_server: RunningServer,
+) -> None:
+    async with (
+        AsyncClient(doomed_server.target, timeout_s=0.5, resume_timeout_s=1) as client,
+        client.stream("vanilla") as stream,
+    ):
+        await stream.step(STEP)
+        doomed_server.kill()
+        with mute(doomed_server.port), pytest.raises(TimedOut, match=r"0\.5 s"):
+            await stream.step(STEP)
+
+
 def test_a_slow_source_is_no_silent_server(server: RunningServer) -> None:
     with Client(server.target, timeout_s=0.3) as client, client.stream("vanilla") as stream:
         waiting = threading.Event()
