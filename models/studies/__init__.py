@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from models.studies import gradients
+from models.studies import adding, gradients
 
 STUDIES: dict[str, Callable[[Path, int], Path]] = {
+    "adding": adding.compare,
     "gradients": gradients.compare,
 }
 """Each writes its page and picture into a folder, given a first seed too, and gives the page."""

@@ -44,7 +44,7 @@ def orthogonal(stack: RecurrentStack, _steps: int) -> None:
 def identity(stack: RecurrentStack, _steps: int) -> None:
     """Waa passes all on, inputs are small, no bias."""
     with torch.no_grad():
-        stack.get_parameter("weight_hh_l0").copy_(torch.eye(UNITS))
+        stack.get_parameter("weight_hh_l0").copy_(torch.eye(stack.spec.hidden_size))
         stack.get_parameter("weight_ih_l0").normal_(0, 0.001)
         stack.get_parameter("bias_ih_l0").zero_()
         stack.get_parameter("bias_hh_l0").zero_()
@@ -52,12 +52,12 @@ def identity(stack: RecurrentStack, _steps: int) -> None:
 
 def forget_bias_of_one(stack: RecurrentStack, _steps: int) -> None:
     """An LSTM's forget gate is at 0.73 at first."""
-    _set_gate(stack, 1, torch.ones(UNITS))
+    _set_gate(stack, 1, torch.ones(stack.spec.hidden_size))
 
 
 def chrono(stack: RecurrentStack, steps: int) -> None:
     """The gate that keeps has the bias log U(1, T − 1), an LSTM's input gate minus it: memories last 1 to T steps."""
-    keeps = torch.log(torch.empty(UNITS).uniform_(1, steps - 1))
+    keeps = torch.log(torch.empty(stack.spec.hidden_size).uniform_(1, steps - 1))
     _set_gate(stack, 1, keeps)
     if stack.spec.cell == "lstm":
         _set_gate(stack, 0, -keeps)
@@ -65,7 +65,7 @@ def chrono(stack: RecurrentStack, steps: int) -> None:
 
 def _set_gate(stack: RecurrentStack, gate: int, bias: Tensor) -> None:
     with torch.no_grad():
-        rows = slice(gate * UNITS, (gate + 1) * UNITS)
+        rows = slice(gate * len(bias), (gate + 1) * len(bias))
         stack.get_parameter("bias_ih_l0")[rows] = bias
         stack.get_parameter("bias_hh_l0")[rows] = 0
 
@@ -82,11 +82,11 @@ STARTS: dict[str, tuple[Cell, Prepare]] = {
 }
 
 
-def layer(name: str, steps: int, seed: int, features: int = 1) -> RecurrentStack:
+def layer(name: str, steps: int, seed: int, *, features: int = 1, units: int = UNITS) -> RecurrentStack:
     """One layer with such a start."""
     cell, prepare = STARTS[name]
     torch.manual_seed(seed)
-    stack = RecurrentStack(NetworkSpec(cell=cell, features=features, hidden_size=UNITS, outputs=1), features)
+    stack = RecurrentStack(NetworkSpec(cell=cell, features=features, hidden_size=units, outputs=1), features)
     prepare(stack, steps)
     return stack
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from models.__main__ import app
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
-from models.studies import gradients
+from models.studies import adding, gradients
+from models.studies.adding import Job
 from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, layer
 
 STEPS = 7
@@ -70,3 +71,24 @@ def test_an_unknown_study_is_named_beside_those_there_are() -> None:
     done = CliRunner().invoke(app, ["compare", "weather"])
     assert done.exit_code == 2
     assert "gradients" in done.output
+
+
+def test_the_adding_problem_asks_for_the_sum_of_one_number_of_each_half() -> None:
+    inputs, sums = adding.problem(9, 50)
+    numbers, marks = inputs.unbind(dim=2)
+    assert marks[:4].sum(dim=0).tolist() == marks[4:].sum(dim=0).tolist() == [1] * 50
+    assert set(marks.flatten().tolist()) == {0, 1}
+    for sequence in range(50):
+        marked = [float(numbers[t, sequence]) for t in range(9) if marks[t, sequence]]
+        assert float(sums[sequence]) == pytest.approx(sum(marked))
+
+
+def test_a_layer_that_has_learned_to_add_is_said_to_have_solved_it() -> None:
+    solved = adding.learn(Job("LSTM, chrono", steps=10, seed=0, updates=1_500))
+    assert solved.solved_after == len(solved.errors) * adding.CHECK_EVERY
+    assert solved.errors[-1] < 0.01 <= min(solved.errors[:-1])
+    short = adding.learn(Job("tanh", steps=10, seed=0, updates=50))
+    assert short.solved_after is None
+    page = adding.describe({10: {"LSTM, chrono": [solved], "tanh": [short]}}, 50, 0)
+    assert f"| LSTM, chrono | {solved.solved_after} | " in page
+    assert "| tanh | not | " in page
