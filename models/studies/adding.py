@@ -23,7 +23,10 @@ from models.recurrent import Cell
 from models.studies.gradients import SEEDS, SEQUENCES, Floats, gradient_norms, layer, relative_reach
 from models.training.card import table
 
-STARTS_BY_STEPS = {200: ("tanh", "ReLU, identity", "GRU", "LSTM", "GRU, chrono", "LSTM, chrono")}
+STARTS_BY_STEPS = {
+    200: ("tanh", "ReLU, identity", "GRU", "LSTM", "GRU, chrono", "LSTM, chrono"),
+    1_000: ("GRU, chrono",),
+}
 UNITS, UPDATES, BATCH, CLIP_NORM = 64, 1_000, 32, 1.0
 LEARNING_RATES: dict[Cell, float] = {"tanh": 1e-2, "relu": 1e-4, "gru": 1e-2, "lstm": 1e-2}  # at 1e-2 ReLU overflows
 CHECK_EVERY, HELD_OUT, HELD_OUT_SEED = 50, 512, 10_000
