@@ -64,7 +64,7 @@ def problem(steps: int, sequences: int) -> tuple[Tensor, Tensor]:
 
 
 class Adder(nn.Module):
-    """One of torch's own layers, which are faster to train, with ours' weights; it answers after the last step."""
+    """One of torch's own layers, which are faster to train, with our weights; it answers after the last step."""
 
     def __init__(self, cell: Cell, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def learn(job: Job) -> Learned:
         inputs, wanted = problem(job.steps, BATCH)
         loss = nn.functional.mse_loss(adder(inputs), wanted)
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(adder.parameters(), CLIP_NORM)
         optimiser.step()
         if update % CHECK_EVERY == 0:

@@ -152,7 +152,7 @@ class Trainer:
 
     def _update(self, loss: Tensor) -> None:
         self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self._network.parameters(), self._settings.clip_norm)
         self._optimiser.step()
         if self._average is not None:
