@@ -195,10 +195,10 @@ class Repeats(_Part):
 
 
 class Sample(_Part):
-    """A held-out recording that ships with the bundle: a CSV file with a header line, or a text file."""
+    """A recording that training never saw and that ships with the bundle: a CSV file with a header, or a text file."""
 
     file: Annotated[str, StringConstraints(pattern=r"^samples/[a-z0-9_-]+\.(csv|txt)$")]
-    label: str = Field(description="what it truly is; empty if it has no label")
+    label: str = Field(description="what it truly is: a label, several in a row, or a number; empty if unknown")
     description: Text
 
 
@@ -217,6 +217,7 @@ class Manifest(_Part):
     data: DataSource
     quality: Quality
     repeats: Repeats | None = None
+    on_samples: Quality | None = Field(None, description="the same metric on the samples that ship with the bundle")
     samples: tuple[Sample, ...] = ()
     weights_sha256: Sha256
     manifest_sha256: Sha256 = Field("0" * 64, description="of all other fields; set when the manifest is written")
@@ -224,6 +225,9 @@ class Manifest(_Part):
     @property
     def key(self) -> ModelKey:
         return ModelKey(self.name, self.version)
+
+    def _is_unknown(self, label: str) -> bool:
+        return bool(label and self.output.labels) and label not in self.output.labels
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -244,6 +248,6 @@ class Manifest(_Part):
         if self.network.decoder is not None and len(self.output.labels) < 2:
             raise ValueError("network.decoder needs two output.labels or more, the first of which means the end")
         for number, sample in enumerate(self.samples):
-            if sample.label and sample.label not in self.output.labels:
+            if self.pattern == "many-to-one" and self._is_unknown(sample.label):
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")
         return self

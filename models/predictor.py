@@ -18,7 +18,7 @@ class Predictor:
     """
 
     def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput) -> None:
-        self.network = network
+        self.network, self.input_spec = network, input_spec
         self._is_numeric = isinstance(input_spec, FeatureInput)
         self._refuses = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "refuse"
         self._holds_last = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "hold_last"

@@ -261,14 +261,19 @@ def feed_forward(width: int, sizes: tuple[int, ...]) -> nn.Sequential:
 class RecurrentNetwork(nn.Module):
     """A network of the three blocks. Inputs: (…, features) float32, or symbol numbers (…,) int64."""
 
-    def __init__(self, spec: NetworkSpec, *, dropout: float = 0.0) -> None:
-        """`dropout` acts in training only: before each stacked layer but the first, and before the head."""
+    def __init__(
+        self, spec: NetworkSpec, *, dropout: float = 0.0, stack: type[RecurrentStack] = RecurrentStack
+    ) -> None:
+        """`dropout` acts in training only: before each stacked layer but the first, and before the head.
+
+        `stack` computes the recurrent layers.
+        """
         super().__init__()
         self.spec = spec
         width = spec.features or spec.embedding_size or 0
         self.embedding = nn.Embedding(spec.symbols, width) if spec.symbols else None
         self.input_block = feed_forward(width, spec.input_layers)
-        self.recurrent = RecurrentStack(spec, (width, *spec.input_layers)[-1], dropout=dropout)
+        self.recurrent = stack(spec, (width, *spec.input_layers)[-1], dropout=dropout)
         self.dropout = nn.Dropout(dropout)
         hidden = spec.hidden_size * spec.directions
         self.output_block = feed_forward(hidden, spec.output_layers)

@@ -26,15 +26,17 @@ class EncoderDecoder(RecurrentNetwork):
     s⟨0⟩ = tanh(Wb [last of the forward, first of the backward direction] + bb).
     """
 
-    def __init__(self, spec: NetworkSpec, *, dropout: float = 0.0) -> None:
-        super().__init__(spec, dropout=dropout)
+    def __init__(
+        self, spec: NetworkSpec, *, dropout: float = 0.0, stack: type[RecurrentStack] = RecurrentStack
+    ) -> None:
+        super().__init__(spec, dropout=dropout, stack=stack)
         if spec.decoder is None:
             raise ValueError("the network has no decoder")
         width, of_label = spec.hidden_size * spec.directions, spec.decoder.embedding_size
         self.label_embedding = nn.Embedding(spec.outputs, of_label)
         self.bridge = nn.Linear(width, width)
         layer = NetworkSpec(cell=spec.cell, features=of_label, hidden_size=width, outputs=spec.outputs)
-        self.decoder = RecurrentStack(layer, of_label)
+        self.decoder = stack(layer, of_label)
         self.combine = nn.Linear(2 * width, width) if spec.decoder.attention else None
 
     def teach(self, inputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
@@ -43,8 +45,7 @@ class EncoderDecoder(RecurrentNetwork):
         inputs (batch, steps, features) or (batch, steps), lengths (batch,), labels (batch, labels), END behind the last
         -> (batch, labels, outputs).
         """
-        start = [self._zeros(len(inputs), self.spec.hidden_size) for _ in range(self.spec.layers)]
-        memory, _ = self.recurrent(self.read(inputs), lengths, start)
+        memory = self.remember(inputs, lengths)
         places = torch.arange(len(memory))
         ends = self._ends(memory[places, lengths - 1], memory[:, 0])
         before = functional.pad(labels[:, :-1], (1, 0), value=END)
@@ -52,6 +53,12 @@ class EncoderDecoder(RecurrentNetwork):
         states, _ = self.decoder(self.label_embedding(before), every, [self.first_values(ends)])
         contexts, _ = self.attend(states, memory, torch.arange(memory.shape[1]) < lengths.unsqueeze(1))
         return self.write(states, contexts)
+
+    def remember(self, inputs: Tensor, lengths: Tensor) -> Tensor:
+        """(batch, steps, features) or (batch, steps), lengths (batch,) -> the memory (batch, steps, width)."""
+        start = [self._zeros(len(inputs), self.spec.hidden_size) for _ in range(self.spec.layers)]
+        memory: Tensor = self.recurrent(self.read(inputs), lengths, start)[0]
+        return memory
 
     def ends_of(self, memory: Tensor) -> Tensor:
         """(steps, width) of one sequence -> (width,): where each direction has ended."""
@@ -92,9 +99,12 @@ class EncoderDecoder(RecurrentNetwork):
         return tuple(torch.zeros(batch, size) for _ in range(self.spec.state_layout.values_per_layer))
 
 
-def network_of(spec: NetworkSpec) -> RecurrentNetwork:
+def network_of(
+    spec: NetworkSpec, *, dropout: float = 0.0, stack: type[RecurrentStack] = RecurrentStack
+) -> RecurrentNetwork:
     """With random weights, of the kind that the spec asks for."""
-    return RecurrentNetwork(spec) if spec.decoder is None else EncoderDecoder(spec)
+    kind = RecurrentNetwork if spec.decoder is None else EncoderDecoder
+    return kind(spec, dropout=dropout, stack=stack)
 
 
 @dataclass(eq=False)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from models.manifest import DataSource
+from models.manifest import DataSource, Output
 from models.recurrent import NetworkSpec
 from models.tasks import shoulder_exercises
 from models.tasks.augment import Values, rotation, stretch
 from models.tasks.shoulder_exercises import ARCHIVE, EXERCISES, FEATURES, STEPS_PER_SECOND
-from models.tasks.task import Input, Recordings, Run, Split, Task, Words
+from models.tasks.task import Numbers, Recordings, Run, Split, Task, Words
 from models.training.loop import Settings
+from models.training.scores import accuracy
 from models.training.sequences import Recording
 
 WINDOW_STEPS = 4 * STEPS_PER_SECOND
@@ -63,7 +65,7 @@ def _crop(recording: Recording, steps: int, rng: np.random.Generator) -> Recordi
     slower = rng.uniform(0.8, 1.2)
     taken = min(len(recording.values), round(steps / slower))
     start = rng.integers(0, len(recording.values) - taken + 1)
-    return replace(recording, values=vary(stretch(recording.values[start : start + taken], slower), rng))
+    return replace(recording, values=vary(stretch(recording.numbers[start : start + taken], slower), rng))
 
 
 def vary(values: Values, rng: np.random.Generator) -> Values:
@@ -114,13 +116,13 @@ ACTIVITY = Task(
         dropout=0.3,
         average_decay=0.99,
     ),
-    input=Input(FEATURES, STEPS_PER_SECOND, missing_values="hold_last"),
-    labels=tuple(EXERCISES.values()),
+    input=Numbers(FEATURES, STEPS_PER_SECOND, missing_values="hold_last"),
+    output=Output(activation="softmax", labels=tuple(EXERCISES.values())),
     source=SOURCE,
     split=split,
     runs=runs,
     repeats_over="5 folds by person",
-    metric="accuracy on windows of 4 s, percent",
+    measure=partial(accuracy, metric="accuracy on windows of 4 s, percent"),
     test_items="windows, side by side, of the recordings of people 9 and 10",
     samples=four_exercises,
     examples=crops,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from models.manifest import DataSource
+from models.manifest import DataSource, Output
 from models.recurrent import NetworkSpec
 from models.tasks import japanese_vowels
 from models.tasks.augment import Values, stretch
 from models.tasks.japanese_vowels import ARCHIVE, COEFFICIENTS, FRAMES_PER_SECOND, SPEAKERS
-from models.tasks.task import Input, Recordings, Run, Split, Task, Words
+from models.tasks.task import Numbers, Recordings, Run, Split, Task, Words
 from models.training.loop import Settings
+from models.training.scores import accuracy
 from models.training.sequences import Recording
 
 TEMPO_SHIFT = 0.25  # at most, as a share
@@ -48,12 +50,12 @@ def shifted(recordings: Recordings, rng: np.random.Generator, by: float = SESSIO
 def stretched_and_shifted(recordings: Recordings, rng: np.random.Generator) -> Recordings:
     """Each recording spoken slower or faster, too."""
     factors = rng.uniform(1 - TEMPO_SHIFT, 1 + TEMPO_SHIFT, len(recordings))
-    return [replace(r, values=stretch(r.values, f)) for r, f in zip(shifted(recordings, rng), factors, strict=True)]
+    return [replace(r, values=stretch(r.numbers, f)) for r, f in zip(shifted(recordings, rng), factors, strict=True)]
 
 
 def cut_and_shifted(recordings: Recordings, rng: np.random.Generator) -> Recordings:
     """A random piece of each recording, moved: no speaker is known by where the vowels begin and end."""
-    return [replace(r, values=piece(r.values, rng)) for r in shifted(recordings, rng, WIDER_SESSION_SHIFT)]
+    return [replace(r, values=piece(r.numbers, rng)) for r in shifted(recordings, rng, WIDER_SESSION_SHIFT)]
 
 
 def piece(values: Values, rng: np.random.Generator) -> Values:
@@ -110,13 +112,13 @@ SPEAKER = Task(
         input_noise=0.6,
         label_smoothing=0.1,
     ),
-    input=Input(COEFFICIENTS, FRAMES_PER_SECOND),
-    labels=SPEAKERS,
+    input=Numbers(COEFFICIENTS, FRAMES_PER_SECOND),
+    output=Output(activation="softmax", labels=SPEAKERS),
     source=SOURCE,
     split=split,
     runs=runs,
     repeats_over="3 seeds",
-    metric="accuracy after the last frame, percent",
+    measure=partial(accuracy, metric="accuracy after the last frame, percent"),
     test_items="the 370 recordings given for testing",
     samples=first_of_each_speaker,
     examples=stretched_and_shifted,
@@ -151,7 +153,7 @@ BIDIRECTIONAL = replace(
         input_noise=0.8,
         label_smoothing=0.1,
     ),
-    metric="accuracy, percent",
+    measure=partial(accuracy, metric="accuracy, percent"),
     examples=cut_and_shifted,
     heard_steps=(),
     words=Words(

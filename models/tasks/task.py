@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.manifest import DataSource, FeatureInput, MissingValues, Pattern
+from models.manifest import DataSource, FeatureInput, MissingValues, Output, Pattern, TextInput
 from models.recurrent import NetworkSpec
+from models.training.answers import Answers
 from models.training.loop import Settings
+from models.training.measure import describe_confusions
+from models.training.scores import Measure, accuracy
 from models.training.sequences import Recording
 
 Recordings = Sequence[Recording]
@@ -41,16 +44,16 @@ def the_same(recordings: Recordings, _rng: np.random.Generator | None = None) ->
 
 
 @dataclass(frozen=True)
-class Input:
-    """What a step is, but for the normalisation, which the training data gives."""
+class Numbers:
+    """Steps of numbers; their normalisation comes from the training data."""
 
     feature_names: tuple[str, ...]
     steps_per_second: float
     missing_values: MissingValues = "refuse"
 
-    def normalised_by(self, recordings: Recordings) -> FeatureInput:
+    def __call__(self, recordings: Recordings) -> FeatureInput:
         """The input of a network that is trained on these recordings."""
-        steps = np.concatenate([recording.values for recording in recordings]).astype(np.float64)
+        steps = np.concatenate([recording.numbers for recording in recordings]).astype(np.float64)
         return FeatureInput(
             feature_names=self.feature_names,
             mean=tuple(steps.mean(axis=0).tolist()),
@@ -58,6 +61,17 @@ class Input:
             missing_values=self.missing_values,
             steps_per_second=self.steps_per_second,
         )
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """Steps of symbols that are known beforehand."""
+
+    spec: TextInput
+
+    def __call__(self, _recordings: Recordings) -> TextInput:
+        """The same whatever the network is trained on."""
+        return self.spec
 
 
 @dataclass(frozen=True)
@@ -80,17 +94,19 @@ class Task:
     pattern: Pattern
     network: NetworkSpec
     settings: Settings
-    input: Input
-    labels: tuple[str, ...]
+    input: Callable[[Recordings], FeatureInput | TextInput]  # made from what training sees
+    output: Output
     source: DataSource
     split: Callable[[Run], Split]
     runs: Callable[[int], tuple[Run, ...]]  # for a seed; the first one's weights are shipped
     repeats_over: str
-    metric: str
     test_items: str  # in words
-    samples: Callable[[Recordings], Recordings]  # which of the test recordings ship with the bundle
+    samples: Callable[[Recordings], Recordings]  # what ships with the bundle, given the test recordings
     words: Words
     examples: Callable[[Recordings, np.random.Generator], Recordings] = the_same  # the sequences of one epoch
     items: Callable[[Recordings], Recordings] = the_same  # what is scored
+    measure: Measure = accuracy
+    errors: Callable[[Answers, Recordings, Output], str] = describe_confusions  # in words, with examples
     heard_steps: tuple[int, ...] = ()  # after how many steps to measure, for a network that streams
     settling_steps: int = 0  # what a live stream is given before its steps are scored; 0 = there are no live streams
+    is_long: bool = False  # trained once, by all cores, and its curves are of that: the validation part is left out

@@ -36,14 +36,16 @@ def ablate(task: Task, seed: int, repository: Path = REPOSITORY, processes: int 
     specs = variants(task.network)
     jobs = [Job(replace(task, network=spec), run) for spec in specs.values() for run in runs]
     finished = iter(run_all(jobs, processes))
-    percents = {name: [next(finished).test_percent for _ in runs] for name in specs}
-    draw_bars(folder / "ablation.png", percents, task.metric)
-    (folder / ABLATION).write_text(describe(task, percents))
+    scores = {name: [next(finished).scores[0] for _ in runs] for name in specs}
+    percents = {name: [score.value for score in row] for name, row in scores.items()}
+    metric = next(iter(scores.values()))[0].metric
+    draw_bars(folder / "ablation.png", percents, metric)
+    (folder / ABLATION).write_text(describe(task, percents, metric))
     add_ablation(folder)
     return folder / ABLATION
 
 
-def describe(task: Task, percents: dict[str, list[float]]) -> str:
+def describe(task: Task, percents: dict[str, list[float]], metric: str) -> str:
     """The table in Markdown: a row for each variant, a column for each run; then what follows from it."""
     header = ["network", "parameters", *(str(run) for run in task.runs(0)), "mean"]
     rows = [
@@ -58,7 +60,7 @@ def describe(task: Task, percents: dict[str, list[float]]) -> str:
         f"- {name}: {verdict(percents[name], percents[base])} {base}" for name, base in comparisons(percents)
     )
     return (
-        f"The same settings, {task.settings.epochs} epochs and runs for each network, one seed; {task.metric}. "
+        f"The same settings, {task.settings.epochs} epochs and runs for each network, one seed; {metric}. "
         "The settings are those chosen for the last network.\n\n"
         f"{table(header, rows)}\n\n![ablation](ablation.png)\n\n{verdicts}\n"
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from models.manifest import Manifest
-from models.recurrent import NetworkSpec, RecurrentNetwork
-from models.tasks.task import Recordings, Run, Task
-from models.training.measure import Confusion, Live
+from models.manifest import FeatureInput, Manifest
+from models.recurrent import DecoderSpec, NetworkSpec
+from models.seq2seq import network_of
+from models.tasks.task import Run, Task
+from models.training.measure import Live
+from models.training.runs import Result
 
 CARD = "README.md"
 ABLATION = "ablation.md"
@@ -29,19 +30,19 @@ def write_card(
     folder: Path,
     task: Task,
     manifest: Manifest,
-    runs: Sequence[tuple[Run, float, Live | None]],
-    errors: Sequence[Confusion],
-    test: Recordings,
+    runs: Sequence[tuple[Run, Result]],
+    errors: str,
     heard: Mapping[int, float],
 ) -> None:
     """Write README.md from what was measured and the task's words; an ablation there is kept."""
+    quality = f"{_quality(manifest, runs[0][1])}\n\n{_repeats(task, runs)}"
     sections = [
         f"# {manifest.name}\n\n{manifest.summary}",
         task.words.purpose,
         "## Network\n\n" + describe(manifest.network),
-        f"## Quality\n\n{_quality(manifest)}\n\n{_repeats(task, runs)}\n\nFor comparison:\n\n{task.words.references}",
-        describe_heard(task, heard),
-        f"## Where it errs\n\n{describe_errors(task, errors, test)}\n\n{task.words.limits}",
+        f"## Quality\n\n{quality}\n\nFor comparison:\n\n{task.words.references}",
+        describe_heard(manifest, heard),
+        f"## Where it errs\n\n{errors}\n\n{task.words.limits}",
         f"## Data\n\n{task.words.data}\n\n{_source(manifest)}",
         f"## Training\n\n{task.words.training}\n\n{_settings(task)}\n\n![curves](curves.png)",
         f"## Again\n\n```\npython -m models train {task.name} --seed {runs[0][0].seed}\n"
@@ -69,6 +70,7 @@ def describe(spec: NetworkSpec) -> str:
         ),
         ("hidden to output", _layers(spec.output_layers, "one linear layer") + f", {spec.outputs} outputs"),
         ("answers about", "each step" if spec.readout == "each_step" else "the mean over all steps"),
+        *([("writes", _decoder(spec.decoder))] if spec.decoder else []),
         ("streams", spec.why_not_streamable or "yes"),
         ("parameters", f"{parameters_of(spec):,}"),
     ]
@@ -77,31 +79,40 @@ def describe(spec: NetworkSpec) -> str:
 
 def parameters_of(spec: NetworkSpec) -> int:
     """How many numbers a network learns."""
-    return sum(parameter.numel() for parameter in RecurrentNetwork(spec).parameters())
+    return sum(parameter.numel() for parameter in network_of(spec).parameters())
 
 
-def describe_errors(task: Task, errors: Sequence[Confusion], test: Recordings) -> str:
-    """The classes most often taken for another."""
-    sizes = Counter(recording.label for recording in test)
-    named = [f"{task.labels[e.truth]} for {task.labels[e.answer]} ({e.times} of {sizes[e.truth]})" for e in errors[:4]]
-    total = sum(error.times for error in errors)
-    return f"{total} of {len(test)} wrong. Most often it takes " + "; ".join(named) + "."
+def _decoder(decoder: DecoderSpec) -> str:
+    looks = "with attention to all steps of the input" if decoder.attention else "from where the encoder has ended"
+    return f"up to {decoder.max_labels} labels, {looks}"
 
 
 def _layers(sizes: tuple[int, ...], none: str) -> str:
     return " → ".join(f"{size} ReLU" for size in sizes) or none
 
 
-def _quality(manifest: Manifest) -> str:
+def _quality(manifest: Manifest, shipped: Result) -> str:
     quality = manifest.quality
-    return f"**{quality.value:.2f}** {quality.metric}, on {quality.items} items: {quality.split}."
+    rows = [
+        [score.metric, f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}", f"{score.items:,}"]
+        for score in shipped.scores
+    ]
+    own = manifest.on_samples
+    of_own = f"\n\nOn the samples beside this card: {own.value:.2f} {own.metric}." if own else ""
+    return (
+        f"**{quality.value:.2f}** {quality.metric}, on {quality.items:,} items: {quality.split}.\n\n"
+        f"{table(['measured', 'value', '95 % interval', 'items'], rows)}{of_own}"
+    )
 
 
-def _repeats(task: Task, runs: Sequence[tuple[Run, float, Live | None]]) -> str:
-    mean = sum(percent for _, percent, _ in runs) / len(runs)
-    header, rows = ["run", task.metric], [[str(run), f"{percent:.2f}"] for run, percent, _ in runs]
-    lives = [live for _, _, live in runs if live is not None]
-    rows.append(["mean", f"{mean:.2f}"])
+def _repeats(task: Task, runs: Sequence[tuple[Run, Result]]) -> str:
+    values = [result.scores[0].value for _, result in runs]
+    header, rows = (
+        ["run", runs[0][1].scores[0].metric],
+        [[str(run), f"{value:.2f}"] for (run, _), value in zip(runs, values, strict=True)],
+    )
+    lives = [result.live for _, result in runs if result.live is not None]
+    rows.append(["mean", f"{sum(values) / len(values):.2f}"])
     if lives:
         header += ["whole recordings, last answer", "whole recordings, mean answer", "steps after the first 4 s"]
         lives.append(Live(*(sum(column) / len(lives) for column in zip(*lives, strict=True))))
@@ -109,14 +120,14 @@ def _repeats(task: Task, runs: Sequence[tuple[Run, float, Live | None]]) -> str:
     return f"The same over {task.repeats_over}; the weights here are the first one's:\n\n{table(header, rows)}"
 
 
-def describe_heard(task: Task, heard: Mapping[int, float]) -> str:
+def describe_heard(manifest: Manifest, heard: Mapping[int, float]) -> str:
     """How often a network is right after so many steps; nothing for one that does not stream."""
     if not heard:
         return ""
-    some = [n for n in heard if n in task.heard_steps][:: max(1, len(heard) // 7)]
-    rate = task.input.steps_per_second
-    rows = [["steps", *map(str, some)], ["seconds", *(f"{n / rate:.3g}" for n in some)]]
-    rows.append(["accuracy, %", *(f"{heard[n]:.1f}" for n in some)])
+    some = list(heard)[:: max(1, len(heard) // 7)]
+    rows = [["steps", *map(str, some)], ["accuracy, %", *(f"{heard[n]:.1f}" for n in some)]]
+    if isinstance(manifest.input, FeatureInput) and (rate := manifest.input.steps_per_second):
+        rows.insert(1, ["seconds", *(f"{n / rate:.3g}" for n in some)])
     return f"## As it listens\n\n{HEARD}\n\n{table(rows[0], rows[1:])}\n\n![accuracy by frames heard](frames_heard.png)"
 
 
@@ -128,8 +139,13 @@ def _source(manifest: Manifest) -> str:
 
 def _settings(task: Task) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in vars(task.settings).items() if value)
+    how = (
+        "the curves are of the training itself, which leaves the validation part out."
+        if task.is_long
+        else "the curves are of a rehearsal on the training part, which the validation part may stop early; then the "
+        "network is trained afresh on both and scored on the test part."
+    )
     return (
-        "Settings, number of epochs among them, were chosen on parts of the training data held out. The curves are of "
-        "a rehearsal on the training part, which the validation part may stop early; then the network is trained "
-        f"afresh on both and scored on the test part. Settings: {settings}."
+        "Settings, number of epochs among them, were chosen on parts of the training data held out; "
+        f"{how} Settings: {settings}."
     )

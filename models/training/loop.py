@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.manifest import FeatureInput
+from models.manifest import FeatureInput, TextInput
 from models.predictor import Predictor
 from models.recurrent import GATES, NetworkSpec, RecurrentNetwork
-from models.training.loss import accuracy_percent, sequence_loss
-from models.training.sequences import Batch, Recording, batches, pad
+from models.seq2seq import network_of
+from models.training.answers import PredictorAnswers
+from models.training.fused import FusedStack
+from models.training.loss import loss_of
+from models.training.scores import Measure, accuracy
+from models.training.sequences import Batch, Recording, batches, encoded, pad
 
 PASS_ON_BIAS = 4.0  # of the update gate, which is then 0.98
 
@@ -40,12 +43,12 @@ class Settings:
 
 
 class Epoch(NamedTuple):
-    """What one epoch of training came to. Losses are nats an answer; NaN where there is no validation data."""
+    """What one epoch of training came to. Losses are those of an answer; NaN where there is no validation data."""
 
     number: int
     train_loss: float
     validation_loss: float
-    validation_percent: float
+    validation_score: float  # what the task measures first
 
 
 @dataclass
@@ -65,46 +68,50 @@ Examples = Callable[[np.random.Generator], Sequence[Recording]]
 """Gives the sequences of one epoch: cut and varied anew each time."""
 
 
-def fit(
-    spec: NetworkSpec,
-    input_spec: FeatureInput,
-    examples: Examples,
-    validation: Sequence[Recording],
-    settings: Settings,
-    seed: int,
-    report: Callable[[Epoch], None] = quiet,
-) -> Fitted:
+@dataclass(frozen=True)
+class Lesson:
+    """What a network is to learn, and how well it has."""
+
+    spec: NetworkSpec
+    input_spec: FeatureInput | TextInput
+    examples: Examples
+    validation: Sequence[Recording] = ()
+    measure: Measure = accuracy
+
+
+def fit(lesson: Lesson, settings: Settings, seed: int, report: Callable[[Epoch], None] = quiet) -> Fitted:
     """Train a fresh network; the weights kept are those of the lowest validation loss, or the last ones.
 
     The same arguments give the same weights.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    network = RecurrentNetwork(spec, dropout=settings.dropout)
+    network = network_of(lesson.spec, dropout=settings.dropout, stack=FusedStack)
     start_orthogonal(network)
     start_shallow(network)
-    trainer = Trainer(network, input_spec, settings)
-    fitted, lowest = Fitted(network), math.inf
+    trainer = Trainer(network, lesson.input_spec, settings)
+    validation = encoded(lesson.validation, lesson.input_spec)
+    fitted, lowest = Fitted(network_of(lesson.spec)), math.inf
     for number in range(1, settings.epochs + 1):
-        train_loss = trainer.run_epoch(number, examples(rng), rng)
+        train_loss = trainer.run_epoch(number, encoded(lesson.examples(rng), lesson.input_spec), rng)
         kept = trainer.weights_to_keep()
-        epoch = Epoch(number, train_loss, *validate(kept, input_spec, validation))
+        epoch = Epoch(number, train_loss, *validate(kept, lesson.input_spec, validation, lesson.measure))
         fitted.history.append(epoch)
         report(epoch)
         if not validation or epoch.validation_loss < lowest:
             lowest = epoch.validation_loss
-            fitted.network, fitted.best_epoch = copy.deepcopy(kept), number
+            fitted.network, fitted.best_epoch = kept, number
         elif settings.patience and number - fitted.best_epoch >= settings.patience:
             break
-    fitted.network.eval()
     return fitted
 
 
 class Trainer:
     """A network on its way: optimiser, learning rate and moving average."""
 
-    def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput, settings: Settings) -> None:
-        self._network, self._input_spec, self._settings = network, input_spec, settings
+    def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput, settings: Settings) -> None:
+        self._network, self._settings = network, settings
+        self._features = input_spec if isinstance(input_spec, FeatureInput) else None
         self._optimiser = torch.optim.AdamW(
             network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -114,27 +121,30 @@ class Trainer:
             self._average = AveragedModel(network, multi_avg_fn=multi_avg_fn)
 
     def run_epoch(self, number: int, recordings: Sequence[Recording], rng: np.random.Generator) -> float:
-        """Train on the sequences once; gives the mean loss of an answer."""
+        """Train on the encoded sequences once; gives the mean loss of an answer."""
         self._network.train()
-        self._set_learning_rate(0.5 * (1 + math.cos(math.pi * (number - 1) / self._settings.epochs)))
         total, answers = 0.0, 0
-        for group in batches(recordings, self._settings.batch_size, rng):
-            batch = pad(group, self._input_spec)
-            batch.values.add_(torch.randn_like(batch.values), alpha=self._settings.input_noise)
+        groups = list(batches(recordings, self._settings.batch_size, rng))
+        for i, group in enumerate(groups):
+            self._set_learning_rate((number - 1 + i / len(groups)) / self._settings.epochs)
+            batch = pad(group, self._features)
+            if self._settings.input_noise:
+                batch.values.add_(torch.randn_like(batch.values), alpha=self._settings.input_noise)
             for loss, count in self._run_batch(batch):
                 total, answers = total + loss, answers + count
         return total / answers
 
     def weights_to_keep(self) -> RecurrentNetwork:
-        """The moving average where there is one, else the network itself."""
+        """A network with the moving average where there is one, else with the weights of now."""
         module = self._network if self._average is None else self._average.module
-        if not isinstance(module, RecurrentNetwork):
-            raise TypeError("the moving average is of another network")
-        return module
+        network = network_of(self._network.spec)
+        network.load_state_dict(module.state_dict())
+        return network.eval()
 
-    def _set_learning_rate(self, share: float) -> None:
+    def _set_learning_rate(self, done: float) -> None:
+        """By how much of the training is done: half a cosine."""
         for group in self._optimiser.param_groups:
-            group["lr"] = self._settings.learning_rate * share
+            group["lr"] = self._settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def _run_batch(self, batch: Batch) -> list[tuple[float, int]]:
         """One update for each piece; the state goes from piece to piece, the gradient does not."""
@@ -143,9 +153,9 @@ class Trainer:
         state: Tensor | None = None
         while rest is not None:
             piece, rest, remains = rest.cut(self._settings.truncate_steps or rest.values.shape[1])
-            outputs, after = self._network(piece.values, piece.lengths, state)
-            state = after.detach()[remains]
-            loss, count = sequence_loss(outputs, piece, label_smoothing=self._settings.label_smoothing)
+            loss, count, after = loss_of(self._network, piece, state, label_smoothing=self._settings.label_smoothing)
+            if rest is not None:
+                state = after.detach()[remains]
             self._update(loss / count)
             losses.append((loss.item(), count))
         return losses
@@ -161,18 +171,20 @@ class Trainer:
 
 @torch.no_grad()
 def validate(
-    network: RecurrentNetwork, input_spec: FeatureInput, recordings: Sequence[Recording]
+    network: RecurrentNetwork,
+    input_spec: FeatureInput | TextInput,
+    recordings: Sequence[Recording],
+    measure: Measure,
 ) -> tuple[float, float]:
-    """Mean loss of an answer, and the accuracy after the last step in percent; NaN without recordings."""
+    """Mean loss of an answer about encoded recordings, and their first score; NaN without recordings."""
     if not recordings:
         return math.nan, math.nan
-    network.eval()
+    features = input_spec if isinstance(input_spec, FeatureInput) else None
     total, answers = 0.0, 0
     for group in batches(recordings, 128):
-        batch = pad(group, input_spec)
-        loss, count = sequence_loss(network(batch.values, batch.lengths)[0], batch)
+        loss, count, _ = loss_of(network, pad(group, features))
         total, answers = total + loss.item(), answers + count
-    return total / answers, accuracy_percent(Predictor(network, input_spec), recordings)
+    return total / answers, measure(PredictorAnswers(Predictor(network, input_spec)), recordings)[0].value
 
 
 def start_orthogonal(network: RecurrentNetwork) -> None:

@@ -22,16 +22,16 @@ def _picture(path: Path, plots: int = 1) -> Iterator[Sequence[Axes]]:
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def draw_curves(path: Path, rehearsal: Fitted) -> None:
-    """Loss and validation accuracy by epoch, and which epoch was the best."""
+def draw_curves(path: Path, rehearsal: Fitted, metric: str) -> None:
+    """Losses and what is measured on the validation part by epoch, and which epoch was the best."""
     history = rehearsal.history
     numbers = [epoch.number for epoch in history]
     with _picture(path, plots=2) as (left, right):
         left.plot(numbers, [epoch.train_loss for epoch in history], label="training")
         left.plot(numbers, [epoch.validation_loss for epoch in history], label="validation")
-        left.set(xlabel="epoch", ylabel="loss, nats an answer", ylim=(0, None))
-        right.plot(numbers, [epoch.validation_percent for epoch in history], color="C1", label="validation")
-        right.set(xlabel="epoch", ylabel="accuracy after the last step, %")
+        left.set(xlabel="epoch", ylabel="loss of an answer", ylim=(0, None))
+        right.plot(numbers, [epoch.validation_score for epoch in history], color="C1", label="validation")
+        right.set(xlabel="epoch", ylabel=metric)
         for ax in (left, right):
             ax.axvline(rehearsal.best_epoch, color="grey", linestyle=":", label="lowest validation loss")
             ax.legend(frameon=False)

@@ -6,17 +6,20 @@ import re
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.bfloat16 import Bfloat16Loss, write_loss
-from models.bundle import load_bundle, save_bundle
-from models.manifest import Manifest, Output, Quality, Repeats, Sample
+from models.bundle import Bundle, load_bundle, save_bundle
+from models.manifest import FeatureInput, Manifest, Quality, Repeats, Sample
 from models.tasks.task import Recordings, Run, Split, Task
+from models.training.answers import PredictorAnswers
 from models.training.card import write_card
-from models.training.loss import accuracy_percent
-from models.training.measure import accuracy_by_steps, confusions, measure_live
+from models.training.measure import accuracy_by_steps, measure_live
 from models.training.plots import draw_curves, draw_heard
 from models.training.runs import Job, Result, run_all
+from models.training.scores import Score
 from models.training.sequences import Recording
+from models.training.targets import target_of, target_text
 
 REPOSITORY = Path(__file__).parents[1] / "repository"
 VERSION = 1
@@ -25,45 +28,48 @@ VERSION = 1
 def train_task(task: Task, seed: int, repository: Path = REPOSITORY, processes: int = 2) -> Manifest:
     """Run all seeds or folds of a task and write the bundle of the first."""
     runs = task.runs(seed)
-    results = run_all([Job(task, run, rehearse=run == runs[0]) for run in runs], processes)
+    at_once, threads = (1, processes) if task.is_long else (processes, 1)
+    results = run_all([Job(task, run, run == runs[0], threads) for run in runs], at_once)
     shipped, split = results[0], task.split(runs[0])
     manifest = describe(task, split, results)
     folder = save_bundle(repository, manifest, shipped.network)
     _write_samples(folder, task, split)
     if shipped.rehearsal:
-        draw_curves(folder / "curves.png", shipped.rehearsal)
-    heard = accuracy_by_steps(shipped.predictor, split.test, task.heard_steps)
+        draw_curves(folder / "curves.png", shipped.rehearsal, manifest.quality.metric)
+    heard = accuracy_by_steps(shipped.answers, split.test, task.heard_steps)
     if heard:
         draw_heard(folder / "frames_heard.png", heard)
-    items = task.items(split.test)
-    scores = [(run, result.test_percent, result.live) for run, result in zip(runs, results, strict=True)]
-    write_card(folder, task, manifest, scores, confusions(shipped.predictor, items), items, heard)
+    errors = task.errors(shipped.answers, task.items(split.test), task.output)
+    write_card(folder, task, manifest, list(zip(runs, results, strict=True)), errors, heard)
     return manifest
 
 
 def describe(task: Task, split: Split, results: list[Result]) -> Manifest:
     """The manifest of the first result's bundle."""
+    shipped = results[0]
+    best, samples = shipped.scores[0], task.samples(split.test)
+    on_samples = task.measure(shipped.answers, task.items(samples))[0] if samples else None
     return Manifest(
         name=task.name,
         version=VERSION,
         summary=task.summary,
         pattern=task.pattern,
         network=task.network,
-        input=results[0].input_spec,
-        output=Output(activation="softmax", labels=task.labels),
+        input=shipped.input_spec,
+        output=task.output,
         data=task.source,
-        quality=Quality(
-            metric=task.metric,
-            value=results[0].test_percent,
-            split=task.test_items,
-            items=len(task.items(split.test)),
-        ),
+        quality=_quality(best, task.test_items),
         repeats=Repeats(
-            metric=task.metric, over=task.repeats_over, values=tuple(result.test_percent for result in results)
+            metric=best.metric, over=task.repeats_over, values=tuple(result.scores[0].value for result in results)
         ),
-        samples=tuple(_sample(task, recording) for recording in task.samples(split.test)),
+        on_samples=on_samples and _quality(on_samples, "the samples that ship with the bundle"),
+        samples=tuple(_sample(task, i, recording) for i, recording in enumerate(samples, 1)),
         weights_sha256="0" * 64,  # set when the weights are written
     )
+
+
+def _quality(score: Score, split: str) -> Quality:
+    return Quality(metric=score.metric, value=score.value, split=split, items=score.items)
 
 
 def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Manifest]:
@@ -72,8 +78,18 @@ def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Man
     Raises BundleError or DataError.
     """
     bundle = load_bundle(repository / task.name / str(VERSION))
-    items = task.items(test_recordings(task))
-    return accuracy_percent(bundle.predictor, items), bundle.manifest
+    scores = task.measure(PredictorAnswers(bundle.predictor), task.items(test_recordings(task)))
+    return scores[0].value, bundle.manifest
+
+
+def samples_of(bundle: Bundle) -> list[Recording]:
+    """The recordings that ship with a bundle and say what they are."""
+    labels, is_row = bundle.manifest.output.labels, bundle.manifest.pattern != "many-to-one"
+    return [
+        Recording(values, target_of(sample.label, labels, is_row=is_row), sample.file)
+        for sample, values in zip(bundle.manifest.samples, bundle.samples, strict=True)
+        if sample.label
+    ]
 
 
 def measure_bfloat16(task: Task, repository: Path = REPOSITORY) -> Bfloat16Loss:
@@ -83,13 +99,14 @@ def measure_bfloat16(task: Task, repository: Path = REPOSITORY) -> Bfloat16Loss:
     """
     bundle = load_bundle(repository / task.name / str(VERSION))
     recordings = test_recordings(task)
-    exact = measure_live(bundle.predictor, recordings)
+    answers = PredictorAnswers(bundle.predictor)
+    exact = measure_live(answers, recordings)
     bundle.predictor.network.to_bfloat16()
     loss = Bfloat16Loss(
         manifest_sha256=bundle.manifest.manifest_sha256,
         predictions=sum(len(recording.values) for recording in recordings),
         float32_percent=exact.settled,
-        bfloat16_percent=measure_live(bundle.predictor, recordings).settled,
+        bfloat16_percent=measure_live(answers, recordings).settled,
     )
     write_loss(bundle.folder, loss)
     return loss
@@ -104,24 +121,26 @@ def _shipped_run(task: Task) -> Run:
     return task.runs(0)[0]
 
 
-def _sample(task: Task, recording: Recording) -> Sample:
-    label = task.labels[recording.label]
+def _sample(task: Task, number: int, recording: Recording) -> Sample:
+    label, steps = target_text(recording.target, task.output.labels), len(recording.values)
+    if isinstance(recording.values, str):
+        return Sample(file=f"samples/{number}.txt", label=label, description=recording.name)
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower())
-    seconds = len(recording.values) / task.input.steps_per_second
-    return Sample(
-        file=f"samples/{slug}.csv",
-        label=label,
-        description=f"{recording.name}, {len(recording.values)} steps, {seconds:.3g} s",
-    )
+    return Sample(file=f"samples/{slug}.csv", label=label, description=f"{recording.name}, {steps} steps")
 
 
 def _write_samples(folder: Path, task: Task, split: Split) -> None:
     (folder / "samples").mkdir(exist_ok=True)
-    for recording in task.samples(split.test):
-        write_csv(folder / _sample(task, recording).file, task.input.feature_names, recording.values)
+    input_spec = task.input(split.train)
+    for number, recording in enumerate(task.samples(split.test), 1):
+        path = folder / _sample(task, number, recording).file
+        if isinstance(recording.values, str):
+            path.write_text(recording.values + "\n", encoding="utf-8")
+        elif isinstance(input_spec, FeatureInput):
+            write_csv(path, input_spec.feature_names, recording.values)
 
 
-def write_csv(path: Path, header: tuple[str, ...], values: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
+def write_csv(path: Path, header: tuple[str, ...], values: NDArray[np.generic]) -> None:
     """A header line, then one line a step, with the shortest digits that give the same float32 again."""
     lines = [",".join(header), *(",".join(str(value) for value in row) for row in values)]
     path.write_text("\n".join(lines) + "\n")

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from models.manifest import FeatureInput
+from models.manifest import FeatureInput, TextInput
 from models.predictor import Predictor
 from models.recurrent import RecurrentNetwork
-from models.tasks.task import Run, Task
-from models.training.loop import Epoch, Fitted, fit, quiet
-from models.training.loss import accuracy_percent
+from models.tasks.task import Recordings, Run, Task
+from models.training.answers import PredictorAnswers
+from models.training.loop import Epoch, Fitted, Lesson, fit, quiet
 from models.training.measure import Live, measure_live
+from models.training.scores import Score
 
 Report = Callable[[Epoch], None]
 
@@ -30,11 +31,12 @@ class Job(NamedTuple):
     task: Task
     run: Run
     rehearse: bool = False
+    threads: int = 1
 
     @property
     def epochs(self) -> int:
         """At most."""
-        return self.task.settings.epochs * (1 + self.rehearse)
+        return self.task.settings.epochs * (1 + (self.rehearse and not self.task.is_long))
 
 
 @dataclass(frozen=True)
@@ -42,38 +44,46 @@ class Result:
     """One finished run."""
 
     network: RecurrentNetwork
-    input_spec: FeatureInput
-    test_percent: float
+    input_spec: FeatureInput | TextInput
+    scores: tuple[Score, ...]  # on the test; the first is what the task is about
     live: Live | None  # where pieces of recordings are scored: how it does on whole ones
-    rehearsal: Fitted | None
+    rehearsal: Fitted | None  # of a long task the run itself
 
     @property
-    def predictor(self) -> Predictor:
-        """The network with its normalisation."""
-        return Predictor(self.network, self.input_spec)
+    def answers(self) -> PredictorAnswers:
+        """What the network says."""
+        return PredictorAnswers(Predictor(self.network, self.input_spec))
 
 
 def run_once(job: Job, report: Report = quiet) -> Result:
-    """Train on all but the test for the number of epochs of the settings, then score the test, once."""
-    torch.set_num_threads(1)
+    """Train, then score the test, once.
+
+    On all but the test for the number of epochs of the settings; a long task without its validation part, too.
+    """
+    torch.set_num_threads(job.threads)
+    rehearsal: Fitted | None
     task, split = job.task, job.task.split(job.run)
-    rehearsal = rehearse(task, job.run, report) if job.rehearse else None
-    known = [*split.train, *split.validation]
-    input_spec = task.input.normalised_by(known)
-    network = fit(
-        task.network, input_spec, partial(task.examples, known), (), task.settings, job.run.seed, report
-    ).network
-    predictor = Predictor(network, input_spec)
-    live = measure_live(predictor, split.test, task.settling_steps) if task.settling_steps else None
-    return Result(network, input_spec, accuracy_percent(predictor, task.items(split.test)), live, rehearsal)
+    if task.is_long:
+        lesson = _lesson(task, split.train, split.validation)
+        fitted = rehearsal = fit(lesson, task.settings, job.run.seed, report)
+    else:
+        rehearsal = rehearse(task, job.run, report) if job.rehearse else None
+        lesson = _lesson(task, [*split.train, *split.validation], ())
+        fitted = fit(lesson, task.settings, job.run.seed, report)
+    answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec))
+    live = measure_live(answers, split.test, task.settling_steps) if task.settling_steps else None
+    scores = task.measure(answers, task.items(split.test))
+    return Result(fitted.network, lesson.input_spec, scores, live, rehearsal)
 
 
 def rehearse(task: Task, run: Run, report: Report = quiet) -> Fitted:
     """Train on the training part alone, with early stopping on the validation part. Never looks at the test."""
     split = task.split(run)
-    input_spec = task.input.normalised_by(split.train)
-    examples, validation = partial(task.examples, split.train), task.items(split.validation)
-    return fit(task.network, input_spec, examples, validation, task.settings, run.seed, report)
+    return fit(_lesson(task, split.train, task.items(split.validation)), task.settings, run.seed, report)
+
+
+def _lesson(task: Task, known: Recordings, validation: Recordings) -> Lesson:
+    return Lesson(task.network, task.input(known), partial(task.examples, known), validation, task.measure)
 
 
 def run_all(jobs: Sequence[Job], processes: int = 2) -> list[Result]:

@@ -11,7 +11,7 @@ from models.bundle import Bundle, BundleError, load_bundle
 from models.manifest import ModelKey
 from models.tasks import TASKS
 from models.tasks.task import Recordings, Run, Split, Task
-from models.training.measure import streamed_outputs
+from models.training.answers import PredictorAnswers
 from models.training.publish import REPOSITORY, measure_bfloat16
 from models.training.publish import test_recordings as held_out
 from models.training.sequences import Recording, batches, pad
@@ -107,8 +107,8 @@ def test_a_network_that_does_not_stream_may_have_bfloat16_weights_for_whole_sequ
 
 def test_a_network_that_answers_about_the_whole_is_measured_on_every_beginning_of_a_recording() -> None:
     bundle = load_bundle(REPOSITORY / "speaker-bidirectional" / "1")
-    (recording,) = [Recording(np.asarray(bundle.samples[0], np.float32), label=0)]
-    (outputs,) = streamed_outputs(bundle.predictor, [recording])
+    (recording,) = [Recording(np.asarray(bundle.samples[0], np.float32), 0)]
+    (outputs,) = PredictorAnswers(bundle.predictor).about_steps([recording])
     reference = Reference(bundle.folder)
     assert len(outputs) == len(recording.values)
     for steps, output in enumerate(outputs.numpy(), start=1):
@@ -148,7 +148,7 @@ def test_what_is_lost_is_measured_over_every_step_of_the_held_out_recordings(tmp
         (folder / name).symlink_to(REPOSITORY / "speaker" / "1" / name)
     bundle = load_bundle(folder)
     recordings = [
-        Recording(np.asarray(values, np.float32), label=bundle.manifest.output.labels.index(sample.label))
+        Recording(np.asarray(values, np.float32), bundle.manifest.output.labels.index(sample.label))
         for sample, values in zip(bundle.manifest.samples, bundle.samples, strict=True)
     ]
     loss = measure_bfloat16(holding_out(TASKS["speaker"], recordings), tmp_path)
@@ -196,7 +196,7 @@ def whole_sequences_right(bundle: Bundle, recordings: Recordings) -> int:
         each_step = bundle.manifest.network.readout == "each_step"
         ends = [len(recording.values)] if each_step else range(1, len(recording.values) + 1)
         for end in ends:
-            engine.add(len(labels), network, recording.values[:end])
+            engine.add(len(labels), network, recording.numbers[:end])
             labels.append(recording.label)
     right = 0
     while engine:

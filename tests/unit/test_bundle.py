@@ -158,7 +158,7 @@ WRONG_MANIFESTS: dict[str, tuple[Callable[[Json], object], str, str]] = {
     "percentage of a repeat": (with_repeats("2 seeds", 95.0, 195.0), "repeats.values.1", "195 percent is not between"),
     "number of repeats": (with_repeats("5 folds by person", 95.0, 96.0), "repeats.values", "2, but repeats.over says"),
     "label of a sample": (
-        lambda it: it["samples"][0].update(label="up"),
+        lambda it: it.update(samples=[it["samples"][0] | {"label": "up"}], pattern="many-to-one"),
         "manifest.json",
         "samples.0.label is 'up', which is none of output.labels",
     ),

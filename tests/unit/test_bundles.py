@@ -12,6 +12,7 @@ from models.bundle import load_bundle, write_manifest
 from models.manifest import FeatureInput
 from models.tasks import TASKS
 from models.training import publish
+from models.training.answers import PredictorAnswers
 from models.training.card import describe_heard
 from models.training.measure import accuracy_by_steps
 from models.training.publish import REPOSITORY, measure_again
@@ -85,12 +86,13 @@ def test_the_card_states_the_number_the_licence_and_how_to_do_it_again(folder: P
 @each_task
 def test_the_card_says_what_is_measured_as_the_network_listens(name: str) -> None:
     task, folder = TASKS[name], REPOSITORY / name / "1"
-    heard = accuracy_by_steps(load_bundle(folder).predictor, publish.test_recordings(task), task.heard_steps)
-    assert describe_heard(task, heard) in (folder / "README.md").read_text()
+    bundle = load_bundle(folder)
+    heard = accuracy_by_steps(PredictorAnswers(bundle.predictor), publish.test_recordings(task), task.heard_steps)
+    assert describe_heard(bundle.manifest, heard) in (folder / "README.md").read_text()
 
 
 def test_the_card_says_how_recordings_count_that_are_over() -> None:
-    text = describe_heard(TASKS["speaker"], {1: 80.0})
+    text = describe_heard(load_bundle(FOLDERS[0]).manifest, {1: 80.0})
     assert "a recording that is already over counts with its last answer" in text
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.manifest import Output
 from models.tasks import TASKS
 from models.tasks.task import Recordings, Run, Split, Task, the_same
 from models.training import ablation, publish
@@ -32,7 +33,7 @@ def small_task(test: Recordings = TEST, split: Callable[[Run], Split] | None = N
         TASKS["speaker"],
         name="small",
         network=TASKS["speaker"].network.model_copy(update={"hidden_size": 8, "outputs": 3}),
-        labels=("low", "middle", "high"),
+        output=Output(activation="softmax", labels=("low", "middle", "high")),
         settings=Settings(epochs=3, batch_size=16, learning_rate=0.02, patience=3),
         split=split or (lambda run: Split(TRAIN, VALIDATION, test)),
         examples=the_same,
@@ -40,11 +41,11 @@ def small_task(test: Recordings = TEST, split: Callable[[Run], Split] | None = N
 
 
 def test_the_test_part_changes_nothing_in_the_weights_or_the_normalisation() -> None:
-    poisoned = [replace(recording, values=recording.values * 1e6, label=0) for recording in TEST]
+    poisoned = [replace(recording, values=recording.numbers * 1e6, target=0) for recording in TEST]
     first, second = (run_once(Job(small_task(test), RUN, rehearse=True)) for test in (TEST, poisoned))
     assert first.input_spec == second.input_spec
     assert torch.equal(first.network.output.weight, second.network.output.weight)
-    assert first.test_percent != second.test_percent
+    assert first.scores != second.scores
 
 
 def test_the_shipped_weights_come_from_training_and_validation_part_together() -> None:

@@ -13,7 +13,7 @@ needs_data = pytest.mark.data
 
 def test_a_line_of_the_vowels_holds_dimensions_by_colon_and_frames_by_comma() -> None:
     recording = parse_line("1,2,3:4,5,6:9", "a")
-    assert recording.values.tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert recording.numbers.tolist() == [[1, 4], [2, 5], [3, 6]]
     assert recording.label == 8
 
 
@@ -22,7 +22,7 @@ def test_the_vowels_are_those_of_the_given_split() -> None:
     train, test = japanese_vowels.train_recordings(), japanese_vowels.test_recordings()
     assert np.bincount([r.label for r in train]).tolist() == [30] * 9
     assert np.bincount([r.label for r in test]).tolist() == [31, 35, 88, 44, 29, 24, 40, 50, 29]
-    assert {r.values.shape[1] for r in train + test} == {12}
+    assert {r.numbers.shape[1] for r in train + test} == {12}
     assert (min(len(r.values) for r in train + test), max(len(r.values) for r in train + test)) == (7, 29)
 
 
@@ -67,7 +67,7 @@ def test_halving_the_rate_averages_each_two_readings() -> None:
 def test_windows_lie_side_by_side_and_a_short_rest_is_dropped() -> None:
     values = np.arange(250, dtype=np.float32)[:, None]
     windows = activity.windows([Recording(values, 3)])
-    assert [(w.values[0, 0], w.values[-1, 0], w.label) for w in windows] == [(0, 99, 3), (100, 199, 3)]
+    assert [(w.numbers[0, 0], w.numbers[-1, 0], w.label) for w in windows] == [(0, 99, 3), (100, 199, 3)]
 
 
 def test_crops_have_about_as_many_steps_as_the_recordings_and_keep_their_labels() -> None:

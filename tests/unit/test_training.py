@@ -1,16 +1,21 @@
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from models.manifest import FeatureInput
+from models.beam import END, Decoding
+from models.manifest import FeatureInput, TextInput
 from models.predictor import Predictor
-from models.recurrent import NetworkSpec, RecurrentNetwork, gru_step
-from models.training.loop import Epoch, Fitted, Settings, Trainer, fit, start_orthogonal, start_shallow
-from models.training.loss import accuracy_percent, last_answers, sequence_loss
+from models.recurrent import Cell, DecoderSpec, Direction, NetworkSpec, RecurrentNetwork, gru_step
+from models.training.answers import PredictorAnswers, last_answers
+from models.training.fused import FusedStack
+from models.training.loop import Epoch, Fitted, Lesson, Settings, Trainer, fit, start_orthogonal, start_shallow
+from models.training.loss import sequence_loss
 from models.training.measure import accuracy_by_steps, confusions, measure_live
-from models.training.sequences import Batch, Recording, batches, pad
+from models.training.scores import accuracy
+from models.training.sequences import NO_LABEL, Batch, Recording, batches, pad
 
 INPUT = FeatureInput(feature_names=("x", "y"), mean=(0.0, 0.0), std=(1.0, 1.0))
 SPEC = NetworkSpec(cell="gru", features=2, hidden_size=8, outputs=2)
@@ -32,18 +37,22 @@ TRAIN, HELD_OUT = which_came_first(64, seed=1), which_came_first(32, seed=2)
 
 
 def train(settings: Settings = SETTINGS, spec: NetworkSpec = SPEC, seed: int = 0) -> Fitted:
-    return fit(spec, INPUT, lambda rng: TRAIN, HELD_OUT, settings, seed)
+    return fit(Lesson(spec, INPUT, lambda rng: TRAIN, HELD_OUT), settings, seed)
+
+
+def accuracy_percent(network: RecurrentNetwork) -> float:
+    return accuracy(PredictorAnswers(Predictor(network, INPUT)), HELD_OUT)[0].value
 
 
 @pytest.mark.parametrize("readout", ["each_step", "mean"])
 def test_the_loop_learns_to_remember(readout: str) -> None:
     fitted = train(spec=NetworkSpec.model_validate({**SPEC.model_dump(), "readout": readout}))
-    assert accuracy_percent(Predictor(fitted.network, INPUT), HELD_OUT) == 100
+    assert accuracy_percent(fitted.network) == 100
 
 
 def test_the_loop_learns_across_pieces() -> None:
     fitted = train(replace(SETTINGS, truncate_steps=3))
-    assert accuracy_percent(Predictor(fitted.network, INPUT), HELD_OUT) == 100
+    assert accuracy_percent(fitted.network) == 100
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -70,7 +79,7 @@ def test_a_piece_has_the_gradient_of_a_sequence_that_starts_in_its_state(monkeyp
     for piece, start, seen_gradients in zip(batch.values.chunk(2, dim=1), (None, state.detach()), seen, strict=True):
         network.zero_grad()
         outputs, _ = network(piece, lengths, start)
-        loss, count = sequence_loss(outputs, Batch(piece, lengths, batch.labels))
+        loss, count = sequence_loss(outputs, Batch(piece, lengths, batch.targets))
         (loss / count).backward()  # type: ignore[no-untyped-call]
         for ours, wanted in zip(seen_gradients, gradients(network), strict=True):
             torch.testing.assert_close(ours, wanted)
@@ -82,7 +91,7 @@ def test_cutting_drops_the_rows_that_have_ended() -> None:
     assert first.lengths.tolist() == [2, 3, 3]
     assert remains.tolist() == [False, True, False]
     assert rest is not None
-    assert (rest.lengths.tolist(), rest.labels.tolist(), rest.values.shape) == ([2], [1], (1, 2, 2))
+    assert (rest.lengths.tolist(), rest.targets.tolist(), rest.values.shape) == ([2], [1], (1, 2, 2))
     assert rest.cut(2)[1] is None
 
 
@@ -92,7 +101,7 @@ def test_padding_changes_nothing_in_the_loss_or_its_gradient() -> None:
     for filler in (0.0, 1e3):
         values = torch.cat([batch.values, torch.full((6, 3, 2), filler)], dim=1)
         network.zero_grad()
-        padded = Batch(values, batch.lengths, batch.labels)
+        padded = Batch(values, batch.lengths, batch.targets)
         loss, count = sequence_loss(network(values, batch.lengths)[0], padded)
         loss.backward()  # type: ignore[no-untyped-call]
         found.append((loss, *gradients(network)))
@@ -103,9 +112,9 @@ def test_padding_changes_nothing_in_the_loss_or_its_gradient() -> None:
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> None:
-    wrong = [replace(recording, label=1 - recording.label) for recording in HELD_OUT]  # learning makes it ever worse
+    wrong = [replace(recording, target=1 - recording.label) for recording in HELD_OUT]  # learning makes it ever worse
     settings = replace(SETTINGS, patience=3)
-    stopped = fit(SPEC, INPUT, lambda rng: TRAIN, wrong, settings, 0)
+    stopped = fit(Lesson(SPEC, INPUT, lambda rng: TRAIN, wrong), settings, 0)
     losses = [epoch.validation_loss for epoch in stopped.history]
     assert len(losses) == stopped.best_epoch + settings.patience < settings.epochs
     assert losses[stopped.best_epoch - 1] == min(losses)
@@ -117,7 +126,7 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> Non
 
 def test_without_validation_data_all_epochs_are_run_and_the_last_weights_kept() -> None:
     reported: list[Epoch] = []
-    fitted = fit(SPEC, INPUT, lambda rng: TRAIN, (), replace(SETTINGS, epochs=3, patience=1), 0, reported.append)
+    fitted = fit(Lesson(SPEC, INPUT, lambda rng: TRAIN), replace(SETTINGS, epochs=3, patience=1), 0, reported.append)
     assert fitted.best_epoch == len(reported) == 3
     assert not fitted.network.training
 
@@ -141,12 +150,12 @@ def test_batches_cover_every_recording_once_with_like_lengths_together() -> None
 
 
 def test_what_is_measured_agrees_with_the_accuracy() -> None:
-    predictor = Predictor(train(replace(SETTINGS, epochs=1)).network, INPUT)
-    percent = accuracy_percent(predictor, HELD_OUT)
-    wrong = sum(error.times for error in confusions(predictor, HELD_OUT))
+    network = train(replace(SETTINGS, epochs=1)).network
+    percent, answers = accuracy_percent(network), PredictorAnswers(Predictor(network, INPUT))
+    wrong = sum(error.times for error in confusions(answers, HELD_OUT))
     assert percent == pytest.approx(100 - 100 * wrong / len(HELD_OUT))
-    assert measure_live(predictor, HELD_OUT).last == pytest.approx(percent)
-    assert accuracy_by_steps(predictor, HELD_OUT, [99])[99] == pytest.approx(percent)
+    assert measure_live(answers, HELD_OUT).last == pytest.approx(percent)
+    assert accuracy_by_steps(answers, HELD_OUT, [99])[99] == pytest.approx(percent)
 
 
 def test_a_deep_transition_starts_by_passing_the_state_on() -> None:
@@ -156,3 +165,48 @@ def test_a_deep_transition_starts_by_passing_the_state_on() -> None:
     weights = network.recurrent.get_parameter
     (after,) = gru_step(weights("bias_ih_l0_t1"), (h,), weights("weight_hh_l0_t1"), weights("bias_hh_l0_t1"))
     assert (after - h).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("cell", get_args(Cell))
+@pytest.mark.parametrize("direction", get_args(Direction))
+def test_the_fused_layers_answer_as_those_that_are_served(cell: Cell, direction: Direction) -> None:
+    spec = SPEC.model_copy(update={"cell": cell, "direction": direction, "layers": 2})
+    served, fused = RecurrentNetwork(spec), RecurrentNetwork(spec, stack=FusedStack)
+    fused.load_state_dict(served.state_dict())
+    batch = pad(TRAIN[:6])
+    torch.testing.assert_close(
+        sequence_loss(fused(batch.values, batch.lengths)[0], batch),
+        sequence_loss(served(batch.values, batch.lengths)[0], batch),
+    )
+
+
+def test_a_label_for_each_step_counts_once_and_none_where_there_is_no_label() -> None:
+    rows = [np.array([0, NO_LABEL, 1]), np.array([1])]
+    batch = pad([Recording(np.zeros((len(row), 2), np.float32), row) for row in rows])
+    outputs = torch.zeros(2, 3, 2)
+    outputs[0, 0, 0] = 100  # sure and right; the other two answers are even
+    loss, count = sequence_loss(outputs, batch)
+    assert loss.item() == pytest.approx(2 * np.log(2))
+    assert count == 3
+
+
+def test_a_real_number_is_missed_by_half_of_the_squared_distance() -> None:
+    batch = pad([Recording(np.zeros((2, 2), np.float32), 1.5), Recording(np.zeros((1, 2), np.float32), -1.0)])
+    loss, count = sequence_loss(torch.zeros(2, 2, 1), batch)
+    assert loss.item() == pytest.approx(0.5 * (1.5**2 + 1.5**2 + 1.0))
+    assert count == 3
+
+
+def test_an_encoder_decoder_learns_to_spell_backwards() -> None:
+    rng, letters = np.random.default_rng(0), "abc"
+    texts = ["".join(rng.choice(list(letters), size=rng.integers(1, 5))) for _ in range(400)]
+    words = [Recording(text, np.array([*(1 + letters.index(each) for each in text[::-1]), END])) for text in texts]
+    spec = NetworkSpec(
+        cell="gru", direction="bidirectional", symbols=3, embedding_size=8, hidden_size=16, outputs=4,
+        decoder=DecoderSpec(embedding_size=8, max_labels=8),
+    )  # fmt: skip
+    lesson = Lesson(spec, TextInput(symbols=tuple(letters)), lambda rng: words)
+    fitted = fit(lesson, replace(SETTINGS, epochs=40, learning_rate=0.01), 0)
+    answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec))
+    written = answers.written([Recording("abcb", 0), Recording("ca", 0)], Decoding(max_labels=8))
+    assert written == [(2, 3, 2, 1), (1, 3)]
