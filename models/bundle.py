@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from models.manifest import FeatureInput, Manifest, Sample, manifest_digest
+from models.manifest import FeatureInput, Manifest, Sample, TextInput, UnknownSymbolError, manifest_digest
 from models.predictor import Predictor
 from models.recurrent import RecurrentNetwork
 from models.samples import read_sample
@@ -143,10 +143,16 @@ def _read_sample(folder: Path, sample: Sample, manifest: Manifest) -> NDArray[np
         values = read_sample(folder, sample)
     except (OSError, ValueError) as error:
         raise BundleError(folder, "samples", f"{sample.file} cannot be read: {error}") from None
-    if isinstance(manifest.input, FeatureInput):
-        fits = not isinstance(values, str) and values.shape[1] == len(manifest.input.feature_names)
-    else:
-        fits = isinstance(values, str) and set(values) <= set(manifest.input.symbols)
-    if not fits or not len(values):
+    if not _readable_steps(values, manifest.input):
         raise BundleError(folder, "samples", f"{sample.file} holds no steps that the network reads")
     return values
+
+
+def _readable_steps(values: NDArray[np.float32] | str, spec: FeatureInput | TextInput) -> int:
+    """How many there are; 0 if one of them is none that the network reads."""
+    if isinstance(values, str):
+        try:
+            return len(spec.encode(values)) if isinstance(spec, TextInput) else 0
+        except UnknownSymbolError:
+            return 0
+    return len(values) if isinstance(spec, FeatureInput) and values.shape[1] == len(spec.feature_names) else 0

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
+from itertools import takewhile
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
@@ -27,10 +30,10 @@ from models.recurrent import NetworkSpec
 
 Pattern = Literal["one-to-one", "one-to-many", "many-to-one", "many-to-many aligned", "many-to-many unaligned"]
 MissingValues = Literal["refuse", "hold_last", "mean"]
+TextUnit = Literal["character", "word"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
-Symbol = Annotated[str, StringConstraints(min_length=1, max_length=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 LEAST_FLOAT32, MOST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -42,6 +45,17 @@ def _differing(entries: tuple[str, ...]) -> tuple[str, ...]:
     if repeated:
         raise ValueError(f"{repeated[0]!r} is there more than once")
     return entries
+
+
+def _without_punctuation(word: str) -> str:
+    """Nor signs, at either end."""
+    word = word[len(list(takewhile(_is_punctuation, word))) :]
+    return word[: len(word) - len(list(takewhile(_is_punctuation, reversed(word))))]
+
+
+def _is_punctuation(character: str) -> bool:
+    """What Unicode has in its categories P and S."""
+    return unicodedata.category(character)[0] in "PS"
 
 
 def _in_float32(value: float) -> float:
@@ -84,10 +98,10 @@ def model_key(name: str, version: int) -> ModelKey:
 
 
 class UnknownSymbolError(ValueError):
-    """A text has a character that the model does not know."""
+    """A text has a step that the model does not know."""
 
-    def __init__(self, symbol: str, place: int) -> None:
-        super().__init__(f"{symbol!r} at character {place} is none of the model's symbols")
+    def __init__(self, symbol: str, place: int, unit: TextUnit) -> None:
+        super().__init__(f"{symbol!r} at {unit} {place} is none of the model's symbols")
         self.symbol, self.place = symbol, place
 
 
@@ -116,22 +130,68 @@ class FeatureInput(_Part):
 
 
 class TextInput(_Part):
-    """Text, one character a step; the number of a symbol is its place in `symbols`."""
+    """Text, a character or a word a step; the number of a symbol is its place in `symbols`.
+
+    A step is the symbol that it equals. Else, with `fold_case`, the one that its `casefold()` equals, then, if it is a
+    word, the one that this equals without the punctuation and signs at its ends. Else it is `unknown`, or refused.
+    """
 
     kind: Literal["text"] = "text"
-    symbols: Annotated[tuple[Symbol, ...], AfterValidator(_differing)] = Field(min_length=1)
+    unit: TextUnit = Field("character", description="what a step is; words are what white space separates")
+    symbols: Annotated[tuple[Text, ...], AfterValidator(_differing)] = Field(min_length=1, description="each a step")
+    unknown: str | None = Field(None, description="the symbol that stands for all others; none = they are refused")
+    fold_case: bool = Field(
+        False, description="whether steps are also looked up in lower case, words also without punctuation"
+    )
+
+    @model_validator(mode="after")
+    def _symbols_are_steps(self) -> Self:
+        for symbol in self.symbols:
+            if list(self.steps(symbol)) != [symbol]:
+                raise ValueError(f"symbols has {symbol!r}, which is not one {self.unit}")
+        if self.unknown is not None and self.unknown not in self.symbols:
+            raise ValueError(f"unknown is {self.unknown!r}, which is none of symbols")
+        return self
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
+        """Of the symbols."""
         return {symbol: number for number, symbol in enumerate(self.symbols)}
 
+    def steps(self, text: str, at_most: int = -1) -> Sequence[str]:
+        """The steps of a text. Of words, only the first `at_most` are told apart, and all behind them is one more."""
+        return text if self.unit == "character" else text.split(maxsplit=at_most)
+
+    def number_of(self, step: str) -> int | None:
+        """The number of the first form of a step that is a symbol, else of `unknown`; None = it is refused."""
+        found = (self.numbers[form] for form in self._forms(step) if form in self.numbers)
+        return next(found, self._number_of_unknown)
+
+    def numbers_of(self, steps: Sequence[str]) -> NDArray[np.int64]:
+        """(steps,) numbers of their symbols. Raises UnknownSymbolError."""
+        numbers = list[int]()
+        for place, step in enumerate(steps):
+            number = self.numbers.get(step)  # most are symbols as they are
+            if number is None and (number := self.number_of(step)) is None:
+                raise UnknownSymbolError(step, place, self.unit)
+            numbers.append(number)
+        return np.array(numbers, np.int64)
+
     def encode(self, text: str) -> NDArray[np.int64]:
-        """(steps,) numbers of the symbols. Raises UnknownSymbolError."""
-        try:
-            return np.array([self._numbers[symbol] for symbol in text], dtype=np.int64)
-        except KeyError as error:
-            symbol = error.args[0]
-            raise UnknownSymbolError(symbol, text.index(symbol)) from None
+        """(steps,) numbers of the symbols of a text, in training as in serving. Raises UnknownSymbolError."""
+        return self.numbers_of(self.steps(text))
+
+    def _forms(self, step: str) -> Iterator[str]:
+        """A step as it is; with `fold_case` in lower case, too; and a word without the punctuation at its ends."""
+        yield step
+        if self.fold_case:
+            yield (folded := step.casefold())
+            if self.unit == "word":
+                yield _without_punctuation(folded)
+
+    @cached_property
+    def _number_of_unknown(self) -> int | None:
+        return None if self.unknown is None else self.numbers[self.unknown]
 
 
 class Output(_Part):

@@ -146,7 +146,7 @@ class NotFinite(Invalid):
 
 
 class UnknownSymbol(Invalid):
-    """A character is none of the model's symbols."""
+    """A character or a word is none of the model's symbols."""
 
 
 class MessageTooLarge(Invalid):

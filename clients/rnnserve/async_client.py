@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 import grpc
 
-from rnnserve.async_duplex import AsyncDuplex
+from rnnserve.async_duplex import AsyncDuplex, as_async
 from rnnserve.async_multiplex import AsyncMultiplex
 from rnnserve.async_stream import AsyncStream
 from rnnserve.bulk import Bulk, ErrorHandling, OnProgress, open_bulk
@@ -369,12 +369,23 @@ class AsyncClient:
         duplex = AsyncDuplex(start, self._target, self._timeout_s)
         try:
             duplex.send(opening)
-            async with contextlib.aclosing(duplex.drive(bulk, inputs, ahead)) as results:
+            noted = self._noting_unit(inputs, bulk, opening)
+            async with contextlib.aclosing(duplex.drive(bulk, noted, ahead)) as results:
                 async for result in results:
                     yield result
             await duplex.finish()
         finally:
             duplex.cancel()
+
+    async def _noting_unit(
+        self, inputs: Iterable[Input] | AsyncIterable[Input], bulk: Bulk, opening: PredictStreamRequest
+    ) -> AsyncIterator[Input]:
+        """The same inputs. Before the first text the server is asked what a step of one is."""
+        asked = False
+        async for x in as_async(inputs):
+            if isinstance(x, str) and not asked:
+                bulk.unit, asked = (await self.model(opening.open.model, opening.open.version)).unit, True
+            yield x
 
 
 def _channel(target: str, tls: TLS) -> grpc.aio.Channel:

@@ -245,7 +245,7 @@ class _Feeder:
     async def _run(self) -> None:
         error: BaseException | None = None
         try:
-            inputs = _as_async(self._inputs)
+            inputs = as_async(self._inputs)
             while await self._places.acquire():
                 self._inbox.put_nowait((self, NextInput(await anext(inputs))))
         except StopAsyncIteration:
@@ -255,7 +255,8 @@ class _Feeder:
         self._inbox.put_nowait((self, InputsEnded(error)))
 
 
-def _as_async(inputs: Iterable[_X] | AsyncIterable[_X]) -> AsyncIterator[_X]:
+def as_async(inputs: Iterable[_X] | AsyncIterable[_X]) -> AsyncIterator[_X]:
+    """One iterator for both."""
     return aiter(inputs) if isinstance(inputs, AsyncIterable) else _each(inputs)
 
 

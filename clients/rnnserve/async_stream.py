@@ -84,8 +84,8 @@ class AsyncStream:
     async def step(self, x: Input) -> Answer:
         """Sends one step, waits, and returns the answer about it.
 
-        `x` is (features,), or one character for a text model. With several steps at once, (steps, features) or a longer
-        text, the answer is about the last one.
+        `x` is (features,), or one character or word for a text model. With several steps at once, (steps, features) or
+        a longer text, the answer is about the last one.
         """
         return self._session.last(await self._exchange(lambda: self._session.steps(x), needs_room=True))
 
@@ -97,7 +97,8 @@ class AsyncStream:
         comes out here, behind the answers to what it gave before.
         """
         duplex = await self._settled()
-        async with contextlib.aclosing(duplex.drive(StepsAhead(self._session), inputs, ahead)) as answers:
+        each = self._session.each(inputs)
+        async with contextlib.aclosing(duplex.drive(StepsAhead(self._session), each, ahead)) as answers:
             async for answer in answers:
                 self._session.hand_over(answer)
                 yield answer

@@ -9,7 +9,7 @@ from rnnserve.session_table import SessionTable
 from rnnserve.v1 import real_time_service_pb2 as pb
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_FLOAT32, Tensor
 
-_ROW_BYTES = 30  # at most: a handle and two indices of steps
+_ROW_BYTES = 30  # at most: a handle, two indices of steps, and how long a text is
 _MESSAGE_BYTES = 100  # at most, besides its rows
 
 
@@ -43,7 +43,7 @@ class BatchRequests:
         if len(self._versions) > 1:
             versions = self._table.version[batch.numbers]
             alike = [batch.rows(versions == version) for version in np.unique(versions)]
-        row_bytes = batch.inputs.nbytes // len(batch) + _ROW_BYTES
+        row_bytes = batch.row_bytes + _ROW_BYTES
         rows = max(1, min(self._max_rows, (self._max_message_bytes - _MESSAGE_BYTES) // row_bytes))
         return [part.rows(slice(i, i + rows)) for part in alike for i in range(0, len(part), rows)]
 
@@ -53,8 +53,8 @@ class BatchRequests:
         steps.handles.extend(table.handle[batch.numbers].tolist())
         steps.first_steps.extend(batch.first_steps.tolist())
         steps.answered_steps.extend(table.handed_step[batch.numbers].tolist())
-        if inputs.dtype == np.uint32:
-            steps.text = inputs.astype("<u4").tobytes().decode("utf-32-le")
+        if batch.has_texts:
+            steps.text.steps.extend(inputs)
         else:
             data = inputs.astype("<f4", copy=False).tobytes()
             steps.tensor.CopyFrom(Tensor(data_type=DATA_TYPE_FLOAT32, shape=inputs.shape, data=data))

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from rnnserve.replay import REPLAY_BUFFER_BYTES, WhenReplayFull, check_replay
 from rnnserve.session_table import NEVER, Ints, Mask, SessionTable
+from rnnserve.texts import size_bytes
 
-Inputs = npt.NDArray[np.float32] | npt.NDArray[np.uint32]
-"""(sessions, features), or (sessions,) of the code points of characters."""
+Inputs = npt.NDArray[np.float32] | npt.NDArray[np.object_]
+"""(sessions, features), or (sessions,) of texts, a character or a word each."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -32,7 +33,20 @@ class Batch:
     @property
     def size_bytes(self) -> int:
         """What it counts in a buffer."""
-        return self.inputs.nbytes + self.numbers.nbytes + self.first_steps.nbytes
+        texts_bytes = size_bytes(self.inputs) if self.has_texts else 0
+        return texts_bytes + self.inputs.nbytes + self.numbers.nbytes + self.first_steps.nbytes
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether its inputs are texts."""
+        return self.inputs.dtype == np.object_
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes the input of one of its rows has in a message, at most."""
+        if self.has_texts:
+            return size_bytes([max(self.inputs, key=len)])
+        return self.inputs.nbytes // len(self)
 
     def rows(self, rows: slice | Mask) -> "Batch":
         """A part of it."""

@@ -20,6 +20,7 @@ from rnnserve.requests import checked_version
 from rnnserve.results import Prediction, joined, prediction_from
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import Input
+from rnnserve.texts import TextUnit
 from rnnserve.v1.prediction_pb2 import OutputOptions
 from rnnserve.v1.sequence_service_pb2 import OpenPredictStream, PredictStreamRequest, PredictStreamResponse
 
@@ -55,6 +56,7 @@ class Bulk:
         if errors not in ("raise", "return"):
             raise ValueError(f'errors must be "raise" or "return", not {errors!r}')
         self.failure: BaseException | None = None
+        self.unit: TextUnit | None = None  # of texts, to be set before the first one
         self._raises = errors == "raise"
         self._taken = 0  # inputs, which is also the next id
         self._given = 0  # results
@@ -105,10 +107,10 @@ class Bulk:
         number = self._taken
         self._taken += 1
         try:
-            values = checked_values(x)
+            values = checked_values(x, self.unit)
             if self._fit.whole(values):
                 request = whole_request(number, values)
-                self._sent[number] = _Sent(partial(values_of, request), self._fit, in_parts=False)
+                self._sent[number] = _Sent(partial(values_of, request, self.unit), self._fit, in_parts=False)
                 self._requests.append(request)
             else:
                 self._send_in_parts(number, values)

@@ -369,10 +369,18 @@ class Client:
         duplex = Duplex(start, self._target, self._timeout_s)
         try:
             duplex.send(opening)
-            yield from duplex.drive(bulk, inputs, ahead)
+            yield from duplex.drive(bulk, self._noting_unit(inputs, bulk, opening), ahead)
             duplex.finish()
         finally:
             duplex.cancel()
+
+    def _noting_unit(self, inputs: Iterable[Input], bulk: Bulk, opening: PredictStreamRequest) -> Iterator[Input]:
+        """The same inputs. Before the first text the server is asked what a step of one is."""
+        asked = False
+        for x in inputs:
+            if isinstance(x, str) and not asked:
+                bulk.unit, asked = self.model(opening.open.model, opening.open.version).unit, True
+            yield x
 
 
 def _channel(target: str, tls: TLS) -> grpc.Channel:

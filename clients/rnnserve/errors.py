@@ -104,7 +104,7 @@ class NotFinite(InvalidArgument):
 
 
 class UnknownSymbol(InvalidArgument):
-    """The text has a character that the model does not know."""
+    """The text has a character or a word that the model does not know."""
 
 
 class MessageTooLarge(InvalidArgument):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rnnserve.tensors import Array, array_from
+from rnnserve.texts import TextUnit, unit_from
 from rnnserve.v1 import model_service_pb2 as pb
 
 
@@ -51,7 +52,8 @@ class Model:
     features: tuple[str, ...]
     """The names of the features of a step, in order; empty for a text model."""
     symbols: tuple[str, ...]
-    """The characters that a text model knows; empty for a numeric model."""
+    """The characters or words that a text model knows; empty for a numeric model. `Client.models` gives at most 256 of
+    them, `Client.model` all."""
     outputs: int
     """Width of the output of a step."""
     labels: tuple[str, ...]
@@ -68,6 +70,14 @@ class Model:
     """Of an output of an encoder-decoder; 0 for other models."""
     attention: bool = False
     """Whether a label of such an output attends to the steps of the input."""
+    unit: TextUnit | None = None
+    """What a step of a text is: a "character", or a "word", which is what `text.split()` gives; None for numbers."""
+    unknown: str | None = None
+    """Which symbol stands for each step that is none of them; None = such a step is refused."""
+    fold_case: bool = False
+    """Whether a step that is no symbol is looked up in lower case, too, and a word without punctuation around it."""
+    symbol_count: int = 0
+    """How many symbols there are."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -117,6 +127,10 @@ def model_from(message: pb.Model) -> Model:
         weights_sha256=message.weights_sha256,
         max_labels=message.decoder.max_labels,
         attention=message.decoder.attention,
+        unit=unit_from(message.text_unit),
+        unknown=message.unknown_symbol if message.HasField("unknown_symbol") else None,
+        fold_case=message.fold_case,
+        symbol_count=message.symbol_count,
     )
 
 

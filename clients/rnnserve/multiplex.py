@@ -92,8 +92,8 @@ class Multiplex:
     def step(self, sessions: Sequence[str], x: Input | Sequence[str]) -> BatchAnswer:
         """Sends a step of each session, waits for all of them, and returns the answers in the same order.
 
-        `x` is (sessions, features), or one character for each session of a text model. A row that is refused costs the
-        others nothing. Raises ShapeMismatch, DataTypeMismatch, FieldInvalid; then nothing was sent.
+        `x` is (sessions, features), or for a text model a list of one character or word for each session. A row that is
+        refused costs the others nothing. Raises ShapeMismatch, DataTypeMismatch, FieldInvalid; then nothing was sent.
         """
         make, numbers = self._steps(sessions, x)
         first_steps = self._sessions.table.next_step[numbers]

@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+from rnnserve.texts import TextUnit, text_of, text_steps
 from rnnserve.v1.real_time_service_pb2 import Steps
 from rnnserve.v1.tensor_pb2 import Tensor
 
@@ -30,6 +31,8 @@ class Message:
     end: int
     """The index behind the last step; of a reset: the same as `first`."""
     steps: Steps | None
+    unit: TextUnit | None = None
+    """Of a text; None for numbers, and for a reset."""
     answered: bool = False
 
     @property
@@ -42,7 +45,8 @@ class Message:
         if self.steps is None:
             raise ValueError("a reset has no steps")
         if self.steps.HasField("text"):
-            return Steps(first_step=first, text=self.steps.text[first - self.first : end - self.first])
+            steps = text_steps(self.steps.text, self.unit)
+            return Steps(first_step=first, text=text_of(steps[first - self.first : end - self.first]))
         tensor = self.steps.tensor
         row_bytes = len(tensor.data) // tensor.shape[0]
         data = tensor.data[(first - self.first) * row_bytes : (end - self.first) * row_bytes]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from rnnserve.errors import FieldInvalid
 from rnnserve.tensors import Input, sequence_tensor, steps_tensor
+from rnnserve.texts import TextUnit, text_steps
 from rnnserve.v1 import prediction_pb2, real_time_service_pb2, sequence_service_pb2
 
 StepSelection = Literal["all", "last"]
@@ -69,10 +70,10 @@ def output_options(
     )
 
 
-def steps_message(first_step: int, x: Input) -> tuple[real_time_service_pb2.Steps, int]:
+def steps_message(first_step: int, x: Input, unit: TextUnit | None = None) -> tuple[real_time_service_pb2.Steps, int]:
     """One step or several in a row, and how many they are."""
     if isinstance(x, str):
-        return real_time_service_pb2.Steps(first_step=first_step, text=x), len(x)
+        return real_time_service_pb2.Steps(first_step=first_step, text=x), len(text_steps(x, unit))
     tensor = steps_tensor(x)
     return real_time_service_pb2.Steps(first_step=first_step, tensor=tensor), tensor.shape[0]
 

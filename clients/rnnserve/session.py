@@ -6,7 +6,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from rnnserve.errors import (
     Evicted,
@@ -28,8 +28,11 @@ from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_f
 from rnnserve.retry import Resumption
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import Input
+from rnnserve.texts import TextSteps, TextUnit, text_steps, unit_from
 from rnnserve.v1 import real_time_service_pb2 as pb
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, OutputOptions
+
+_Inputs = TypeVar("_Inputs")
 
 SESSION_ID_KEY = "rnnserve-session-id"
 RESUME_TIMEOUT_S = 60.0
@@ -86,6 +89,7 @@ class Session:
         self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
         self.durable_step = 0
         self.durability: Durability = "none"
+        self._unit: TextUnit | None = None  # known once the session is open
         self._notices = Notices(on_notice)
         self.refusal: RnnserveError | None = None
         self.failure: RnnserveError | None = None
@@ -179,8 +183,12 @@ class Session:
 
     def steps(self, x: Input) -> pb.StreamStepsRequest:
         """The next steps: (features,), (steps, features), or a text. Raises ShapeMismatch or DataTypeMismatch."""
-        message, count = steps_message(self.next_step, x)
-        return self._made(Message(self.next_step, self.next_step + count, message))
+        message, count = steps_message(self.next_step, x, self._unit)
+        return self._made(Message(self.next_step, self.next_step + count, message, self._unit))
+
+    def each(self, inputs: _Inputs) -> _Inputs | TextSteps:
+        """The same inputs; of one text its steps."""
+        return text_steps(inputs, self._unit) if isinstance(inputs, str) else inputs
 
     def reset(self) -> pb.StreamStepsRequest:
         """Back to the initial state."""
@@ -335,6 +343,7 @@ class Session:
 
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
+        self._unit = unit_from(opened.text_unit)
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
             self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:

@@ -80,8 +80,8 @@ class Stream:
     def step(self, x: Input) -> Answer:
         """Sends one step, waits, and returns the answer about it.
 
-        `x` is (features,), or one character for a text model. With several steps at once, (steps, features) or a longer
-        text, the answer is about the last one.
+        `x` is (features,), or one character or word for a text model. With several steps at once, (steps, features) or
+        a longer text, the answer is about the last one.
         """
         return self._session.last(self._exchange(lambda: self._session.steps(x), needs_room=True))
 
@@ -93,7 +93,8 @@ class Stream:
         comes out here, behind the answers to what it gave before.
         """
         duplex = self._settled()
-        for answer in duplex.drive(StepsAhead(self._session), inputs, ahead):
+        each = self._session.each(inputs)
+        for answer in duplex.drive(StepsAhead(self._session), each, ahead):
             self._session.hand_over(answer)
             yield answer
 

@@ -35,13 +35,13 @@ def sequence_tensor(x: npt.ArrayLike, first_step: int | None = None) -> Tensor:
     return _tensor(_numbers(x), _A_SEQUENCE_IS, first_step)
 
 
-def rows_array(x: Input | Sequence[str], sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.uint32]:
-    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) code points of characters.
+def rows_array(x: Input | Sequence[str], sessions: int) -> npt.NDArray[np.float32] | npt.NDArray[np.object_]:
+    """A step of each of several sessions -> a copy: (sessions, features), or (sessions,) of texts.
 
     What does not fit float32 becomes infinite, which the server refuses row by row.
     """
     if isinstance(x, str) or (isinstance(x, list | tuple) and x and isinstance(x[0], str)):
-        return _code_points([str(text) for text in x], sessions)
+        return _texts([str(text) for text in x], sessions)
     values = _numbers(x)
     if values.ndim != 2 or len(values) != sessions:
         raise _no_step_of_each(f"({sessions}, features)", f"this has the shape {values.shape}")
@@ -74,10 +74,10 @@ def _described(values: npt.NDArray[np.generic]) -> str:
     return f"objects such as {strange[0]!r:.40}" if strange else "Python objects"
 
 
-def _code_points(texts: Sequence[str], sessions: int) -> npt.NDArray[np.uint32]:
-    if len(texts) != sessions or any(len(text) != 1 for text in texts):
-        raise _no_step_of_each(f"{sessions} characters", f"these are {list(texts)!r:.80}")
-    return np.frombuffer("".join(texts).encode("utf-32-le"), "<u4").astype(np.uint32)
+def _texts(texts: Sequence[str], sessions: int) -> npt.NDArray[np.object_]:
+    if len(texts) != sessions:
+        raise _no_step_of_each(f"one of {sessions} characters or words", f"these are {list(texts)!r:.80}")
+    return np.array(texts, np.object_)
 
 
 def _no_step_of_each(expected: str, found: str) -> ShapeMismatch:

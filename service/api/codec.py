@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -25,6 +25,7 @@ from service.errors import (
     UnknownSymbol,
 )
 
+_TEXT_UNITS = {"character": tensor_pb2.TEXT_UNIT_CHARACTER, "word": tensor_pb2.TEXT_UNIT_WORD}
 WIRE_FLOAT32 = np.dtype("<f4")
 MAX_LENGTH_PENALTY = 2.0
 PIECE_BYTES = 2**20  # of a prediction that goes out in several
@@ -53,11 +54,17 @@ def decode(message: Input, manifest: Manifest, *, max_steps: int, first_step: in
     if isinstance(manifest.input, TextInput):
         if kind != "text":
             raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field="tensor")
-        _check_count(len(message.text), max_steps, "text")
-        return _decode_text(message.text, manifest.input, first_step or 0)
+        return _decode_text(message.text, manifest.input, max_steps, first_step or 0)
     if kind != "tensor":
         raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field="text")
     return _decode_features(message.tensor, manifest.input, max_steps, first_step)
+
+
+def text_unit(manifest: Manifest) -> tensor_pb2.TextUnit.ValueType:
+    """What a step of a text is to the model."""
+    if isinstance(manifest.input, TextInput):
+        return _TEXT_UNITS[manifest.input.unit]
+    return tensor_pb2.TEXT_UNIT_UNSPECIFIED
 
 
 def decode_batch(batch: real_time_service_pb2.StepBatch, manifest: Manifest) -> tuple[NDArray[np.generic], Refused]:
@@ -71,8 +78,8 @@ def decode_batch(batch: real_time_service_pb2.StepBatch, manifest: Manifest) -> 
     if isinstance(manifest.input, TextInput):
         if kind != "text":
             raise InputKindMismatch(f"model {manifest.name!r} reads text, not a tensor", field="tensor")
-        _check_batch_size(len(batch.text), count, "text")
-        return _decode_characters(batch.text, manifest.input)
+        _check_batch_size(len(batch.text.steps), count, "text")
+        return _decode_each(batch.text.steps, manifest.input)
     if kind != "tensor":
         raise InputKindMismatch(f"model {manifest.name!r} reads a tensor, not text", field="text")
     values = _values(batch.tensor, manifest.input, lambda steps: _check_batch_size(steps, count, "tensor.shape"))
@@ -84,16 +91,13 @@ def _check_batch_size(steps: int, handles: int, field: str) -> None:
         raise ShapeMismatch(f"there are {steps} steps of {handles} handles", field=field, handles=handles)
 
 
-def _decode_characters(text: str, spec: TextInput) -> tuple[NDArray[np.int64], Refused]:
-    try:
-        return spec.encode(text), {}
-    except UnknownSymbolError:
-        pass
-    symbols, refused = np.zeros(len(text), np.int64), Refused()
-    for i, character in enumerate(text):
+def _decode_each(steps: Sequence[str], spec: TextInput) -> tuple[NDArray[np.int64], Refused]:
+    symbols, refused = np.zeros(len(steps), np.int64), Refused()
+    for i, step in enumerate(steps):
         try:
-            symbols[i] = _decode_text(character, spec)[0]
-        except UnknownSymbol as error:
+            number = spec.numbers.get(step)  # a symbol is one step
+            symbols[i] = _decode_text(step, spec, max_steps=1)[0] if number is None else number
+        except (StepsMissing, TooManySteps, UnknownSymbol) as error:
             refused[i] = error
     return symbols, refused
 
@@ -105,11 +109,13 @@ def _refused_rows(values: Floats, spec: FeatureInput) -> Refused:
     return {i: _not_finite(values, spec, i, int(wrong[i].argmax())) for i in np.nonzero(wrong.any(axis=1))[0].tolist()}
 
 
-def _decode_text(text: str, spec: TextInput, first_place: int = 0) -> NDArray[np.int64]:
+def _decode_text(text: str, spec: TextInput, max_steps: int, first_place: int = 0) -> NDArray[np.int64]:
+    steps = spec.steps(text, max_steps)
+    _check_count(len(steps), max_steps, "text")
     try:
-        return spec.encode(text)
+        return spec.numbers_of(steps)
     except UnknownSymbolError as within_text:
-        error = UnknownSymbolError(within_text.symbol, first_place + within_text.place)
+        error = UnknownSymbolError(within_text.symbol, first_place + within_text.place, spec.unit)
         raise UnknownSymbol(str(error), field="text", symbol=error.symbol, place=error.place) from None
 
 
@@ -143,7 +149,7 @@ def _check_count(steps: int, max_steps: int, field: str) -> None:
     if steps < 1:
         raise StepsMissing("there must be at least one step", field=field)
     if steps > max_steps:
-        raise TooManySteps(f"{steps} steps are more than {max_steps}", field=field, limit=max_steps)
+        raise TooManySteps(f"there are more than {max_steps} steps", field=field, limit=max_steps)
 
 
 def _wrong_values(values: Floats, spec: FeatureInput) -> NDArray[np.bool_] | None:

@@ -9,7 +9,7 @@ from models.bundle import Bundle
 from models.manifest import FeatureInput, Manifest, TextInput
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
-from service.api.codec import encode_tensor_into
+from service.api.codec import encode_tensor_into, text_unit
 from service.catalog.catalog import Catalog
 from service.catalog.loading import Change
 from service.errors import FieldInvalid
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from grpc.aio import ServicerContext
 
 MAX_PAGE_SIZE = 100
+MAX_LISTED_SYMBOLS = 256  # of a model that is one of many
 
 
 class ModelService(ModelServiceServicer):
@@ -40,9 +41,8 @@ class ModelService(ModelServiceServicer):
             raise FieldInvalid("this is no token that an earlier page gave", field="page_token")
         start = int(token)
         end = start + min(request.page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
-        return pb.ListModelsResponse(
-            models=map(describe, bundles[start:end]), next_page_token=str(end) if end < len(bundles) else ""
-        )
+        models = [describe(bundle, max_symbols=MAX_LISTED_SYMBOLS) for bundle in bundles[start:end]]
+        return pb.ListModelsResponse(models=models, next_page_token=str(end) if end < len(bundles) else "")
 
     async def GetModel(
         self,
@@ -94,8 +94,8 @@ def _samples(bundle: Bundle) -> list[pb.Sample]:
     return samples
 
 
-def describe(bundle: Bundle) -> pb.Model:
-    """What the contract says of a model."""
+def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
+    """What the contract says of a model, with so many of its symbols; None = all."""
     manifest = bundle.manifest
     network = manifest.network
     return pb.Model(
@@ -119,14 +119,17 @@ def describe(bundle: Bundle) -> pb.Model:
         ),
         weights_sha256=manifest.weights_sha256,
         decoder=pb.Decoder(**network.decoder.model_dump(exclude={"embedding_size"})) if network.decoder else None,
-        **_input_fields(manifest),
+        **_input_fields(manifest, max_symbols),
     )
 
 
-def _input_fields(manifest: Manifest) -> dict[str, Any]:
+def _input_fields(manifest: Manifest, max_symbols: int | None) -> dict[str, Any]:
     match manifest.input:
-        case TextInput(symbols=symbols):
-            return {"symbols": symbols}
+        case TextInput(symbols=symbols) as text:
+            return {
+                "symbols": symbols[:max_symbols], "symbol_count": len(symbols), "text_unit": text_unit(manifest),
+                "unknown_symbol": text.unknown, "fold_case": text.fold_case,
+            }  # fmt: skip
         case FeatureInput() as features:
             missing = pb.MissingValues.Value("MISSING_VALUES_" + _enum_name(features.missing_values))
             rate = features.steps_per_second or 0.0

@@ -96,6 +96,7 @@ class Openings:
             max_message_bytes=self._limits.max_message_bytes,
             durability=self._durability(session),
             resume_window=duration(window_s),
+            text_unit=codec.text_unit(opened.manifest),
         )
 
     def _durability(self, session: Session) -> Durability.ValueType:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import TextInput
 from models.recurrent import NetworkSpec
+from rnnserve.texts import text_of, text_steps
 from rnnserve.v1 import model_service_pb2 as models_pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
 from rnnserve.v1.prediction_pb2 import STEP_SELECTION_ALL, STEP_SELECTION_UNSPECIFIED
@@ -145,13 +146,21 @@ def channel(trained_server: RunningServer) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def samples_of(channel: grpc.Channel, folder: Path) -> list[Array | str]:
-    """The recordings that ship with a bundle, and the ends of two of them, so that lengths differ."""
+def samples_of(channel: grpc.Channel, folder: Path) -> list[Array | str | list[str]]:
+    """The recordings that ship with a bundle, words as a list, and the ends of two of them, so that lengths differ."""
     request = models_pb.ListSamplesRequest(model=folder.parent.name, version=int(folder.name))
     samples = ModelServiceStub(channel).ListSamples(request, timeout=TIMEOUT_S).samples
     assert samples
-    whole = [sample.text if sample.HasField("text") else array(sample.tensor) for sample in samples]
+    is_words = Reference(folder).manifest["input"].get("unit") == "word"
+    whole: list[Any] = [
+        text_steps(sample.text, "word" if is_words else None) if sample.HasField("text") else array(sample.tensor)
+        for sample in samples
+    ]
     return [*whole, whole[0][-7:], whole[-1][-1:]]
+
+
+def sent(values: Array | str | list[str]) -> Array | str:
+    return values if isinstance(values, np.ndarray) else text_of(values)
 
 
 @trained
@@ -173,9 +182,9 @@ def test_held_out_recordings_streamed_to_a_trained_network_answer_as_the_whole(
         outputs: list[list[Array]] = [[] for _ in recordings]
         while any(waiting):
             number = int(rng.choice([i for i, chunks in enumerate(waiting) if chunks]))
-            outputs[number].append(streams[number].step(waiting[number].pop(0)))
+            outputs[number].append(streams[number].step(sent(waiting[number].pop(0))))
     for values, pieces in zip(recordings, outputs, strict=True):
-        assert_close(np.concatenate(pieces), reference.predict(values))
+        assert_close(np.concatenate(pieces), reference.predict(sent(values)))
 
 
 @trained
@@ -185,7 +194,7 @@ def test_held_out_recordings_of_different_lengths_sent_whole_answer_as_each_alon
     reference = Reference(folder)
     each_step = reference.manifest["network"]["readout"] == "each_step"
     selection = STEP_SELECTION_ALL if each_step else STEP_SELECTION_UNSPECIFIED
-    recordings = samples_of(channel, folder)
+    recordings = list(map(sent, samples_of(channel, folder)))
     request = predict(folder.parent.name, recordings, version=int(folder.name), steps=selection)
     predictions = SequenceServiceStub(channel).Predict(request, timeout=TIMEOUT_S).predictions
     for values, prediction in zip(recordings, predictions, strict=True):

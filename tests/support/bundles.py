@@ -15,6 +15,7 @@ from models.recurrent import DecoderSpec, NetworkSpec, RecurrentNetwork
 from models.seq2seq import network_of
 
 LABELS = ("north", "east", "south", "west")
+WORDS = ("(unknown)", "the", "film", "is", "not", "good", "bad", *(f"word{i}" for i in range(300)))
 PHONES = ("(end)", "AA", "B", "K", "S")
 
 
@@ -72,6 +73,9 @@ def write_test_repository(repository: Path) -> Path:
         write_bundle(repository, described, seed=version)
     text = NetworkSpec(cell="gru", symbols=4, embedding_size=5, hidden_size=8, outputs=4)
     write_bundle(repository, manifest("text", text, TextInput(symbols=tuple("abc ")), labels=LABELS))
+    words = NetworkSpec(cell="gru", symbols=len(WORDS), embedding_size=5, hidden_size=8, outputs=1)
+    inputs = TextInput(unit="word", symbols=WORDS, unknown="(unknown)", fold_case=True)
+    write_bundle(repository, manifest("words", words, inputs, pattern="many-to-one"))
     both_ways = NetworkSpec(
         cell="lstm", direction="bidirectional", features=3, hidden_size=6, outputs=2, readout="mean"
     )

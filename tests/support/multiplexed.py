@@ -39,7 +39,7 @@ def step_each(firsts: dict[int, int], values: ArrayLike | str, answered: Sequenc
     """A step of each handle, with its index."""
     batch = live_pb.StepBatch(handles=firsts.keys(), first_steps=firsts.values(), answered_steps=answered)
     if isinstance(values, str):
-        batch.text = values
+        batch.text.steps.extend(values)
     else:
         batch.tensor.CopyFrom(tensor(values))
     return Request(steps=batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,12 +231,19 @@ class Reference:
     def _inputs(self, values: Array | str) -> Array:
         spec = self.manifest["input"]
         if isinstance(values, str):
-            return np.array([spec["symbols"].index(symbol) for symbol in values])
+            steps = values.split() if spec.get("unit") == "word" else list(values)
+            return np.array([self._symbol_number(step) for step in steps])
         filled = np.array(values, np.float32)
         for step, feature in np.argwhere(np.isnan(filled)):  # in the order of the steps
             held = spec["missing_values"] == "hold_last" and step > 0
             filled[step, feature] = filled[step - 1, feature] if held else spec["mean"][feature]
         return self.normalised(filled)
+
+    def _symbol_number(self, step: str) -> int:
+        spec = self.manifest["input"]
+        forms = [step, step.casefold(), step.casefold().strip(string.punctuation)] if spec.get("fold_case") else [step]
+        found = [form for form in forms if form in spec["symbols"]]
+        return int(spec["symbols"].index(found[0] if found else spec["unknown"]))
 
     def normalised(self, values: Array) -> Array:
         """(…, features) -> what the network sees."""

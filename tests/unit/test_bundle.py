@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from models.bundle import BundleError, load_bundle, save_bundle
-from models.manifest import TextInput, manifest_digest
+from models.manifest import Sample, TextInput, manifest_digest
 from models.recurrent import NetworkSpec, RecurrentNetwork
 from tests.support.bundles import LABELS, features, manifest, write_bundle
 
@@ -268,6 +268,21 @@ def test_a_missing_or_wrong_sample_is_refused(folder: Path, content: str | None,
     else:
         file.write_text(content)
     assert_refused(folder, "samples", problem)
+
+
+@pytest.mark.parametrize(("text", "is_refused"), [("so they\nso\n", False), ("so him", True), (" \n", True)])
+def test_a_sample_of_words_must_be_one_that_the_network_reads(tmp_path: Path, text: str, is_refused: bool) -> None:
+    spec = NetworkSpec(cell="gru", symbols=2, embedding_size=3, hidden_size=4, outputs=2)
+    inputs = TextInput(unit="word", symbols=("so", "they"))
+    sample = Sample(file="samples/one.txt", label="", description="a sentence")
+    described = manifest("words", spec, inputs).model_copy(update={"samples": (sample,)})
+    folder = save_bundle(tmp_path, described, RecurrentNetwork(spec))
+    (folder / "samples").mkdir()
+    (folder / "samples" / "one.txt").write_text(text)
+    if is_refused:
+        assert_refused(folder, "samples", "samples/one.txt holds no steps that the network reads")
+    else:
+        assert load_bundle(folder).samples == ("so they\nso",)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the command line reads from files, and what it draws."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from rnnserve.cli.outcome import BadInput
 from rnnserve.cli.show import prediction_json, prediction_text
 from rnnserve.models import model_from
 from rnnserve.v1 import model_service_pb2 as pb
+from rnnserve.v1.tensor_pb2 import TEXT_UNIT_CHARACTER, TEXT_UNIT_WORD
 
 NUMERIC = model_from(pb.Model(name="pump", features=["speed", "heat"], labels=["good", "bad"]))
-TEXT = model_from(pb.Model(name="text", symbols=list("ab ")))
+TEXT = model_from(pb.Model(name="text", symbols=list("ab "), text_unit=TEXT_UNIT_CHARACTER, symbol_count=3))
+WORDS = model_from(pb.Model(name="words", symbols=["so"], text_unit=TEXT_UNIT_WORD, symbol_count=8_000))
 
 
 def steps(text: str, model: Model = NUMERIC) -> list[object]:
@@ -148,6 +151,28 @@ def test_steps_are_read_only_as_far_as_they_are_asked_for() -> None:
 
 def test_text_is_a_character_a_step_without_line_ends_that_the_model_does_not_know() -> None:
     assert steps("ab\r\n a\n", TEXT) == ["a", "b", " ", "a"]
+
+
+def test_words_are_steps_with_their_lines() -> None:
+    located = read_steps(io.StringIO(" so they\r\n\nsay it"), WORDS, "words.txt")
+    assert list(located) == [(1, "so"), (1, "they"), (3, "say"), (3, "it")]
+
+
+@pytest.mark.parametrize(("model", "first"), [(WORDS, ["so", "they"]), (TEXT, list("so they "))])
+def test_steps_of_a_text_are_there_before_its_line_ends(model: Model, first: list[str]) -> None:
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as lines, open(writing, "w", encoding="utf-8", buffering=1) as typed:
+        located = read_steps(lines, model, "standard input")
+        typed.write("so they ")
+        typed.flush()
+        assert [next(located) for _ in first] == [(1, step) for step in first]
+
+
+def test_a_file_of_words_is_one_sequence_in_which_each_word_knows_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "words.txt"
+    file.write_text("so they\nsay\n")
+    (recording,) = read_sequences(file, WORDS)
+    assert (recording.value, recording.place(2)) == ("so they say", f"{file}, line 2")
 
 
 def test_a_file_of_steps_is_one_sequence_and_lines_of_sequences_are_many(tmp_path: Path) -> None:

@@ -33,9 +33,11 @@ from rnnserve import (
     TimedOut,
     Unreachable,
 )
+from rnnserve.batches import Batch, BatchReplay
 from rnnserve.exchange import CallEnded, Response, TimePassed
 from rnnserve.multiplex_waits import Wait
 from rnnserve.multiplexed import Multiplexed
+from rnnserve.session_table import SessionTable
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import array_from, rows_array, sequence_tensor
 from rnnserve.v1 import prediction_pb2
@@ -1075,7 +1077,7 @@ def test_a_message_that_the_server_cannot_read_ends_the_call() -> None:
         gateway.receive()
 
 
-def test_texts_have_one_character_for_each_session() -> None:
+def test_texts_have_a_step_for_each_session_and_messages_are_not_too_large() -> None:
     sessions = Multiplexed("text", 0, prediction_pb2.OutputOptions())
     numbers = sessions.numbers(["a", "b"])
     sessions.begin()
@@ -1086,10 +1088,30 @@ def test_texts_have_one_character_for_each_session() -> None:
         )
     sessions.steps(numbers, rows_array("ö\0", 2))
     *_, request = sessions.begin().requests
-    assert request.steps.text == "ö\0"
+    assert list(request.steps.text.steps) == ["ö", "\0"]
+    sessions.steps(numbers, rows_array(["word", "w" * 200], 2))
+    first, second = sessions.begin().requests
+    assert [list(request.steps.text.steps) for request in (first, second)] == [["word"], ["w" * 200]]
 
 
-@pytest.mark.parametrize("x", [[1.0, 2.0], [[1.0]], "abc", ["a", "bc"], [[[1.0]], [[2.0]]]])
+def test_a_kept_text_counts_as_large_as_it_is_and_nothing_once_it_is_dropped() -> None:
+    table = SessionTable()
+    table.grow(2)
+    replay = BatchReplay(table, 1_000)
+    batch = Batch("steps", np.arange(2), np.zeros(2, np.int64), rows_array(["a" * 300, "b"], 2))
+    replay.add(batch)
+    assert replay.full
+    table.released_step[0] = 1
+    replay.sweep()
+    assert not replay.full
+    table.released_step[1] = 1
+    replay.sweep()
+    assert list(replay) == []
+    replay.add(batch.rows(slice(1, 2)))
+    assert not replay.full
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], [[1.0]], "abc", ["a"], [[[1.0]], [[2.0]]]])
 def test_a_step_of_each_session_has_a_row_for_each(x: Any) -> None:
     with pytest.raises(ShapeMismatch):
         rows_array(x, 2)

@@ -60,6 +60,34 @@ def test_a_long_text_is_cut_into_parts() -> None:
     assert "".join(part.sequence.text for part in parts) == text
 
 
+def test_a_long_text_of_words_is_cut_between_them() -> None:
+    bulk, words = Bulk("raise"), ["ñandú" * (1 + i % 9) for i in range(50_001)]
+    bulk.unit = "word"
+    parts = [part_of(request) for request in begin(bulk, "\n".join(words))]
+    counts = [len(part.sequence.text.split()) for part in parts]
+    assert max(counts) <= 20_000
+    assert max(part.ByteSize() for part in parts) <= 2**20
+    assert [part.first_step for part in parts] == [0, *np.cumsum(counts)[:-1].tolist()]
+    assert [word for part in parts for word in part.sequence.text.split()] == words
+
+
+def test_a_text_goes_whole_if_its_words_fit_however_long_it_is() -> None:
+    bulk = Bulk("raise")
+    bulk.unit = "word"
+    (request,) = bulk.handle(NextInput("characters " * 20_000)).requests
+    assert request.WhichOneof("request") == "sequence"
+    assert len(begin_parts := list(begin(bulk, "characters " * 20_001))) == 2
+    assert part_of(begin_parts[1]).sequence.text == "characters"
+
+
+def test_a_text_that_was_refused_whole_is_cut_by_the_same_unit() -> None:
+    bulk = Bulk("raise")
+    bulk.unit = "word"
+    bulk.handle(NextInput("so they say"))
+    parts = stream_of(bulk.handle(error(0, "TOO_MANY_STEPS", limit="2")))
+    assert [part_of(request).sequence.text for request in parts] == ["so they", "say"]
+
+
 def test_a_file_is_read_as_it_is_sent(tmp_path: Path) -> None:
     np.save(tmp_path / "long.npy", np.zeros((60_000, 2), np.float32))
     mapped = np.load(tmp_path / "long.npy", mmap_mode="r+")

@@ -356,6 +356,8 @@ def test_a_message_that_was_applied_in_part_is_sent_from_there_on() -> None:
     assert message.part(5, 6).first_step == 5
     text = Message(2, 6, steps_message(2, "äbcd")[0])
     assert text.part(3, 6).text == "bcd"
+    words = Message(2, 6, steps_message(2, " so they  say\nit", "word")[0], "word")
+    assert (words.part(3, 6).text, words.part(2, 3).text) == ("they say it", "so")
 
 
 def test_a_refused_step_is_not_sent_again_after_a_cut() -> None:

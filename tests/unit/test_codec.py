@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as arrays
 from models.manifest import Manifest, TextInput
 from models.recurrent import NetworkSpec
 from rnnserve.v1.prediction_pb2 import OutputOptions, Prediction, StepSelection
-from rnnserve.v1.real_time_service_pb2 import Steps
+from rnnserve.v1.real_time_service_pb2 import StepBatch, Steps, TextSteps
 from rnnserve.v1.tensor_pb2 import DATA_TYPE_UNSPECIFIED, Tensor
-from service.api.codec import Floats, check_options, decode, encode_into, encode_tensor_into
+from service.api.codec import Floats, check_options, decode, decode_batch, encode_into, encode_tensor_into
 from service.errors import (
     DataTypeMismatch,
     FieldInvalid,
@@ -47,6 +47,13 @@ TEXT = manifest(
     "text",
     NetworkSpec(cell="tanh", symbols=len(SYMBOLS), embedding_size=2, hidden_size=2, outputs=4),
     TextInput(symbols=SYMBOLS),
+)
+
+
+WORDS = manifest(
+    "words",
+    NetworkSpec(cell="tanh", symbols=3, embedding_size=2, hidden_size=2, outputs=4),
+    TextInput(unit="word", symbols=("so", "they", "say")),
 )
 
 
@@ -137,6 +144,9 @@ REFUSALS: dict[str, tuple[Steps, Manifest, type[ServingError], str, dict[str, st
     ),
     "no text": (Steps(text=""), TEXT, StepsMissing, "text", {}),
     "long text": (Steps(text="a" * 11), TEXT, TooManySteps, "text", {"limit": "10"}),
+    "no word": (Steps(text=" \n"), WORDS, StepsMissing, "text", {}),
+    "many words": (Steps(text="so " * 11), WORDS, TooManySteps, "text", {"limit": "10"}),
+    "word": (Steps(text="so  they, say"), WORDS, UnknownSymbol, "text", {"symbol": "they,", "place": "1"}),
     "symbol": (Steps(text="aüAa"), TEXT, UnknownSymbol, "text", {"symbol": "A", "place": "2"}),
 }  # fmt: skip
 
@@ -159,6 +169,24 @@ def test_a_missing_value_passes_where_the_model_has_a_rule_for_it(rule: str) -> 
 def test_as_many_steps_as_may_be_pass() -> None:
     assert len(read(Steps(tensor=tensor(np.zeros((10, 3)))), numeric())) == 10
     assert len(read(Steps(text="ü" * 10), TEXT)) == 10
+
+
+def test_as_many_words_as_may_be_pass_whatever_stands_between_them() -> None:
+    assert read(Steps(text="\tso they\u2003say\n" * 3 + "so  "), WORDS).tolist() == [0, 1, 2] * 3 + [0]
+
+
+def test_a_later_part_of_a_sequence_names_the_word_in_all_of_it() -> None:
+    with pytest.raises(UnknownSymbol, match=r"^'it' at word 102 is none of") as refusal:
+        decode(Steps(text="so they it"), WORDS, max_steps=10, first_step=100)
+    assert refusal.value.metadata["place"] == "102"
+
+
+def test_of_several_sessions_what_is_not_one_step_is_refused_alone() -> None:
+    steps = ["say", "", "so they", "it", " so "]
+    batch = StepBatch(handles=range(5), text=TextSteps(steps=steps))
+    inputs, refused = decode_batch(batch, WORDS)
+    assert (inputs[0], inputs[4]) == (2, 0)
+    assert {i: type(error) for i, error in refused.items()} == {1: StepsMissing, 2: TooManySteps, 3: UnknownSymbol}
 
 
 OUTPUTS = np.array([[0.0, 2.0, 1.0, -1.0], [5.0, 5.0, 0.0, 0.0]], np.float32)

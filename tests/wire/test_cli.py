@@ -72,7 +72,7 @@ def test_models_are_a_table_for_people_and_lines_for_scripts(run: Run) -> None:
     assert "vanilla v2" in table
     assert "lstm, 1 layer, bidirectional" in table
     listed = [(model["name"], model["version"]) for model in lines_of_json(run("--json", "models"))]
-    assert listed[-1] == ("vanilla", 2)
+    assert listed[-2:] == [("vanilla", 2), ("words", 1)]
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "s" * 64])
@@ -99,6 +99,14 @@ def test_all_about_one_model_says_why_it_cannot_stream(run: Run) -> None:
     assert "feature 0, feature 1, feature 2" in details
 
 
+def test_all_about_a_model_of_words_shows_some_of_them_and_what_others_are(run: Run) -> None:
+    details = run("models", "words").stdout
+    assert "a word of 307: (unknown) the film is not good bad word0" in details
+    assert "are read as '(unknown)'" in details
+    assert "word299" not in details
+    assert "a character of 4: 'abc '" in run("models", "text").stdout
+
+
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_a_stream_answers_after_each_step(run: Run, steps_file: str, source: str) -> None:
     done = run("stream", "vanilla", steps_file) if source == "file" else run("stream", "vanilla", stdin=CSV)
@@ -106,6 +114,16 @@ def test_a_stream_answers_after_each_step(run: Run, steps_file: str, source: str
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == ["0", "1"]
     assert {row[1] for row in rows} <= LABELS
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_stream_of_words_ends_with_the_number_that_a_prediction_prints(run: Run, tmp_path: Path, source: str) -> None:
+    file = tmp_path / "review.txt"
+    file.write_text("The film is\nnot GOOD,\n")
+    done = run("stream", "words", str(file)) if source == "file" else run("stream", "words", stdin=file.read_text())
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert float(run("predict", "words", str(file)).stdout) == pytest.approx(float(rows[-1][1]), abs=1e-5)
 
 
 def test_columns_are_found_by_name(run: Run, steps_file: str) -> None:

@@ -36,7 +36,7 @@ async def whole(client: AsyncClient, x: Array) -> Array:
 
 
 async def test_models_samples_and_health_are_told(client: AsyncClient) -> None:
-    assert len(await client.models()) == 6
+    assert len(await client.models()) == 7
     assert (await client.model("vanilla", version=1)).version == 1
     assert await client.samples("vanilla") == []
     assert (await client.health(), await client.health("text")) == ("serving", "serving")
@@ -51,6 +51,15 @@ async def test_step_by_step_and_ahead_give_what_the_whole_sequence_gives(client:
         answers += [answer async for answer in stream.steps([x[10], x[11:20], x[20:]])]
     assert [answer.step for answer in answers] == list(range(30))
     np.testing.assert_allclose([answer.output for answer in answers], await whole(client, x), atol=1e-5)
+
+
+async def test_words_are_streamed_and_predicted_alike(client: AsyncClient) -> None:
+    text = "The film is  NOT good, or\nso they say"
+    async with client.stream("words") as stream:
+        answers = [answer async for answer in stream.steps(text)]
+    assert [answer.step for answer in answers] == list(range(9))
+    whole = [prediction async for prediction in client.predict_many("words", [text], steps="all")]
+    np.testing.assert_allclose([answer.output for answer in answers], whole[0].outputs, atol=1e-5)
 
 
 async def test_many_streams_at_once_keep_their_states_apart(client: AsyncClient) -> None:

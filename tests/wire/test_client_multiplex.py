@@ -19,7 +19,9 @@ from rnnserve import (
     SessionMoved,
     SessionNotFound,
     ShapeMismatch,
+    StepsMissing,
     StoreUnavailable,
+    TooManySteps,
     UnknownSymbol,
 )
 from tests.support.bundles import LABELS, accumulated
@@ -87,6 +89,20 @@ def test_a_text_model_reads_a_character_of_each(client: Client, repository: Path
         assert_close(answer.outputs[0], reference.predict("ac")[1])
 
 
+def test_a_model_of_words_reads_a_word_of_each_and_refuses_what_is_none_alone(client: Client, repository: Path) -> None:
+    reference = Reference(repository / "words" / "1")
+    sessions = names(4)
+    with client.multiplex("words") as stream:
+        outputs = stream.step(sessions, ["Film", "good,", "nobody", "bad"]).outputs
+        expected = [reference.predict(word)[0] for word in ("film", "good", "(unknown)", "bad")]
+        assert_close(outputs, np.stack(expected))
+        answer = stream.step(sessions, ["is", "", "not bad", " bad "])
+        assert isinstance(answer.errors[sessions[1]], StepsMissing)
+        assert isinstance(answer.errors[sessions[2]], TooManySteps)
+        assert_close(answer.outputs[0], reference.predict("film is")[1])
+        assert_close(answer.outputs[3], reference.predict("bad bad")[1])
+
+
 def test_steps_sent_ahead_are_answered_in_order_for_each_session(client: Client) -> None:
     sessions = names(3)
     found: dict[str, list[float]] = {name: [] for name in sessions}
@@ -142,7 +158,7 @@ def test_steps_sent_behind_a_refused_one_are_refused_too_and_nothing_is_applied_
         assert stream.step([name], [[5]]).outputs[:, 0].tolist() == [6]
 
 
-@pytest.mark.parametrize("x", [[[1.0]], [1.0, 2.0], "a", ["a", "bc"]])
+@pytest.mark.parametrize("x", [[[1.0]], [1.0, 2.0], "a", ["a"]])
 def test_steps_that_do_not_fit_the_sessions_are_refused_here(client: Client, x: object) -> None:
     with client.multiplex("accumulator") as stream, pytest.raises(ShapeMismatch):
         stream.step(names(2), x)  # type: ignore[arg-type]

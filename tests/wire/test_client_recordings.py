@@ -3,6 +3,7 @@
 import asyncio
 import io
 import itertools
+import random
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -19,6 +20,7 @@ from rnnserve.cli import outcome
 from rnnserve.cli.app import app
 from rnnserve.cli.bars import Bars
 from rnnserve.tensors import Array, Input
+from tests.support.bundles import WORDS
 from tests.support.recordings import spilled_bytes
 from tests.support.reference import Reference, assert_close
 from tests.support.server import RunningServer, start_server
@@ -72,6 +74,25 @@ async def test_it_is_the_same_for_the_other_client(server: RunningServer, reposi
         results = client.predict_many("stacked", inputs(), on_progress=lambda *share: told.append(share))
         check([prediction async for prediction in results], repository)
     assert {index for index, share in told if share == 1.0} == {1, 2, 3, 4, 5}
+
+
+TEXTS = [" ".join(random.Random(steps).choices(WORDS, k=steps)) for steps in (3, 450, 101, 2_000)]
+TEXTS += ["good", "film " * 30 + "x" * 2_000 + " bad" * 200]
+
+
+def check_words(predictions: list[Prediction], repository: Path) -> None:
+    reference = Reference(repository / "words" / "1")
+    for text, prediction in zip(TEXTS, predictions, strict=True):
+        assert_close(prediction.outputs, reference.predict(text))
+
+
+def test_long_texts_of_words_go_in_parts_of_whole_words(client: Client, repository: Path) -> None:
+    check_words(list(client.predict_many("words", TEXTS, steps="all")), repository)
+
+
+async def test_so_they_do_for_the_other_client(server: RunningServer, repository: Path) -> None:
+    async with AsyncClient(server.target) as client:
+        check_words([prediction async for prediction in client.predict_many("words", TEXTS, steps="all")], repository)
 
 
 def test_a_file_is_sent_without_being_read_into_memory(client: Client, repository: Path, tmp_path: Path) -> None:

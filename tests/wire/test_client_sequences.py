@@ -31,6 +31,7 @@ def test_all_models_are_listed(client: Client) -> None:
         ("text", 1),
         ("vanilla", 1),
         ("vanilla", 2),
+        ("words", 1),
     ]
 
 

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from rnnserve import (
     NotFinite,
     SessionExists,
     ShapeMismatch,
+    StepsMissing,
     StreamClosed,
 )
 from rnnserve.tensors import Array
+from tests.support.reference import Reference, assert_close
 from tests.support.server import RunningServer
 
 
@@ -98,6 +101,23 @@ def test_text_is_streamed_by_the_character(client: Client) -> None:
     with client.stream("text") as stream:
         answers = list(stream.steps("ab ca"))
     assert tuple(answer.label for answer in answers) == client.predict("text", ["ab ca"])[0].labels
+
+
+def test_text_is_streamed_by_the_word_however_it_is_cut(client: Client, repository: Path) -> None:
+    text = "The film is  NOT good, or\nso they say"
+    expected = Reference(repository / "words" / "1").predict(text)
+    with client.stream("words") as stream:
+        answers = [stream.step("The"), stream.step("film is"), *stream.steps([" NOT good,\t", "or"])]
+        answers += stream.steps("so they say")
+    assert [answer.step for answer in answers] == [0, 2, *range(3, 9)]
+    assert_close(np.stack([answer.output for answer in answers]), expected[[0, *range(2, 9)]])
+
+
+def test_a_text_without_a_word_is_refused_and_costs_nothing(client: Client) -> None:
+    with client.stream("words") as stream:
+        with pytest.raises(StepsMissing):
+            stream.step(" \n")
+        assert stream.step("film").step == 0
 
 
 def test_a_reset_forgets_the_steps_and_goes_on_counting(client: Client) -> None:

@@ -7,12 +7,21 @@ import pytest
 
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
-from tests.support.bundles import LABELS
+from rnnserve.v1.tensor_pb2 import TEXT_UNIT_CHARACTER, TEXT_UNIT_WORD
+from tests.support.bundles import LABELS, WORDS
 from tests.support.reference import Reference
 from tests.support.server import COMMITTED_REPOSITORY, RunningServer
 from tests.support.wire import TIMEOUT_S, array, refusal_of
 
-ALL = [("accumulator", 1), ("bidirectional", 1), ("stacked", 1), ("text", 1), ("vanilla", 1), ("vanilla", 2)]
+ALL = [
+    ("accumulator", 1),
+    ("bidirectional", 1),
+    ("stacked", 1),
+    ("text", 1),
+    ("vanilla", 1),
+    ("vanilla", 2),
+    ("words", 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def model(stub: ModelServiceStub, name: str, version: int = 0) -> pb.Model:
     return stub.GetModel(pb.GetModelRequest(model=name, version=version), timeout=TIMEOUT_S).model
 
 
-@pytest.mark.parametrize("size", [0, 6, 100, 4_000_000_000])
+@pytest.mark.parametrize("size", [0, 7, 100, 4_000_000_000])
 def test_all_models_come_on_one_page_by_name_and_version(stub: ModelServiceStub, size: int) -> None:
     assert pages(stub, size) == [ALL]
 
@@ -45,7 +54,7 @@ def test_pages_hold_every_model_once_and_in_order(stub: ModelServiceStub, size: 
     assert pages(stub, size) == [ALL[start : start + size] for start in range(0, len(ALL), size)]
 
 
-@pytest.mark.parametrize("token", ["x", "-1", "7", "1.5", "9" * 5_000])
+@pytest.mark.parametrize("token", ["x", "-1", "8", "1.5", "9" * 5_000])
 def test_a_token_that_no_page_gave_is_refused(stub: ModelServiceStub, token: str) -> None:
     with pytest.raises(grpc.RpcError) as ended:
         stub.ListModels(pb.ListModelsRequest(page_token=token), timeout=TIMEOUT_S)
@@ -77,6 +86,17 @@ def test_a_text_model_names_its_symbols(stub: ModelServiceStub) -> None:
     found = model(stub, "text")
     assert (list(found.symbols), list(found.features), list(found.labels)) == (["a", "b", "c", " "], [], list(LABELS))
     assert found.missing_values == pb.MISSING_VALUES_UNSPECIFIED
+
+    assert (found.text_unit, found.HasField("unknown_symbol"), found.fold_case) == (TEXT_UNIT_CHARACTER, False, False)
+    assert found.symbol_count == 4
+
+
+def test_a_model_of_words_says_what_it_does_not_know_and_is_listed_with_a_few_of_them(stub: ModelServiceStub) -> None:
+    found = model(stub, "words")
+    assert (found.text_unit, found.unknown_symbol, found.fold_case) == (TEXT_UNIT_WORD, "(unknown)", True)
+    assert (tuple(found.symbols), found.symbol_count) == (WORDS, len(WORDS))
+    listed = stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT_S).models[-1]
+    assert (tuple(listed.symbols), listed.symbol_count) == (WORDS[:256], len(WORDS))
 
 
 def test_version_0_is_the_newest(stub: ModelServiceStub) -> None:

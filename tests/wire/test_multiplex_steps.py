@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rnnserve.v1.prediction_pb2 import OutputOptions
-from rnnserve.v1.real_time_service_pb2 import NOTICE_REASON_DRAINING, StepBatch
+from rnnserve.v1.real_time_service_pb2 import NOTICE_REASON_DRAINING, StepBatch, TextSteps
 from rnnserve.v1.session_service_pb2 import DeleteSessionRequest
 from rnnserve.v1.session_service_pb2_grpc import SessionServiceStub
 from tests.support.bundles import LABELS, accumulated
@@ -156,7 +156,11 @@ def test_a_bad_step_of_one_session_is_refused_alone(call: MultiplexedCall, case:
         (StepBatch(handles=[0, 2], first_steps=[0, 0], tensor=tensor([[1.0]] * 2)), "FIELD_INVALID", "steps.handles"),
         (StepBatch(handles=range(2_000), first_steps=[0] * 2_000), "TOO_MANY_STEPS", "steps.handles"),
         (StepBatch(handles=[0, 1], first_steps=[0, 0]), "STEPS_MISSING", "steps.input"),
-        (StepBatch(handles=[0, 1], first_steps=[0, 0], text="ab"), "INPUT_KIND_MISMATCH", "steps.text"),
+        (
+            StepBatch(handles=[0, 1], first_steps=[0, 0], text=TextSteps(steps=["a", "b"])),
+            "INPUT_KIND_MISMATCH",
+            "steps.text",
+        ),
         (StepBatch(handles=[0], first_steps=[0], tensor=tensor([[1.0]] * 2)), "SHAPE_MISMATCH", "steps.tensor.shape"),
         (StepBatch(handles=[0], first_steps=[0], tensor=tensor([[1.0, 2.0]])), "SHAPE_MISMATCH", "steps.tensor.shape"),
     ],

@@ -228,9 +228,8 @@ def samples(
 ) -> None:
     """The held-out recordings that ship with a model."""
     with exit_codes(), _options(context).client() as client:
-        found = client.samples(model)
+        found, described = client.samples(model), client.model(model)
         if save is not None:
-            described = client.model(model)
             save.mkdir(parents=True, exist_ok=True)
             for sample in found:
                 stderr.print(f"wrote {write_sample(sample.input, described, save, sample.name)}", soft_wrap=True)
@@ -238,7 +237,7 @@ def samples(
             for sample in found:
                 show.print_json(show.sample_json(sample))
         else:
-            stdout.print(show.samples_table(found) if found else f"{model} ships no samples")
+            stdout.print(show.samples_table(found, described) if found else f"{model} ships no samples")
 
 
 @app.command()

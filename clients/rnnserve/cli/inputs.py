@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -65,9 +66,9 @@ def opened(file: str) -> Iterator[TextIO]:
 
 
 def read_steps(lines: Iterable[str], model: Model, file: str) -> Iterator[tuple[int, Input]]:
-    """The line and one step at a time, as the lines come: a character for a text model, (features,) otherwise."""
+    """The line and one step at a time, as they come: a character or a word for a text model, (features,) otherwise."""
     with _named(file):
-        yield from _characters(lines, model) if model.symbols else _rows(lines, model)
+        yield from _text_steps(_characters(lines), model) if model.symbols else _rows(lines, model)
 
 
 def not_empty(steps: Iterator[tuple[int, Input]], file: str) -> Iterator[tuple[int, Input]]:
@@ -105,8 +106,9 @@ def _json_sequences(text: str, model: Model, file: Path) -> list[Recording]:
 def _whole(text: str, model: Model, file: Path) -> Recording:
     """The file as one sequence."""
     if model.symbols:
-        characters = list(_characters(io.StringIO(text), model))
-        return Recording("".join(each for _, each in characters), str(file), [number for number, _ in characters])
+        steps = list(_text_steps(text, model))
+        blank = " " if model.unit == "word" else ""
+        return Recording(blank.join(each for _, each in steps), str(file), [number for number, _ in steps])
     rows = list(_rows(text.splitlines(), model))
     return Recording(_array([row for _, row in rows], model), str(file), [number for number, _ in rows])
 
@@ -157,9 +159,26 @@ def _text(value: Any, line: int) -> str:
     return value
 
 
-def _characters(lines: Iterable[str], model: Model) -> Iterator[tuple[int, str]]:
-    """Each with its line."""
-    return ((number, each) for number, line in enumerate(lines, 1) for each in _known_text(line, model))
+def _characters(lines: Iterable[str]) -> Iterator[str]:
+    """As they come: whoever asks an open file for lines waits for their ends."""
+    return iter(partial(lines.read, 1), "") if isinstance(lines, io.TextIOBase) else itertools.chain(*lines)
+
+
+def _text_steps(characters: Iterable[str], model: Model) -> Iterator[tuple[int, str]]:
+    """Each with its line; a word as soon as there is white space behind it."""
+    line, word = 1, ""
+    for character in characters:
+        if model.unit != "word":
+            if "\n" in model.symbols or character not in "\r\n":  # the ends of lines, unless the model knows them
+                yield line, character
+        elif not character.isspace():
+            word += character
+        elif word:
+            yield line, word
+            word = ""
+        line += character == "\n"
+    if word:
+        yield line, word
 
 
 def _rows(lines: Iterable[str], model: Model) -> Iterator[tuple[int, Row]]:
@@ -240,8 +259,3 @@ def _json_value(line: str, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise BadInput(f"line {number}: no JSON: {error}") from None
-
-
-def _known_text(text: str, model: Model) -> str:
-    """Without the ends of lines, where the model does not know them."""
-    return text if "\n" in model.symbols else text.replace("\r", "").replace("\n", "")

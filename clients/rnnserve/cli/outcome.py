@@ -18,12 +18,12 @@ _ADVICE: dict[type[errors.RnnserveError], str] = {
     errors.ModelNotFound: "`rnnserve models` lists what is served",
     errors.ModelInUse: "`rnnserve unload NAME --end-streams` ends them",
     errors.ModelNotStreamable: "`rnnserve predict` sends whole sequences",
-    errors.UnknownSymbol: "`rnnserve models NAME` lists the characters that it knows",
+    errors.UnknownSymbol: "`rnnserve models NAME` tells what it knows",
     errors.ShapeMismatch: "`rnnserve models NAME` lists the features of a step",
 }
 
 _IN_MESSAGE = re.compile(
-    r"^step \d+ of the (?:message|sequence) has | at character \d+"
+    r"^step \d+ of the (?:message|sequence) has | at (?:character|word) \d+"
 )  # of no use to whoever counts lines
 
 stderr = Console(stderr=True, highlight=False, markup=False)

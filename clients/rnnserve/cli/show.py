@@ -15,8 +15,10 @@ from rnnserve.session import Durability
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot
 from rnnserve.tensors import Array
+from rnnserve.texts import text_steps
 
 _UNLIMITED = 10_000
+_SHOWN_SYMBOLS = 50
 
 
 def print_json(value: Any) -> None:
@@ -73,7 +75,6 @@ def model_details(model: Model) -> Table:
     """All about one model."""
     table = Table.grid(padding=(0, 2))
     data = model.training_data
-    reads = f"text of {''.join(model.symbols)!r}" if model.symbols else ", ".join(model.features)
     rows = {
         "model": f"{model.name} v{model.version}",
         "what it does": model.summary,
@@ -81,7 +82,8 @@ def model_details(model: Model) -> Table:
         "network": f"{_network(model)}, {model.hidden_size} wide, {model.parameters:,} parameters",
         "serves": _serves(model),
         "not streamable": model.why_not_streamable,
-        "a step": reads,
+        "a step": _step(model),
+        "unknown steps": f"are read as {model.unknown!r}" if model.unknown is not None else "",
         "missing values": model.missing_values,
         "steps a second": f"{model.steps_per_second:g}" if model.steps_per_second else "",
         "answers": ", ".join(model.labels) or f"{model.outputs} numbers",
@@ -95,11 +97,12 @@ def model_details(model: Model) -> Table:
     return table
 
 
-def samples_table(samples: Iterable[Sample]) -> Table:
+def samples_table(samples: Iterable[Sample], model: Model) -> Table:
     """One line for each sample."""
     table = _table("sample", "label", "steps", "what it is")
     for sample in samples:
-        table.add_row(sample.name, sample.label or "", str(len(sample.input)), sample.description)
+        steps = text_steps(sample.input, model.unit) if isinstance(sample.input, str) else sample.input
+        table.add_row(sample.name, sample.label or "", str(len(steps)), sample.description)
     return table
 
 
@@ -175,6 +178,15 @@ def _by_label(probabilities: Array | None, model: Model) -> dict[str, float] | N
     if probabilities is None:
         return None
     return dict(zip(model.labels, probabilities.tolist(), strict=True))
+
+
+def _step(model: Model) -> str:
+    """What the model reads."""
+    if not model.symbols:
+        return ", ".join(model.features)
+    symbols = model.symbols[:_SHOWN_SYMBOLS]
+    shown = " ".join(symbols) if model.unit == "word" else repr("".join(symbols))
+    return f"a {model.unit} of {model.symbol_count:,}: {shown}{' …' * (len(symbols) < model.symbol_count)}"
 
 
 def _network(model: Model) -> str:

@@ -468,6 +468,10 @@ class Model(_message.Message):
     TRAINING_DATA_FIELD_NUMBER: _builtins.int
     WEIGHTS_SHA256_FIELD_NUMBER: _builtins.int
     DECODER_FIELD_NUMBER: _builtins.int
+    TEXT_UNIT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_SYMBOL_FIELD_NUMBER: _builtins.int
+    FOLD_CASE_FIELD_NUMBER: _builtins.int
+    SYMBOL_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     version: _builtins.int
@@ -500,13 +504,25 @@ class Model(_message.Message):
     """How many parameters it has."""
     weights_sha256: _builtins.str
     """SHA-256 of the weights, as hexadecimal digits."""
+    text_unit: _tensor_pb2.TextUnit.ValueType
+    """What a step of a text is. Unspecified for a numeric model."""
+    unknown_symbol: _builtins.str
+    """Which of the symbols stands for each step that is none of them. Not set = such a step is UNKNOWN_SYMBOL."""
+    fold_case: _builtins.bool
+    """Whether a step that is no symbol is also looked up in lower case (Unicode's full case folding) and, if it is a word,
+    without punctuation and signs at its ends, before it is unknown.
+    """
+    symbol_count: _builtins.int
+    """How many symbols there are."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The names of the features of a step, in order. Empty for a text model."""
 
     @_builtins.property
     def symbols(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The characters that a text model knows. Empty for a numeric model."""
+        """The characters or words that a text model knows, see `text_unit`. Empty for a numeric model. Of a model that is
+        listed only the first 256; GetModel gives all.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -549,12 +565,18 @@ class Model(_message.Message):
         training_data: Global___TrainingData | None = ...,
         weights_sha256: _builtins.str = ...,
         decoder: Global___Decoder | None = ...,
+        text_unit: _tensor_pb2.TextUnit.ValueType = ...,
+        unknown_symbol: _builtins.str | None = ...,
+        fold_case: _builtins.bool = ...,
+        symbol_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decoder", b"decoder", "quality", b"quality", "training_data", b"training_data"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "decoder", b"decoder", "quality", b"quality", "training_data", b"training_data", "unknown_symbol", b"unknown_symbol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbols", b"symbols", "training_data", b"training_data", "transition_layers", b"transition_layers", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__unknown_symbol: _TypeAlias = _typing.Literal["unknown_symbol"]  # noqa: Y015
+    _WhichOneofArgType__unknown_symbol: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unknown_symbol) -> _WhichOneofReturnType__unknown_symbol | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 

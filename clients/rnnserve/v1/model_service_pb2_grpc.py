@@ -69,7 +69,7 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """All models, by name and version.
+        """All models, by name and version; of each at most the first 256 symbols.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,7 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
-    """All models, by name and version."""
+    """All models, by name and version; of each at most the first 256 symbols."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
     """One model."""
     ListSamples: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListSamplesRequest, _model_service_pb2.ListSamplesResponse]
@@ -58,7 +58,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """All models, by name and version."""
+    """All models, by name and version; of each at most the first 256 symbols."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """One model."""
     ListSamples: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListSamplesRequest, _model_service_pb2.ListSamplesResponse]  # type: ignore[assignment]
@@ -83,7 +83,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ListModelsResponse, _abc.Awaitable[_model_service_pb2.ListModelsResponse]]:
-        """All models, by name and version."""
+        """All models, by name and version; of each at most the first 256 symbols."""
 
     @_abc_1.abstractmethod
     def GetModel(

@@ -28,17 +28,17 @@ from rnnserve.v1 import prediction_pb2 as rnnserve_dot_v1_dot_prediction__pb2
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rnnserve/v1/real_time_service.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"\xdd\x01\n\x12StreamStepsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.rnnserve.v1.OpenSessionH\x00\x12#\n\x05steps\x18\x02 \x01(\x0b\x32\x12.rnnserve.v1.StepsH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.ResetSessionH\x00\x12*\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.CloseSessionH\x00\x12\x15\n\ranswered_step\x18\x05 \x01(\x04\x42\t\n\x07request\"\xe4\x01\n\x0bOpenSession\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0frequire_durable\x18\x07 \x01(\x08\x12\x0f\n\x07rebuild\x18\x08 \x01(\x08\x12\x11\n\tcaller_id\x18\t \x01(\x0c\x12\x11\n\ttake_over\x18\n \x01(\x08\"o\n\x05Steps\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12%\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x07\n\x05inputB\r\n\x0b_first_step\"6\n\x0cResetSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"6\n\x0c\x43loseSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\xe6\x02\n\x13StreamStepsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpenedH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.StepsAnswerH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.SessionResetH\x00\x12,\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosedH\x00\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12%\n\x06notice\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12-\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x17.rnnserve.v1.CheckpointH\x00\x12\x14\n\x0c\x64urable_step\x18\x08 \x01(\x04\x42\n\n\x08response\"\xdb\x01\n\rSessionOpened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_steps_per_message\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.rnnserve.v1.Durability\x12\x30\n\rresume_window\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0c\n\nCheckpoint\"\x86\x01\n\x0bStepsAnswer\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12+\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12#\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0cSessionReset\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"2\n\rSessionClosed\x12\x11\n\tnext_step\x18\x01 \x01(\x04\x12\x0e\n\x06\x65rased\x18\x02 \x01(\x08\"r\n\x06Notice\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.rnnserve.v1.NoticeReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12,\n\ttime_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xca\x01\n\x15MultiplexStepsRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.rnnserve.v1.OpenHandleH\x00\x12\'\n\x05steps\x18\x02 \x01(\x0b\x32\x16.rnnserve.v1.StepBatchH\x00\x12)\n\x05reset\x18\x03 \x01(\x0b\x32\x18.rnnserve.v1.ResetHandleH\x00\x12)\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x18.rnnserve.v1.CloseHandleH\x00\x42\t\n\x07request\"[\n\nOpenHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.OpenSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"\x89\x01\n\tStepBatch\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x16\n\x0e\x61nswered_steps\x18\x03 \x03(\x04\x12%\n\x06tensor\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x05 \x01(\tH\x00\x42\x07\n\x05input\"^\n\x0bResetHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x05reset\x18\x02 \x01(\x0b\x32\x19.rnnserve.v1.ResetSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"^\n\x0b\x43loseHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x05\x63lose\x18\x02 \x01(\x0b\x32\x19.rnnserve.v1.CloseSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"\x8c\x03\n\x16MultiplexStepsResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.rnnserve.v1.HandleOpenedH\x00\x12.\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1c.rnnserve.v1.StepBatchAnswerH\x00\x12.\n\x07refused\x18\x03 \x01(\x0b\x32\x1b.rnnserve.v1.HandlesRefusedH\x00\x12)\n\x05reset\x18\x04 \x01(\x0b\x32\x18.rnnserve.v1.HandleResetH\x00\x12+\n\x06\x63losed\x18\x05 \x01(\x0b\x32\x19.rnnserve.v1.HandleClosedH\x00\x12*\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x19.rnnserve.v1.HandlesEndedH\x00\x12%\n\x06notice\x18\x07 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12.\n\x07\x64urable\x18\x08 \x01(\x0b\x32\x1b.rnnserve.v1.HandlesDurableH\x00\x42\n\n\x08response\"\xa9\x01\n\x0cHandleOpened\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpened\x12\x14\n\x0c\x64urable_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_outstanding_steps\x18\x04 \x01(\r\x12(\n\x06missed\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.StepsAnswer\"{\n\x0fStepBatchAnswer\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x15\n\rdurable_steps\x18\x03 \x03(\x04\x12+\n\nprediction\x18\x04 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\"m\n\x0eHandlesRefused\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x12\n\nnext_steps\x18\x03 \x03(\x04\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"F\n\x0bHandleReset\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\tnext_step\x18\x02 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x03 \x01(\x04\"J\n\x0cHandleClosed\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosed\"B\n\x0cHandlesEnded\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"8\n\x0eHandlesDurable\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x15\n\rdurable_steps\x18\x02 \x03(\x04*l\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x15\n\x11\x44URABILITY_STORED\x10\x03*d\n\x0cNoticeReason\x12\x1d\n\x19NOTICE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_REASON_DRAINING\x10\x01\x12\x19\n\x15NOTICE_REASON_EVICTED\x10\x02\x32\xc6\x01\n\x0fRealTimeService\x12T\n\x0bStreamSteps\x12\x1f.rnnserve.v1.StreamStepsRequest\x1a .rnnserve.v1.StreamStepsResponse(\x01\x30\x01\x12]\n\x0eMultiplexSteps\x12\".rnnserve.v1.MultiplexStepsRequest\x1a#.rnnserve.v1.MultiplexStepsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rnnserve/v1/real_time_service.proto\x12\x0brnnserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1crnnserve/v1/prediction.proto\x1a\x18rnnserve/v1/tensor.proto\"\xdd\x01\n\x12StreamStepsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.rnnserve.v1.OpenSessionH\x00\x12#\n\x05steps\x18\x02 \x01(\x0b\x32\x12.rnnserve.v1.StepsH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.ResetSessionH\x00\x12*\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x19.rnnserve.v1.CloseSessionH\x00\x12\x15\n\ranswered_step\x18\x05 \x01(\x04\x42\t\n\x07request\"\xe4\x01\n\x0bOpenSession\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.OutputOptions\x12\x14\n\x0cresume_token\x18\x05 \x01(\x0c\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x17\n\x0frequire_durable\x18\x07 \x01(\x08\x12\x0f\n\x07rebuild\x18\x08 \x01(\x08\x12\x11\n\tcaller_id\x18\t \x01(\x0c\x12\x11\n\ttake_over\x18\n \x01(\x08\"o\n\x05Steps\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x01\x88\x01\x01\x12%\n\x06tensor\x18\x02 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x07\n\x05inputB\r\n\x0b_first_step\"6\n\x0cResetSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"6\n\x0c\x43loseSession\x12\x17\n\nfirst_step\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_first_step\"\xe6\x02\n\x13StreamStepsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpenedH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.StepsAnswerH\x00\x12*\n\x05reset\x18\x03 \x01(\x0b\x32\x19.rnnserve.v1.SessionResetH\x00\x12,\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosedH\x00\x12#\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12%\n\x06notice\x18\x06 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12-\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x17.rnnserve.v1.CheckpointH\x00\x12\x14\n\x0c\x64urable_step\x18\x08 \x01(\x04\x42\n\n\x08response\"\x85\x02\n\rSessionOpened\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_steps_per_message\x18\x04 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12+\n\ndurability\x18\x06 \x01(\x0e\x32\x17.rnnserve.v1.Durability\x12\x30\n\rresume_window\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\ttext_unit\x18\x08 \x01(\x0e\x32\x15.rnnserve.v1.TextUnit\"\x0c\n\nCheckpoint\"\x86\x01\n\x0bStepsAnswer\x12\x12\n\nfirst_step\x18\x01 \x01(\x04\x12+\n\nprediction\x18\x02 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\x12\x11\n\tnext_step\x18\x03 \x01(\x04\x12#\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0cSessionReset\x12\x11\n\tnext_step\x18\x01 \x01(\x04\"2\n\rSessionClosed\x12\x11\n\tnext_step\x18\x01 \x01(\x04\x12\x0e\n\x06\x65rased\x18\x02 \x01(\x08\"r\n\x06Notice\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.rnnserve.v1.NoticeReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12,\n\ttime_left\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xca\x01\n\x15MultiplexStepsRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.rnnserve.v1.OpenHandleH\x00\x12\'\n\x05steps\x18\x02 \x01(\x0b\x32\x16.rnnserve.v1.StepBatchH\x00\x12)\n\x05reset\x18\x03 \x01(\x0b\x32\x18.rnnserve.v1.ResetHandleH\x00\x12)\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x18.rnnserve.v1.CloseHandleH\x00\x42\t\n\x07request\"[\n\nOpenHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x18.rnnserve.v1.OpenSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"\xa1\x01\n\tStepBatch\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x16\n\x0e\x61nswered_steps\x18\x03 \x03(\x04\x12%\n\x06tensor\x18\x04 \x01(\x0b\x32\x13.rnnserve.v1.TensorH\x00\x12&\n\x04text\x18\x05 \x01(\x0b\x32\x16.rnnserve.v1.TextStepsH\x00\x42\x07\n\x05input\"\x1a\n\tTextSteps\x12\r\n\x05steps\x18\x01 \x03(\t\"^\n\x0bResetHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x05reset\x18\x02 \x01(\x0b\x32\x19.rnnserve.v1.ResetSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"^\n\x0b\x43loseHandle\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12(\n\x05\x63lose\x18\x02 \x01(\x0b\x32\x19.rnnserve.v1.CloseSession\x12\x15\n\ranswered_step\x18\x03 \x01(\x04\"\x8c\x03\n\x16MultiplexStepsResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.rnnserve.v1.HandleOpenedH\x00\x12.\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1c.rnnserve.v1.StepBatchAnswerH\x00\x12.\n\x07refused\x18\x03 \x01(\x0b\x32\x1b.rnnserve.v1.HandlesRefusedH\x00\x12)\n\x05reset\x18\x04 \x01(\x0b\x32\x18.rnnserve.v1.HandleResetH\x00\x12+\n\x06\x63losed\x18\x05 \x01(\x0b\x32\x19.rnnserve.v1.HandleClosedH\x00\x12*\n\x05\x65nded\x18\x06 \x01(\x0b\x32\x19.rnnserve.v1.HandlesEndedH\x00\x12%\n\x06notice\x18\x07 \x01(\x0b\x32\x13.rnnserve.v1.NoticeH\x00\x12.\n\x07\x64urable\x18\x08 \x01(\x0b\x32\x1b.rnnserve.v1.HandlesDurableH\x00\x42\n\n\x08response\"\xa9\x01\n\x0cHandleOpened\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06opened\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionOpened\x12\x14\n\x0c\x64urable_step\x18\x03 \x01(\x04\x12\x1d\n\x15max_outstanding_steps\x18\x04 \x01(\r\x12(\n\x06missed\x18\x05 \x03(\x0b\x32\x18.rnnserve.v1.StepsAnswer\"{\n\x0fStepBatchAnswer\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x15\n\rdurable_steps\x18\x03 \x03(\x04\x12+\n\nprediction\x18\x04 \x01(\x0b\x32\x17.rnnserve.v1.Prediction\"m\n\x0eHandlesRefused\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x13\n\x0b\x66irst_steps\x18\x02 \x03(\x04\x12\x12\n\nnext_steps\x18\x03 \x03(\x04\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"F\n\x0bHandleReset\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\tnext_step\x18\x02 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x03 \x01(\x04\"J\n\x0cHandleClosed\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12*\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1a.rnnserve.v1.SessionClosed\"B\n\x0cHandlesEnded\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"8\n\x0eHandlesDurable\x12\x0f\n\x07handles\x18\x01 \x03(\r\x12\x15\n\rdurable_steps\x18\x02 \x03(\x04*l\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x16\n\x12\x44URABILITY_PROCESS\x10\x02\x12\x15\n\x11\x44URABILITY_STORED\x10\x03*d\n\x0cNoticeReason\x12\x1d\n\x19NOTICE_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16NOTICE_REASON_DRAINING\x10\x01\x12\x19\n\x15NOTICE_REASON_EVICTED\x10\x02\x32\xc6\x01\n\x0fRealTimeService\x12T\n\x0bStreamSteps\x12\x1f.rnnserve.v1.StreamStepsRequest\x1a .rnnserve.v1.StreamStepsResponse(\x01\x30\x01\x12]\n\x0eMultiplexSteps\x12\".rnnserve.v1.MultiplexStepsRequest\x1a#.rnnserve.v1.MultiplexStepsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.real_time_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DURABILITY']._serialized_start=3493
-  _globals['_DURABILITY']._serialized_end=3601
-  _globals['_NOTICEREASON']._serialized_start=3603
-  _globals['_NOTICEREASON']._serialized_end=3703
+  _globals['_DURABILITY']._serialized_start=3587
+  _globals['_DURABILITY']._serialized_end=3695
+  _globals['_NOTICEREASON']._serialized_start=3697
+  _globals['_NOTICEREASON']._serialized_end=3797
   _globals['_STREAMSTEPSREQUEST']._serialized_start=166
   _globals['_STREAMSTEPSREQUEST']._serialized_end=387
   _globals['_OPENSESSION']._serialized_start=390
@@ -52,43 +52,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMSTEPSRESPONSE']._serialized_start=846
   _globals['_STREAMSTEPSRESPONSE']._serialized_end=1204
   _globals['_SESSIONOPENED']._serialized_start=1207
-  _globals['_SESSIONOPENED']._serialized_end=1426
-  _globals['_CHECKPOINT']._serialized_start=1428
-  _globals['_CHECKPOINT']._serialized_end=1440
-  _globals['_STEPSANSWER']._serialized_start=1443
-  _globals['_STEPSANSWER']._serialized_end=1577
-  _globals['_SESSIONRESET']._serialized_start=1579
-  _globals['_SESSIONRESET']._serialized_end=1612
-  _globals['_SESSIONCLOSED']._serialized_start=1614
-  _globals['_SESSIONCLOSED']._serialized_end=1664
-  _globals['_NOTICE']._serialized_start=1666
-  _globals['_NOTICE']._serialized_end=1780
-  _globals['_MULTIPLEXSTEPSREQUEST']._serialized_start=1783
-  _globals['_MULTIPLEXSTEPSREQUEST']._serialized_end=1985
-  _globals['_OPENHANDLE']._serialized_start=1987
-  _globals['_OPENHANDLE']._serialized_end=2078
-  _globals['_STEPBATCH']._serialized_start=2081
-  _globals['_STEPBATCH']._serialized_end=2218
-  _globals['_RESETHANDLE']._serialized_start=2220
-  _globals['_RESETHANDLE']._serialized_end=2314
-  _globals['_CLOSEHANDLE']._serialized_start=2316
-  _globals['_CLOSEHANDLE']._serialized_end=2410
-  _globals['_MULTIPLEXSTEPSRESPONSE']._serialized_start=2413
-  _globals['_MULTIPLEXSTEPSRESPONSE']._serialized_end=2809
-  _globals['_HANDLEOPENED']._serialized_start=2812
-  _globals['_HANDLEOPENED']._serialized_end=2981
-  _globals['_STEPBATCHANSWER']._serialized_start=2983
-  _globals['_STEPBATCHANSWER']._serialized_end=3106
-  _globals['_HANDLESREFUSED']._serialized_start=3108
-  _globals['_HANDLESREFUSED']._serialized_end=3217
-  _globals['_HANDLERESET']._serialized_start=3219
-  _globals['_HANDLERESET']._serialized_end=3289
-  _globals['_HANDLECLOSED']._serialized_start=3291
-  _globals['_HANDLECLOSED']._serialized_end=3365
-  _globals['_HANDLESENDED']._serialized_start=3367
-  _globals['_HANDLESENDED']._serialized_end=3433
-  _globals['_HANDLESDURABLE']._serialized_start=3435
-  _globals['_HANDLESDURABLE']._serialized_end=3491
-  _globals['_REALTIMESERVICE']._serialized_start=3706
-  _globals['_REALTIMESERVICE']._serialized_end=3904
+  _globals['_SESSIONOPENED']._serialized_end=1468
+  _globals['_CHECKPOINT']._serialized_start=1470
+  _globals['_CHECKPOINT']._serialized_end=1482
+  _globals['_STEPSANSWER']._serialized_start=1485
+  _globals['_STEPSANSWER']._serialized_end=1619
+  _globals['_SESSIONRESET']._serialized_start=1621
+  _globals['_SESSIONRESET']._serialized_end=1654
+  _globals['_SESSIONCLOSED']._serialized_start=1656
+  _globals['_SESSIONCLOSED']._serialized_end=1706
+  _globals['_NOTICE']._serialized_start=1708
+  _globals['_NOTICE']._serialized_end=1822
+  _globals['_MULTIPLEXSTEPSREQUEST']._serialized_start=1825
+  _globals['_MULTIPLEXSTEPSREQUEST']._serialized_end=2027
+  _globals['_OPENHANDLE']._serialized_start=2029
+  _globals['_OPENHANDLE']._serialized_end=2120
+  _globals['_STEPBATCH']._serialized_start=2123
+  _globals['_STEPBATCH']._serialized_end=2284
+  _globals['_TEXTSTEPS']._serialized_start=2286
+  _globals['_TEXTSTEPS']._serialized_end=2312
+  _globals['_RESETHANDLE']._serialized_start=2314
+  _globals['_RESETHANDLE']._serialized_end=2408
+  _globals['_CLOSEHANDLE']._serialized_start=2410
+  _globals['_CLOSEHANDLE']._serialized_end=2504
+  _globals['_MULTIPLEXSTEPSRESPONSE']._serialized_start=2507
+  _globals['_MULTIPLEXSTEPSRESPONSE']._serialized_end=2903
+  _globals['_HANDLEOPENED']._serialized_start=2906
+  _globals['_HANDLEOPENED']._serialized_end=3075
+  _globals['_STEPBATCHANSWER']._serialized_start=3077
+  _globals['_STEPBATCHANSWER']._serialized_end=3200
+  _globals['_HANDLESREFUSED']._serialized_start=3202
+  _globals['_HANDLESREFUSED']._serialized_end=3311
+  _globals['_HANDLERESET']._serialized_start=3313
+  _globals['_HANDLERESET']._serialized_end=3383
+  _globals['_HANDLECLOSED']._serialized_start=3385
+  _globals['_HANDLECLOSED']._serialized_end=3459
+  _globals['_HANDLESENDED']._serialized_start=3461
+  _globals['_HANDLESENDED']._serialized_end=3527
+  _globals['_HANDLESDURABLE']._serialized_start=3529
+  _globals['_HANDLESDURABLE']._serialized_end=3585
+  _globals['_REALTIMESERVICE']._serialized_start=3800
+  _globals['_REALTIMESERVICE']._serialized_end=3998
 # @@protoc_insertion_point(module_scope)

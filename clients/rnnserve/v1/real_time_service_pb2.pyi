@@ -211,7 +211,9 @@ class Steps(_message.Message):
     Mandatory; another index than the session's next one is STEP_OUT_OF_ORDER, with the expected index.
     """
     text: _builtins.str
-    """For a text model: one step for each character."""
+    """For a text model: one step for each character, or for each word, as `text_unit` says. Words are whole: none goes on
+    in the next message.
+    """
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
         """For a numeric model: (steps, features) float32."""
@@ -371,6 +373,7 @@ class SessionOpened(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
     RESUME_WINDOW_FIELD_NUMBER: _builtins.int
+    TEXT_UNIT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model that was found."""
     version: _builtins.int
@@ -383,6 +386,8 @@ class SessionOpened(_message.Message):
     """How many bytes one message may have."""
     durability: Global___Durability.ValueType
     """What the session survives."""
+    text_unit: _tensor_pb2.TextUnit.ValueType
+    """What a step of a text is. Unspecified for a numeric model."""
     @_builtins.property
     def resume_window(self) -> _duration_pb2.Duration:
         """How long the session is kept without a stream."""
@@ -397,10 +402,11 @@ class SessionOpened(_message.Message):
         max_message_bytes: _builtins.int = ...,
         durability: Global___Durability.ValueType = ...,
         resume_window: _duration_pb2.Duration | None = ...,
+        text_unit: _tensor_pb2.TextUnit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_window", b"resume_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "resume_window", b"resume_window", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "resume_window", b"resume_window", "text_unit", b"text_unit", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -633,8 +639,6 @@ class StepBatch(_message.Message):
     ANSWERED_STEPS_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """For a text model: one character for each handle."""
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Each at most once, and all of the same version of one model. Otherwise nothing of the message is applied, and all
@@ -653,6 +657,10 @@ class StepBatch(_message.Message):
     def tensor(self) -> _tensor_pb2.Tensor:
         """For a numeric model: (handles, features) float32."""
 
+    @_builtins.property
+    def text(self) -> Global___TextSteps:
+        """For a text model."""
+
     def __init__(
         self,
         *,
@@ -660,7 +668,7 @@ class StepBatch(_message.Message):
         first_steps: _abc.Iterable[_builtins.int] | None = ...,
         answered_steps: _abc.Iterable[_builtins.int] | None = ...,
         tensor: _tensor_pb2.Tensor | None = ...,
-        text: _builtins.str = ...,
+        text: Global___TextSteps | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "tensor", b"tensor", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -671,6 +679,30 @@ class StepBatch(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___StepBatch: _TypeAlias = StepBatch  # noqa: Y015
+
+@_typing.final
+class TextSteps(_message.Message):
+    """Text of several sessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """One step of each, a character or a word. What is no step, or more than one, is refused alone."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextSteps: _TypeAlias = TextSteps  # noqa: Y015
 
 @_typing.final
 class ResetHandle(_message.Message):

@@ -30,7 +30,7 @@ class Sequence(_message.Message):
     TENSOR_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """For a text model: one step for each character."""
+    """For a text model: one step for each character, or for each word, as Model.text_unit says."""
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
         """For a numeric model: (steps, features) float32."""
@@ -242,7 +242,7 @@ class SequencePart(_message.Message):
     """Whether the sequence ends with it. A stream that ends before is an error of that sequence."""
     @_builtins.property
     def sequence(self) -> Global___Sequence:
-        """At least one step, and no more than fit into a message with a whole sequence."""
+        """At least one step, and no more than fit into a message with a whole sequence. Of words: whole ones."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18rnnserve/v1/tensor.proto\x12\x0brnnserve.v1\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18rnnserve/v1/tensor.proto\x12\x0brnnserve.v1\"O\n\x06Tensor\x12(\n\tdata_type\x18\x01 \x01(\x0e\x32\x15.rnnserve.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c*<\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01*R\n\x08TextUnit\x12\x19\n\x15TEXT_UNIT_UNSPECIFIED\x10\x00\x12\x17\n\x13TEXT_UNIT_CHARACTER\x10\x01\x12\x12\n\x0eTEXT_UNIT_WORD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DATATYPE']._serialized_start=122
   _globals['_DATATYPE']._serialized_end=182
+  _globals['_TEXTUNIT']._serialized_start=184
+  _globals['_TEXTUNIT']._serialized_end=266
   _globals['_TENSOR']._serialized_start=41
   _globals['_TENSOR']._serialized_end=120
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,30 @@ DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 single precision: the inputs of numeric models, and all outputs."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _TextUnit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TextUnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TextUnit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TEXT_UNIT_UNSPECIFIED: _TextUnit.ValueType  # 0
+    """The model reads no text."""
+    TEXT_UNIT_CHARACTER: _TextUnit.ValueType  # 1
+    """A Unicode code point."""
+    TEXT_UNIT_WORD: _TextUnit.ValueType  # 2
+    """A word: what stands between white space, which is what Unicode calls White_Space, and U+001C to U+001F."""
+
+class TextUnit(_TextUnit, metaclass=_TextUnitEnumTypeWrapper):
+    """What a step of a text is."""
+
+TEXT_UNIT_UNSPECIFIED: TextUnit.ValueType  # 0
+"""The model reads no text."""
+TEXT_UNIT_CHARACTER: TextUnit.ValueType  # 1
+"""A Unicode code point."""
+TEXT_UNIT_WORD: TextUnit.ValueType  # 2
+"""A word: what stands between white space, which is what Unicode calls White_Space, and U+001C to U+001F."""
+Global___TextUnit: _TypeAlias = TextUnit  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """An array of numbers in one message."""
