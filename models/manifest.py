@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
-from itertools import takewhile
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
@@ -37,6 +36,7 @@ Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 LEAST_FLOAT32, MOST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+MAX_FOLDED_CHARACTERS = 64  # a text of long ones would take a second
 MAX_WIDTH = 2**16  # of a layer, so that the size of any network can be reckoned
 
 
@@ -49,8 +49,12 @@ def _differing(entries: tuple[str, ...]) -> tuple[str, ...]:
 
 def _without_punctuation(word: str) -> str:
     """Nor signs, at either end."""
-    word = word[len(list(takewhile(_is_punctuation, word))) :]
-    return word[: len(word) - len(list(takewhile(_is_punctuation, reversed(word))))]
+    start, end = 0, len(word)
+    while start < end and _is_punctuation(word[start]):
+        start += 1
+    while start < end and _is_punctuation(word[end - 1]):
+        end -= 1
+    return word[start:end]
 
 
 def _is_punctuation(character: str) -> bool:
@@ -133,7 +137,8 @@ class TextInput(_Part):
     """Text, a character or a word a step; the number of a symbol is its place in `symbols`.
 
     A step is the symbol that it equals. Else, with `fold_case`, the one that its `casefold()` equals, then, if it is a
-    word, the one that this equals without the punctuation and signs at its ends. Else it is `unknown`, or refused.
+    word, the one that this equals without the punctuation and signs at its ends; but a word of more than 64 characters
+    is not folded. Else it is `unknown`, or refused.
     """
 
     kind: Literal["text"] = "text"
@@ -164,8 +169,10 @@ class TextInput(_Part):
 
     def number_of(self, step: str) -> int | None:
         """The number of the first form of a step that is a symbol, else of `unknown`; None = it is refused."""
-        found = (self.numbers[form] for form in self._forms(step) if form in self.numbers)
-        return next(found, self._number_of_unknown)
+        for form in self._forms(step):
+            if (number := self.numbers.get(form)) is not None:
+                return number
+        return self._number_of_unknown
 
     def numbers_of(self, steps: Sequence[str]) -> NDArray[np.int64]:
         """(steps,) numbers of their symbols. Raises UnknownSymbolError."""
@@ -182,9 +189,9 @@ class TextInput(_Part):
         return self.numbers_of(self.steps(text))
 
     def _forms(self, step: str) -> Iterator[str]:
-        """A step as it is; with `fold_case` in lower case, too; and a word without the punctuation at its ends."""
+        """In which it is looked up, in this order."""
         yield step
-        if self.fold_case:
+        if self.fold_case and len(step) <= MAX_FOLDED_CHARACTERS:
             yield (folded := step.casefold())
             if self.unit == "word":
                 yield _without_punctuation(folded)

@@ -44,6 +44,8 @@ def test_a_word_is_what_white_space_separates() -> None:
         ("?!", "(unknown)"),
         ("🙂film🙂", "film"),
         ("(unknown)", "(unknown)"),
+        ("film" + "!" * 60, "film"),
+        ("film" + "!" * 61, "(unknown)"),  # longer than what is folded
     ],
 )
 def test_a_word_is_the_first_of_its_forms_that_is_a_symbol(step: str, symbol: str) -> None:

@@ -161,7 +161,9 @@ def _text(value: Any, line: int) -> str:
 
 def _characters(lines: Iterable[str]) -> Iterator[str]:
     """As they come: whoever asks an open file for lines waits for their ends."""
-    return iter(partial(lines.read, 1), "") if isinstance(lines, io.TextIOBase) else itertools.chain(*lines)
+    if isinstance(lines, io.TextIOBase):
+        return iter(partial(lines.read, 1), "")
+    return itertools.chain.from_iterable(lines)
 
 
 def _text_steps(characters: Iterable[str], model: Model) -> Iterator[tuple[int, str]]:

@@ -510,7 +510,7 @@ class Model(_message.Message):
     """Which of the symbols stands for each step that is none of them. Not set = such a step is UNKNOWN_SYMBOL."""
     fold_case: _builtins.bool
     """Whether a step that is no symbol is also looked up in lower case (Unicode's full case folding) and, if it is a word,
-    without punctuation and signs at its ends, before it is unknown.
+    without punctuation and signs at its ends, before it is unknown. Not if it has more than 64 characters.
     """
     symbol_count: _builtins.int
     """How many symbols there are."""

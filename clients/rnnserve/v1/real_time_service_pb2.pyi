@@ -211,8 +211,8 @@ class Steps(_message.Message):
     Mandatory; another index than the session's next one is STEP_OUT_OF_ORDER, with the expected index.
     """
     text: _builtins.str
-    """For a text model: one step for each character, or for each word, as `text_unit` says. Words are whole: none goes on
-    in the next message.
+    """For a text model: one step for each character, or for each word, as SessionOpened.text_unit says. Words are whole:
+    none goes on in the next message.
     """
     @_builtins.property
     def tensor(self) -> _tensor_pb2.Tensor:
@@ -689,7 +689,7 @@ class TextSteps(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """One step of each, a character or a word. What is no step, or more than one, is refused alone."""
+        """A step of each handle, a character or a word. What is no step, or more than one, is refused alone."""
 
     def __init__(
         self,
