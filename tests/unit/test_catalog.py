@@ -21,6 +21,7 @@ def test_bundles_come_by_name_then_by_version(catalog: Catalog) -> None:
         ("text", 1),
         ("vanilla", 1),
         ("vanilla", 2),
+        ("words", 1),
     ]
 
 
