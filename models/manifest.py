@@ -315,6 +315,6 @@ class Manifest(_Part):
         if self.network.decoder is not None and len(self.output.labels) < 2:
             raise ValueError("network.decoder needs two output.labels or more, the first of which means the end")
         for number, sample in enumerate(self.samples):
-            if self.pattern == "many-to-one" and self._is_unknown(sample.label):
+            if self.pattern in ("one-to-one", "many-to-one") and self._is_unknown(sample.label):
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")
         return self

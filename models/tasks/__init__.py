@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from models.tasks import speaker
 from models.tasks.activity import ACTIVITY
-from models.tasks.speaker import BIDIRECTIONAL, SPEAKER
 from models.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (SPEAKER, BIDIRECTIONAL, ACTIVITY)}
+TASKS: dict[str, Task] = {task.name: task for task in (speaker.SPEAKER, speaker.BIDIRECTIONAL, ACTIVITY)}

@@ -84,9 +84,9 @@ def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Man
 
 def samples_of(bundle: Bundle) -> list[Recording]:
     """The recordings that ship with a bundle and say what they are."""
-    labels, is_row = bundle.manifest.output.labels, bundle.manifest.pattern != "many-to-one"
+    labels, is_row = bundle.manifest.output.labels, not bundle.manifest.pattern.endswith("to-one")
     return [
-        Recording(values, target_of(sample.label, labels, is_row=is_row), sample.file)
+        Recording(values, target_of(sample.label, labels, is_row=is_row), sample.description)
         for sample, values in zip(bundle.manifest.samples, bundle.samples, strict=True)
         if sample.label
     ]

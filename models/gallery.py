@@ -1,0 +1,73 @@
+"""docs/models.md: every bundle at a glance, as its manifest states it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from models.bundle import load_manifest
+from models.manifest import Manifest, Pattern
+from models.training.card import parameters_of, table
+
+PATTERNS: dict[Pattern, str] = {
+    "one-to-one": "One-to-one: a step in, an answer out",
+    "one-to-many": "One-to-many: a beginning in, a sequence out",
+    "many-to-one": "Many-to-one: a sequence in, an answer out",
+    "many-to-many aligned": "Many-to-many, Tx = Ty: an answer about each step",
+    "many-to-many unaligned": "Many-to-many, Tx ≠ Ty: a sequence in, one of another length out",
+}
+
+
+def describe_gallery(repository: Path, page: Path) -> str:
+    """The page in Markdown; `page` is where it will stand, for its links."""
+    folders = sorted(path.parent for path in repository.glob("*/*/manifest.json"))
+    manifests = {folder: load_manifest(folder) for folder in folders}
+    size_bytes = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    parts = [
+        "# The models",
+        "Trained networks that come with the project, by pattern. This page is written by `python -m models gallery`; "
+        "each name leads to a card with data, licence, split, intervals, curves and known failures. "
+        f"{len(folders)} bundles, {size_bytes / 1e6:.1f} MB in all.",
+    ]
+    for pattern, title in PATTERNS.items():
+        chosen = {folder: manifest for folder, manifest in manifests.items() if manifest.pattern == pattern}
+        if chosen:
+            parts.append(f"## {title}")
+            parts += [_entry(manifest, _link(folder, page)) for folder, manifest in chosen.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _link(folder: Path, page: Path) -> str:
+    return os.path.relpath(folder.resolve(), page.resolve().parent)
+
+
+def _entry(manifest: Manifest, link: str) -> str:
+    spec, quality = manifest.network, manifest.quality
+    shape = f"{spec.layers} × {spec.cell}, {spec.direction}, {spec.hidden_size} units"
+    decoder = ", and a decoder with attention" if spec.decoder and spec.decoder.attention else ""
+    rows = [
+        ["network", f"{shape}{decoder}; {parameters_of(spec):,} parameters"],
+        ["held-out data", f"**{quality.value:.2f}** {quality.metric} ({quality.items:,} items)"],
+        ["streams", _streams(manifest)],
+        ["data", f"{manifest.data.name}; {manifest.data.licence}"],
+    ]
+    if manifest.repeats and len(manifest.repeats.values) > 1:
+        rows.insert(2, [f"mean over {manifest.repeats.over}", f"{manifest.repeats.mean:.2f}"])
+    return (
+        f"### [{manifest.name}]({link}/README.md)\n\n{manifest.summary}\n\n{table(['', ''], rows)}\n\n"
+        f"```\n{_try(manifest)}\n```\n\n![{manifest.name}: training curves]({link}/curves.png)"
+    )
+
+
+def _streams(manifest: Manifest) -> str:
+    if why_not := manifest.network.why_not_streamable:
+        return f"no: {why_not}"
+    return f"yes, {manifest.look_ahead} steps behind" if manifest.look_ahead else "yes"
+
+
+def _try(manifest: Manifest) -> str:
+    """A line for a shell that tries it over the service."""
+    if manifest.pattern == "one-to-many":
+        return f"rnnserve generate {manifest.name} --seed 7"
+    command = "stream" if manifest.network.streamable else "predict"
+    return f"rnnserve {command} {manifest.name} models/repository/{manifest.name}/1/{manifest.samples[0].file}"
