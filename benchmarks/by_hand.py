@@ -21,6 +21,7 @@ from benchmarks.echo_server import serve
 from benchmarks.stacked_lstm import StackedLstm, State
 from rnnserve.v1.prediction_pb2 import Prediction
 from rnnserve.v1.real_time_service_pb2 import (
+    GenerateRequest,
     MultiplexStepsRequest,
     SessionOpened,
     StepsAnswer,
@@ -63,6 +64,9 @@ class Server(RealTimeServiceServicer):
             await context.write(StreamStepsResponse(answer=answer))
 
     async def MultiplexSteps(self, _: AsyncIterator[MultiplexStepsRequest], context: Any) -> None:  # type: ignore[override]
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
+    async def Generate(self, _: GenerateRequest, context: Any) -> None:  # type: ignore[override]
         await context.abort(grpc.StatusCode.UNIMPLEMENTED)
 
     async def run(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import uvloop
 
 from rnnserve.v1.prediction_pb2 import Prediction
 from rnnserve.v1.real_time_service_pb2 import (
+    GenerateRequest,
     MultiplexStepsRequest,
     MultiplexStepsResponse,
     SessionOpened,
@@ -47,6 +49,9 @@ class Echo(RealTimeServiceServicer):
                 response.answer.first_steps.extend(request.steps.first_steps)
                 response.answer.prediction.outputs.CopyFrom(request.steps.tensor)
             await context.write(response)  # type: ignore[attr-defined]
+
+    async def Generate(self, _: GenerateRequest, context: Any) -> None:  # type: ignore[override]
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
 
 
 async def serve(servicer: RealTimeServiceServicer) -> None:

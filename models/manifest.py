@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from models.generation import Generation
 from models.recurrent import NetworkSpec
 
 Pattern = Literal["one-to-one", "one-to-many", "many-to-one", "many-to-many aligned", "many-to-many unaligned"]
@@ -280,6 +281,7 @@ class Manifest(_Part):
     network: Annotated[NetworkSpec, AfterValidator(_of_bounded_width)]
     input: Annotated[FeatureInput | TextInput, Field(discriminator="kind")]
     output: Output
+    generation: Generation | None = Field(None, description="how a one-to-many network writes; of no other pattern")
     look_ahead: Literal[0] = Field(0, description="steps that an answer waits for; no other value is served yet")
     data: DataSource
     quality: Quality
@@ -314,6 +316,11 @@ class Manifest(_Part):
             raise ValueError('network.decoder goes with the pattern "many-to-many unaligned"')
         if self.network.decoder is not None and len(self.output.labels) < 2:
             raise ValueError("network.decoder needs two output.labels or more, the first of which means the end")
+        if (self.generation is None) != (self.pattern != "one-to-many"):
+            raise ValueError('generation goes with the pattern "one-to-many"')
+        if self.generation is not None:
+            symbols = self.input.symbols if isinstance(self.input, TextInput) else ()
+            self.generation.check(self.network, symbols, self.output.labels)
         for number, sample in enumerate(self.samples):
             if self.pattern in ("one-to-one", "many-to-one") and self._is_unknown(sample.label):
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")

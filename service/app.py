@@ -33,6 +33,7 @@ from service import spill_dir, state_dir
 from service.addresses import StartError, check_address, why_not_bound
 from service.api.calls import CallInterceptor, Refusals
 from service.api.drain import RETRY_ALONE_S, RETRY_AMONG_OTHERS_S, Drain
+from service.api.generations import Generations
 from service.api.limits import Limits
 from service.api.models import ModelService
 from service.api.real_time import RealTimeService
@@ -127,6 +128,7 @@ class Service:
             part_timeout_s=settings.part_timeout_s,
             max_queued_sequences=settings.max_queued_sequences,
             max_bulk_sequences=settings.max_bulk_sequences,
+            idle_timeout_s=settings.idle_timeout_s,
         )
         self.sessions = SessionRegistry(
             self.engine,
@@ -149,7 +151,10 @@ class Service:
             sharing=Sharing(owner, settings.session_lease_s) if owner else None,
         )
         copies = SessionCopies(self.sessions, _snapshot_keys(settings), lifetime_s=settings.snapshot_lifetime_s)
-        self.real_time = RealTimeService(catalog, self.sessions, limits, refusals, self.metrics, self.drain)
+        self.generations = Generations(settings.max_generations, self.metrics)
+        self.real_time = RealTimeService(
+            catalog, self.sessions, self.engine, self.generations, limits, refusals, self.metrics, self.drain
+        )
         self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
         add_SequenceServiceServicer_to_server(
@@ -234,12 +239,13 @@ class Service:
         """Serve it no more."""
         self.catalog.remove(model)
         self.sessions.retire(model)
+        self.generations.retire(model)
         self.engine.remove(model)
         await self._report_model(model)
 
     def streams_of(self, model: ModelKey) -> int:
-        """How many live ones there are."""
-        return self.sessions.live_of(model)
+        """How many live ones there are, and outputs being written."""
+        return self.sessions.live_of(model) + self.generations.running_of(model)
 
     async def _report_model(self, model: ModelKey) -> None:
         """To the metrics and to whoever asks for its health, which is one for all its versions."""

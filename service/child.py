@@ -34,7 +34,7 @@ class Child:
         self.name = name
         self.owner = uuid.uuid4().hex  # of the sessions that it will have; never used again
         self.page = ""  # the last that it said of its metrics
-        self.live = 0
+        self.live = (0, 0)  # streams and generations
         self.models: list[Model] = []  # that it served when it began
         self.served = asyncio.Event()
         self.heard_s = time.monotonic()
@@ -124,8 +124,8 @@ class Child:
                 case {"serving": True, "models": models}:
                     self.models = [(name, version) for name, version in models]
                     self.served.set()
-                case {"live": int(live)}:
-                    self.live = live
+                case {"live": [int(streams), int(generations)]}:
+                    self.live = streams, generations
                 case {"metrics": str(page)}:
                     self.page = page
                     self._paged.set()

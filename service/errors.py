@@ -17,7 +17,8 @@ ServingError
 ├── AlreadyExists
 │   └── SessionExists
 ├── NotPossible          this model or this server can never do it
-│   ├── ModelNotStreamable   BundleMismatch, NotEnabled
+│   ├── ModelNotStreamable   ModelNotGenerative
+│   ├── BundleMismatch       NotEnabled
 │   └── BundleInvalid        ModelInUse
 ├── Exhausted            a limit is reached; later there may be room
 │   ├── SessionLimit
@@ -213,6 +214,10 @@ class ModelNotStreamable(NotPossible):
     """The network cannot answer before the sequence ends."""
 
 
+class ModelNotGenerative(NotPossible):
+    """The model is not one-to-many, so it cannot write."""
+
+
 class BundleMismatch(NotPossible):
     """The session's state belongs to other weights than are served."""
 
@@ -238,7 +243,7 @@ class SessionLimit(Exhausted):
 
 
 class QueueFull(Exhausted):
-    """There are as many sequences waiting as there may be."""
+    """There are as many sequences waiting, or generations running, as there may be."""
 
 
 class DiskFull(Exhausted):

@@ -69,7 +69,7 @@ class LaneProcess:
         channel = self._member.channel
         match message:
             case {"ask": "alive"}:
-                channel.send(alive=True, live=0)
+                channel.send(alive=True, live=[0, 0])
             case {"ask": "metrics"}:
                 channel.send(metrics=generate_latest(self._metrics.registry).decode())
             case {"change": dict(fields), "do": str(step)}:

@@ -86,6 +86,11 @@ class Metrics:
         )
         self._queued = Gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.", registry=r)
         self._recordings = Gauge("rnnserve_recordings", "Sequences in parts of which something is kept.", registry=r)
+        self._generations = Gauge("rnnserve_generations", "Outputs being written.", MODEL, registry=r)
+        self._generations_ended = Counter(
+            "rnnserve_generations_ended_total", "Outputs that are over, and why.", (*MODEL, "finish"), registry=r
+        )
+        self._symbols = TallyCounter("rnnserve_generated_symbols_total", "Symbols of outputs.", MODEL, r)
         self._models = Gauge("rnnserve_models", "Models served, always 1.", MODEL, registry=r)
 
     def call_started(self, method: tuple[str, str, str]) -> None:
@@ -142,6 +147,15 @@ class Metrics:
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
         self._tick_sessions.observe(model, sessions)
         self._tick_s.observe(model, duration_s)
+
+    def generations(self, model: ModelKey, running: int) -> None:
+        self._generations.labels(*model).set(running)
+
+    def generation_ended(self, model: ModelKey, finish: str) -> None:
+        self._generations_ended.labels(*model, finish).inc()
+
+    def symbol_generated(self, model: ModelKey) -> None:
+        self._symbols.inc(model)
 
     def count_tasks(self, count: Callable[[], int]) -> None:
         """Ask there at each scrape."""

@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     max_streams: int = Field(
         10_000, ge=1, le=1_000_000, description="live streams and multiplexed sessions; one more is SESSION_LIMIT"
     )
+    max_generations: int = Field(
+        64,
+        ge=1,
+        le=10_000,
+        description="outputs that are written at once; one more is QUEUE_FULL",
+    )
     max_tick_sessions: int = Field(256, ge=1, le=4_096, description="sessions that share one forward")
     device: str = Field(
         "cpu",
@@ -139,7 +145,11 @@ class Settings(BaseSettings):
         3_600.0, ge=0.0, le=31_536_000.0, description="how long a parked session is kept; 0 = ends with its stream"
     )
     idle_timeout_s: float = Field(
-        3_600.0, ge=0.0, le=31_536_000.0, description="a stream without a message for so long is parked; 0 = never"
+        3_600.0,
+        ge=0.0,
+        le=31_536_000.0,
+        description="a stream without a message for so long is parked, and a "
+        "generation ended whose client reads nothing for so long; 0 = never",
     )
     max_session_age_s: float = Field(
         0.0, ge=0.0, le=315_360_000.0, description="after which a session ends, live or parked; 0 = never"

@@ -187,7 +187,7 @@ class Supervisor:
 
     def _mourn(self, child: Child) -> None:
         self._of_dead = counted(self._of_dead, child.page)
-        child.page, child.live = "", 0
+        child.page, child.live = "", (0, 0)
         if not child.is_lane:
             self._unburied.append(child.owner)
             self._bury()
@@ -200,14 +200,15 @@ class Supervisor:
             self._unburied = []
 
     async def _ask(self) -> None:
-        """Whether all are alive; and tell each how many streams the others have."""
+        """Whether all are alive; and tell each how many streams and generations the others have."""
         while True:
             asked_s = time.monotonic()
             await asyncio.sleep(ASK_EVERY_S)
             paused_s = time.monotonic() - asked_s - ASK_EVERY_S  # when we could hear nobody
-            live = sum(child.live for child in self._all)
+            streams, generations = (sum(child.live[i] for child in self._all) for i in range(2))
             for child in self._all:
-                child.channel.send(ask="alive", live_elsewhere=live - child.live)
+                elsewhere = [streams - child.live[0], generations - child.live[1]]
+                child.channel.send(ask="alive", live_elsewhere=elsewhere)
                 child.heard_s += paused_s
                 silent_s = time.monotonic() - child.heard_s
                 if child.serves and not child.killed and silent_s > self._settings.worker_timeout_s:

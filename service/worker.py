@@ -56,9 +56,10 @@ class Worker:
 
     def _heed(self, message: Message) -> None:
         match message:
-            case {"ask": "alive", "live_elsewhere": int(streams)}:
+            case {"ask": "alive", "live_elsewhere": [int(streams), int(generations)]}:
                 self._service.sessions.live_elsewhere = streams
-                self._channel.send(alive=True, live=self._service.sessions.live)
+                self._service.generations.running_elsewhere = generations
+                self._channel.send(alive=True, live=[self._service.sessions.live, self._service.generations.running])
             case {"ask": "metrics"}:
                 self._send_metrics()
             case {"dead": [*owners]}:

@@ -24,6 +24,7 @@ from rnnserve.errors import (
     MessageTooLarge,
     ModelInUse,
     ModelNotFound,
+    ModelNotGenerative,
     ModelNotStreamable,
     NotEnabled,
     NotFinite,
@@ -49,6 +50,7 @@ from rnnserve.errors import (
     UnknownSymbol,
     Unreachable,
 )
+from rnnserve.generation import AsyncGeneration, GeneratedSymbol, Generation
 from rnnserve.models import Model, Quality, Sample, TrainingData
 from rnnserve.multiplex import Multiplex
 from rnnserve.requests import Decoding
@@ -61,6 +63,7 @@ from rnnserve.stream import Stream
 __all__ = [
     "Answer",
     "AsyncClient",
+    "AsyncGeneration",
     "AsyncMultiplex",
     "AsyncStream",
     "BatchAnswer",
@@ -74,6 +77,8 @@ __all__ = [
     "Evicted",
     "ExecutionFailed",
     "FieldInvalid",
+    "GeneratedSymbol",
+    "Generation",
     "Hypothesis",
     "InputKindMismatch",
     "Internal",
@@ -84,6 +89,7 @@ __all__ = [
     "Model",
     "ModelInUse",
     "ModelNotFound",
+    "ModelNotGenerative",
     "ModelNotStreamable",
     "Multiplex",
     "NotEnabled",

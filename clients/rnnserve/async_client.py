@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -17,6 +17,7 @@ from rnnserve.bulk import Bulk, ErrorHandling, OnProgress, open_bulk
 from rnnserve.calls import Call, Calls, Program
 from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.errors import RnnserveError
+from rnnserve.generation import AsyncGeneration, GeneratedSymbol, Output, generate_request
 from rnnserve.models import Model, Sample
 from rnnserve.multiplexed import Multiplexed
 from rnnserve.replay import REPLAY_BUFFER_BYTES, Replay, WhenReplayFull
@@ -29,7 +30,12 @@ from rnnserve.snapshots import Snapshot
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
-from rnnserve.v1.real_time_service_pb2 import MultiplexStepsRequest, StreamStepsRequest
+from rnnserve.v1.real_time_service_pb2 import (
+    GenerateRequest,
+    GenerateResponse,
+    MultiplexStepsRequest,
+    StreamStepsRequest,
+)
 from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
 
 _T = TypeVar("_T")
@@ -234,6 +240,56 @@ class AsyncClient:
 
         return AsyncMultiplex(sessions, start, self._target, self._timeout_s)
 
+    def generate(
+        self,
+        model: str,
+        prompt: str = "",
+        *,
+        version: int = 0,
+        max_symbols: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        alternatives: int = 0,
+        deterministic: bool = False,
+    ) -> AsyncGeneration:
+        """Writes with a one-to-many model, such as music: an async iterator over the symbols, as they are drawn.
+
+        Args:
+            model: the name of a one-to-many model.
+            prompt: what it reads behind its start symbol, as the model reads texts; no part of the output.
+            version: 0 = the newest.
+            max_symbols: how many symbols the output has at most; 0 = as many as the model may write.
+            temperature: 0 to 10: 0 = the most probable symbol each time, 1 = as the model says, more = more at random.
+            top_k: draw only from so many of the most probable symbols; 0 = from all.
+            top_p: draw only from the fewest symbols that together are as probable as this; 1 = from all.
+            seed: of the random numbers, 0 to 2**64 - 1; None = the server picks one, see `.seed`.
+            stop: texts; the output is over once it ends with one of these, which is part of it.
+            alternatives: how many of the symbols that were most probable each answer has in `.top`.
+            deterministic: the same seed gives the same output whatever else the server computes, which costs it more.
+
+        Raises, with the first symbol:
+            ModelNotFound, ModelNotGenerative; InvalidArgument: `.field` says which; QueueFull: as many outputs are
+            written as may be, for longer than `timeout_s` and `retry` let the client wait.
+        """
+        request = generate_request(
+            model,
+            version=version,
+            prompt=prompt,
+            max_symbols=max_symbols,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            alternatives=alternatives,
+            deterministic=deterministic,
+        )
+        output = Output(self._retry, self._timeout_s)
+        return AsyncGeneration(output, self._run_generation(request, output))
+
     async def predict(
         self,
         model: str,
@@ -386,6 +442,22 @@ class AsyncClient:
             if isinstance(x, str) and not asked:
                 bulk.unit, asked = (await self.model(opening.open.model, opening.open.version)).unit, True
             yield x
+
+    async def _run_generation(self, request: GenerateRequest, output: Output) -> AsyncGenerator[GeneratedSymbol]:
+        duplex: AsyncDuplex[None, GenerateRequest, GenerateResponse]
+        duplex = AsyncDuplex(partial(self._start_generation, request), self._target, self._timeout_s)
+        try:
+            async with contextlib.aclosing(duplex.listen(output)) as symbols:
+                async for symbol in symbols:
+                    yield symbol
+            await duplex.finish()
+        finally:
+            duplex.cancel()
+
+    def _start_generation(self, request: GenerateRequest, _: AsyncIterator[GenerateRequest]) -> Any:
+        """On the next connection, as a stream."""
+        generate: Any = next(self._in_turn).real_time.Generate  # as above
+        return generate(request, metadata=self._metadata)
 
 
 def _channel(target: str, tls: TLS) -> grpc.aio.Channel:

@@ -72,6 +72,11 @@ class AsyncDuplex(Generic[_X, _Q, _A]):
         finally:
             feeder.stop()
 
+    def listen(self, bookkeeper: Bookkeeper[_X, _Q, _A, _R]) -> AsyncGenerator[_R]:
+        """Yields the results of what needs no inputs, as they come."""
+        self.stop_feeding()
+        return self._run(bookkeeper, None)
+
     def stop_feeding(self) -> None:
         """Ends `drive`; what it has not sent of its inputs is left there."""
         if self._feeder is not None:

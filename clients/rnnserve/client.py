@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from time import sleep
 from types import TracebackType
@@ -14,6 +14,7 @@ from rnnserve.calls import Call, Calls, Program
 from rnnserve.channel import TLS, call_metadata, channel_options, checked_connections, credentials
 from rnnserve.duplex import Duplex
 from rnnserve.errors import RnnserveError
+from rnnserve.generation import GeneratedSymbol, Generation, Output, generate_request
 from rnnserve.models import Model, Sample
 from rnnserve.multiplex import Multiplex
 from rnnserve.multiplexed import Multiplexed
@@ -28,7 +29,12 @@ from rnnserve.statuses import error_from_call
 from rnnserve.stream import Stream
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
-from rnnserve.v1.real_time_service_pb2 import MultiplexStepsRequest, StreamStepsRequest
+from rnnserve.v1.real_time_service_pb2 import (
+    GenerateRequest,
+    GenerateResponse,
+    MultiplexStepsRequest,
+    StreamStepsRequest,
+)
 from rnnserve.v1.sequence_service_pb2 import PredictStreamRequest, PredictStreamResponse
 
 _T = TypeVar("_T")
@@ -234,6 +240,56 @@ class Client:
 
         return Multiplex(sessions, start, self._target, self._timeout_s)
 
+    def generate(
+        self,
+        model: str,
+        prompt: str = "",
+        *,
+        version: int = 0,
+        max_symbols: int = 0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        alternatives: int = 0,
+        deterministic: bool = False,
+    ) -> Generation:
+        """Writes with a one-to-many model, such as music: an iterator over the symbols, as they are drawn.
+
+        Args:
+            model: the name of a one-to-many model.
+            prompt: what it reads behind its start symbol, as the model reads texts; no part of the output.
+            version: 0 = the newest.
+            max_symbols: how many symbols the output has at most; 0 = as many as the model may write.
+            temperature: 0 to 10: 0 = the most probable symbol each time, 1 = as the model says, more = more at random.
+            top_k: draw only from so many of the most probable symbols; 0 = from all.
+            top_p: draw only from the fewest symbols that together are as probable as this; 1 = from all.
+            seed: of the random numbers, 0 to 2**64 - 1; None = the server picks one, see `.seed`.
+            stop: texts; the output is over once it ends with one of these, which is part of it.
+            alternatives: how many of the symbols that were most probable each answer has in `.top`.
+            deterministic: the same seed gives the same output whatever else the server computes, which costs it more.
+
+        Raises, with the first symbol:
+            ModelNotFound, ModelNotGenerative; InvalidArgument: `.field` says which; QueueFull: as many outputs are
+            written as may be, for longer than `timeout_s` and `retry` let the client wait.
+        """
+        request = generate_request(
+            model,
+            version=version,
+            prompt=prompt,
+            max_symbols=max_symbols,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            alternatives=alternatives,
+            deterministic=deterministic,
+        )
+        output = Output(self._retry, self._timeout_s)
+        return Generation(output, self._run_generation(request, output))
+
     def predict(
         self,
         model: str,
@@ -381,6 +437,19 @@ class Client:
             if isinstance(x, str) and not asked:
                 bulk.unit, asked = self.model(opening.open.model, opening.open.version).unit, True
             yield x
+
+    def _run_generation(self, request: GenerateRequest, output: Output) -> Generator[GeneratedSymbol]:
+        duplex: Duplex[None, GenerateRequest, GenerateResponse]
+        duplex = Duplex(partial(self._start_generation, request), self._target, self._timeout_s)
+        try:
+            yield from duplex.listen(output)
+            duplex.finish()
+        finally:
+            duplex.cancel()
+
+    def _start_generation(self, request: GenerateRequest, _: Iterator[GenerateRequest]) -> Any:
+        """On the next connection, as a stream."""
+        return next(self._in_turn).real_time.Generate(request, metadata=self._metadata)
 
 
 def _channel(target: str, tls: TLS) -> grpc.Channel:

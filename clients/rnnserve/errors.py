@@ -7,6 +7,7 @@ RnnserveError
 │   └── SnapshotInvalid   .metadata["why"] is "damaged", "unknown_key", "expired" or "format"
 ├── ModelNotFound
 ├── ModelNotStreamable    the network must see the whole sequence; use `predict`
+├── ModelNotGenerative    the model is not one-to-many, so it cannot write
 ├── SessionExists         the session id is in use
 ├── SessionNotFound       there is no such session to resume, or its time is over
 ├── SessionMoved          another stream has taken the session over
@@ -127,6 +128,10 @@ class ModelNotStreamable(RnnserveError):
     """The network must see the whole sequence before it answers."""
 
 
+class ModelNotGenerative(RnnserveError):
+    """The model is not one-to-many, so it cannot write."""
+
+
 class SessionExists(RnnserveError):
     """The session id is in use."""
 
@@ -242,6 +247,7 @@ BY_REASON: dict[str, type[RnnserveError]] = {
         SnapshotInvalid,
         ModelNotFound,
         ModelNotStreamable,
+        ModelNotGenerative,
         SessionExists,
         SessionNotFound,
         SessionMoved,

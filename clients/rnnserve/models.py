@@ -79,6 +79,13 @@ class Model:
     symbol_count: int = 0
     """How many symbols there are."""
 
+    max_symbols: int = 0
+    """Of an output of a one-to-many model; 0 for other models."""
+    start_symbol: str = ""
+    """What such a model reads first."""
+    end_symbol: str | None = None
+    """What means the end of such an output; None = it has no end of its own."""
+
     @property
     def encoder_decoder(self) -> bool:
         """Whether it writes a sequence of another length, so that its predictions are hypotheses."""
@@ -131,6 +138,9 @@ def model_from(message: pb.Model) -> Model:
         unknown=message.unknown_symbol if message.HasField("unknown_symbol") else None,
         fold_case=message.fold_case,
         symbol_count=message.symbol_count,
+        max_symbols=message.generation.max_symbols,
+        start_symbol=message.generation.start,
+        end_symbol=message.generation.end if message.generation.HasField("end") else None,
     )
 
 

@@ -43,9 +43,14 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "n_best", "max_labels"):
-            value = getattr(self, name)
-            if not 0 <= value <= _MAX_UINT32:
-                raise ValueError(f"{name} is a number from 0 to {_MAX_UINT32}, unlike {value}")
+            checked_count(name, getattr(self, name))
+
+
+def checked_count(name: str, value: int) -> int:
+    """The same number. Raises ValueError for one that the wire has no place for."""
+    if not 0 <= value <= _MAX_UINT32:
+        raise ValueError(f"{name} is a number from 0 to {_MAX_UINT32}, unlike {value}")
+    return value
 
 
 def checked_version(version: int) -> int:

@@ -146,7 +146,7 @@ def prediction_from(message: prediction_pb2.Prediction) -> Prediction:
         outputs=array_from(message.outputs),
         labels=tuple(message.labels),
         probabilities=array_from(message.probabilities) if message.HasField("probabilities") else None,
-        top=tuple(_top_from(top) for top in message.top),
+        top=tuple(top_from(top) for top in message.top),
         hypotheses=tuple(_hypothesis_from(hypothesis) for hypothesis in message.hypotheses),
     )
 
@@ -196,5 +196,6 @@ def _hypothesis_from(hypothesis: prediction_pb2.Hypothesis) -> Hypothesis:
     )
 
 
-def _top_from(top: prediction_pb2.TopLabels) -> tuple[TopLabel, ...]:
+def top_from(top: prediction_pb2.TopLabels) -> tuple[TopLabel, ...]:
+    """A message of the wire -> what the caller gets."""
     return tuple(TopLabel(*pair) for pair in zip(top.labels, top.probabilities, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -306,10 +306,11 @@ def encode_into(
         if options.probabilities:
             encode_tensor_into(prediction.probabilities, probabilities)
         if options.top_k:
-            prediction.top.extend(_top(row, labels, options.top_k) for row in probabilities)
+            prediction.top.extend(top_labels(row, labels, options.top_k) for row in probabilities)
 
 
-def _top(probabilities: Floats, labels: tuple[str, ...], k: int) -> prediction_pb2.TopLabels:
+def top_labels(probabilities: NDArray[np.floating[Any]], labels: tuple[str, ...], k: int) -> prediction_pb2.TopLabels:
+    """(labels,) -> the k most probable ones."""
     best = np.argsort(-probabilities, kind="stable")[:k]
     return prediction_pb2.TopLabels(labels=[labels[i] for i in best], probabilities=probabilities[best].tolist())
 

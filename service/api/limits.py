@@ -21,6 +21,7 @@ class Limits:
     part_timeout_s: float  # 0 = none
     max_queued_sequences: int
     max_bulk_sequences: int
+    idle_timeout_s: float  # 0 = none
 
     def check_size(self, message: Message) -> None:
         """Raises MessageTooLarge."""

@@ -119,6 +119,7 @@ def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
         ),
         weights_sha256=manifest.weights_sha256,
         decoder=pb.Decoder(**network.decoder.model_dump(exclude={"embedding_size"})) if network.decoder else None,
+        generation=pb.Generation(**manifest.generation.model_dump()) if manifest.generation else None,
         **_input_fields(manifest, max_symbols),
     )
 

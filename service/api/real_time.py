@@ -1,26 +1,33 @@
-"""RealTimeService: streams of steps in, answers out; each call from its first message to whatever ends it."""
+"""RealTimeService: streams of steps in, answers out; outputs written; each call from its start to whatever ends it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from rnnserve.v1.real_time_service_pb2 import MultiplexStepsRequest, StreamStepsRequest
+from rnnserve.v1.real_time_service_pb2 import GenerateRequest, MultiplexStepsRequest, StreamStepsRequest
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceServicer
 from service.api.calls import Refusals
 from service.api.drain import Drain
+from service.api.generation_call import GenerationCall
+from service.api.generations import GenerationMetrics, Generations
 from service.api.limits import Limits
 from service.api.live_call import LiveCall
 from service.api.multiplexed_stream import MultiplexedStream
 from service.api.openings import Openings
 from service.api.session_stream import SessionStream, StepMetrics
 from service.catalog.catalog import Catalog
+from service.engine.step_engine import StepEngine
 from service.errors import OpenMissing, within
 from service.sessions.registry import SessionRegistry
 
 if TYPE_CHECKING:
     from service.api.live_call import Context
+
+
+class Metrics(StepMetrics, GenerationMetrics, Protocol):
+    """Where all of it is counted."""
 
 
 class RealTimeService(RealTimeServiceServicer):
@@ -30,13 +37,16 @@ class RealTimeService(RealTimeServiceServicer):
         self,
         catalog: Catalog,
         sessions: SessionRegistry,
+        engine: StepEngine,
+        generations: Generations,
         limits: Limits,
         refusals: Refusals,
-        metrics: StepMetrics,
+        metrics: Metrics,
         drain: Drain,
     ) -> None:
         self._limits = limits
         self._parts = Openings(catalog, sessions, limits), sessions, limits, refusals, metrics
+        self._generation_parts = catalog, engine, generations, limits, metrics
         self._drain = drain
         self._live: set[LiveCall] = set()
         self._draining = False
@@ -59,6 +69,14 @@ class RealTimeService(RealTimeServiceServicer):
         stream = MultiplexedStream(context, *self._parts)
         self._live.add(stream)
         await self._run(stream, lambda: stream.serve(requests), context)
+
+    async def Generate(  # type: ignore[override]
+        self, request: GenerateRequest, context: Context
+    ) -> None:
+        """One output, to its end."""
+        call = GenerationCall(context, *self._generation_parts)
+        self._live.add(call)
+        await self._run(call, lambda: call.serve(request), context)
 
     async def notify_draining(self, time_left_s: float) -> None:
         """Tell every live stream that the server will end it, end those that lose nothing, and open no more."""

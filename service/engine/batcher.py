@@ -19,7 +19,8 @@ Job = TypeVar("Job", bound="StepJob")
 class StepJob:
     """Steps that wait for ticks: inputs (steps, features) or (steps,).
 
-    Those of one session go in turn, each to a tick of its own. Those of as many sessions may share one.
+    Those of one session go in turn, each to a tick of its own. Those of as many sessions may share one. A job that goes
+    alone shares none, so that what else there is changes nothing of its results, not even in the last bit.
     """
 
     inputs: NDArray[np.generic]
@@ -27,6 +28,7 @@ class StepJob:
     tenant: str = ""
     taken: int = 0  # steps that ticks have had
     abandoned: bool = False
+    alone: bool = False
 
     @property
     def left(self) -> int:
@@ -44,13 +46,14 @@ class Batcher(Generic[Model, Job]):
 
     A tick goes to the tenants that want least of it first, and what they leave to the others (max-min fairness:
     Bertsekas, Gallager, "Data Networks", 1992, 6.5.2). A job that has more steps than a tick takes goes to the end of
-    its queue, so a long job, or one of many sessions, delays a short one by at most one tick. Models take turns.
+    its queue, so a long job, or one of many sessions, delays a short one by at most one tick. Models take turns, and
+    within a model those that go alone, together, with all others: so these get every other tick at least.
     """
 
     def __init__(self, max_tick_sessions: int) -> None:
         self._max_tick_sessions = max_tick_sessions
         # Only models and tenants with jobs, those whose turn it is first.
-        self._queues: dict[Model, dict[str, deque[Job]]] = {}
+        self._queues: dict[tuple[Model, bool], dict[str, deque[Job]]] = {}  # bool: whether they go alone
 
     def __bool__(self) -> bool:
         """Whether a job is waiting."""
@@ -58,15 +61,15 @@ class Batcher(Generic[Model, Job]):
 
     def add(self, model: Model, job: Job) -> None:
         """Let the job wait for its next steps. A session must not have two jobs at once: they would share a state."""
-        self._queues.setdefault(model, {}).setdefault(job.tenant, deque()).append(job)
+        self._queues.setdefault((model, job.alone), {}).setdefault(job.tenant, deque()).append(job)
 
     def take(self) -> tuple[Model, list[tuple[Job, int]]]:
         """The next tick, all of one model: jobs, and how many of its next steps each has in it.
 
         Abandoned jobs are left out, so there may be none. Raises StopIteration if no job waits.
         """
-        model = next(iter(self._queues))
-        tenants, shares, room = self._queues.pop(model), list[tuple[Job, int]](), self._max_tick_sessions
+        turn = model, alone = next(iter(self._queues))
+        tenants, shares, room = self._queues.pop(turn), list[tuple[Job, int]](), 1 if alone else self._max_tick_sessions
         served = list(tenants)
         if len(served) > 1:
             wanted = {tenant: _wanted(queue, room) for tenant, queue in tenants.items()}
@@ -78,7 +81,7 @@ class Batcher(Generic[Model, Job]):
             if queue:
                 tenants[tenant] = queue
         if tenants:
-            self._queues[model] = tenants
+            self._queues[turn] = tenants
         return model, shares
 
 

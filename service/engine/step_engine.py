@@ -152,7 +152,7 @@ class StepEngine:
         self._states: dict[ModelKey, StateArray] = {}
         self._metrics = metrics
         self._max_loop_tick_s = max_loop_tick_s
-        self._tick_s: dict[ModelKey, float] = {}
+        self._tick_s: dict[tuple[ModelKey, bool], float] = {}  # of the last one; bool: whether a step had it alone
         self._batcher: Batcher[ModelKey, TickJob] = Batcher(max_tick_sessions)
         self._under_way = False
         self._thread = ThreadPoolExecutor(1, "ticks", initializer=prepare_thread)
@@ -169,7 +169,8 @@ class StepEngine:
     def remove(self, model: ModelKey) -> None:
         """Step none of it any more: what still waits fails."""
         self._executors.pop(model, None)
-        self._tick_s.pop(model, None)
+        for alone in (False, True):
+            self._tick_s.pop((model, alone), None)
 
     def states(self, model: ModelKey) -> StateArray:
         """Of its sessions."""
@@ -179,14 +180,17 @@ class StepEngine:
         """The state of a session before its first step."""
         return np.zeros(self._states[model].row_size, np.float32)
 
-    async def step(self, model: ModelKey, inputs: NDArray[np.generic], state: State, tenant: str = "") -> StepsResult:
+    async def step(
+        self, model: ModelKey, inputs: NDArray[np.generic], state: State, tenant: str = "", *, alone: bool = False
+    ) -> StepsResult:
         """Apply steps of one session in order: inputs (steps, features) or (steps,), from its state before them.
 
+        `alone` = each in a tick of its own, so that the same inputs lead to the same bits whoever else has steps.
         The state stays as it is. The caller must not call again for the same session before this call has returned.
         """
         result = asyncio.get_running_loop().create_future()
         own = state if len(inputs) == 1 else state.copy()  # only what is between two steps is written there
-        job = _StepsInTurn(inputs, True, tenant, places=np.array([own.place]), state=own, result=result)
+        job = _StepsInTurn(inputs, True, tenant, places=np.array([own.place]), alone=alone, state=own, result=result)
         self.submit(model, job)
         try:
             return await job.result
@@ -213,7 +217,7 @@ class StepEngine:
             self._go_on(loop)
         elif executor is None:
             self._end_tick(loop, model, shares, _none_of(shares, "the model is served no more"))
-        elif self._tick_s.get(model, 0.0) < self._max_loop_tick_s:
+        elif self._tick_s.get((model, shares[0][0].alone), 0.0) < self._max_loop_tick_s:
             self._end_tick(loop, model, shares, self._tick(model, executor, shares))
         else:
             tick = loop.run_in_executor(self._thread, self._tick, model, executor, shares)
@@ -232,7 +236,7 @@ class StepEngine:
         inputs = _joined([job.inputs[job.taken - steps : job.taken] for job, steps in shares])
         places = _joined([job.places_of_last(steps) for job, steps in shares])
         stepped = step_together(executor, inputs, self._states[model].rows.take(places, axis=0))
-        self._tick_s[model] = duration_s = time.perf_counter() - start_s
+        self._tick_s[model, shares[0][0].alone] = duration_s = time.perf_counter() - start_s
         self._metrics.tick(model, len(places), duration_s)
         return stepped
 

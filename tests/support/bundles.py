@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models.bundle import Bundle, load_bundle, save_bundle
+from models.generation import Generation
 from models.manifest import DataSource, FeatureInput, Manifest, Output, Pattern, Quality, TextInput
 from models.recurrent import DecoderSpec, NetworkSpec, RecurrentNetwork
 from models.seq2seq import network_of
@@ -39,6 +40,7 @@ def manifest(
     labels: tuple[str, ...] = (),
     pattern: Pattern = "many-to-many aligned",
     version: int = 1,
+    generation: Generation | None = None,
 ) -> Manifest:
     """A manifest that passes, for a network that learned nothing."""
     return Manifest(
@@ -49,6 +51,7 @@ def manifest(
         network=network,
         input=inputs,
         output=Output(activation="softmax" if labels else "none", labels=labels),
+        generation=generation,
         data=DataSource(name="none", archive="none", archive_sha256="0" * 64, licence="none", credit="nobody"),
         quality=Quality(metric="none", value=0.0, split="none", items=1),
         weights_sha256="0" * 64,
@@ -97,6 +100,23 @@ def write_speller(repository: Path, network: Mapping[str, Any] = MappingProxyTyp
     )  # fmt: skip
     inputs = TextInput(symbols=tuple("abc "))
     described = manifest("speller", spec, inputs, labels=PHONES, pattern="many-to-many unaligned")
+    return write_bundle(repository, described, seed=seed, scale=3.0)
+
+
+def write_composer(
+    repository: Path, name: str = "composer", *, end: str | None = ".", max_symbols: int = 500, seed: int = 0
+) -> Bundle:
+    """One-to-many: writes letters that it does not care much about, and a full stop where it ends."""
+    symbols = tuple("abcdefg.")
+    spec = NetworkSpec(cell="gru", symbols=len(symbols), embedding_size=5, hidden_size=16, outputs=len(symbols))
+    described = manifest(
+        name,
+        spec,
+        TextInput(symbols=symbols),
+        labels=symbols,
+        pattern="one-to-many",
+        generation=Generation(start=".", end=end, max_symbols=max_symbols),
+    )
     return write_bundle(repository, described, seed=seed, scale=3.0)
 
 

@@ -42,6 +42,8 @@ async def test_a_session_that_is_found_after_the_drain_has_begun_is_parked_again
     given: dict[str, Any] = {
         "catalog": SimpleNamespace(find=lambda *_: SimpleNamespace(manifest=MANIFEST)),
         "sessions": sessions,
+        "engine": None,
+        "generations": None,
         "limits": SimpleNamespace(check_size=lambda _: None),
         "refusals": None,
         "metrics": None,

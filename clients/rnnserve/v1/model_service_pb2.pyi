@@ -472,6 +472,7 @@ class Model(_message.Message):
     UNKNOWN_SYMBOL_FIELD_NUMBER: _builtins.int
     FOLD_CASE_FIELD_NUMBER: _builtins.int
     SYMBOL_COUNT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     version: _builtins.int
@@ -540,6 +541,10 @@ class Model(_message.Message):
     def decoder(self) -> Global___Decoder:
         """What writes the output. Only of an encoder-decoder, the first of whose labels means the end of an output."""
 
+    @_builtins.property
+    def generation(self) -> Global___Generation:
+        """How it writes. Only of a one-to-many model, whose labels are its symbols."""
+
     def __init__(
         self,
         *,
@@ -569,16 +574,49 @@ class Model(_message.Message):
         unknown_symbol: _builtins.str | None = ...,
         fold_case: _builtins.bool = ...,
         symbol_count: _builtins.int = ...,
+        generation: Global___Generation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "decoder", b"decoder", "quality", b"quality", "training_data", b"training_data", "unknown_symbol", b"unknown_symbol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "decoder", b"decoder", "generation", b"generation", "quality", b"quality", "training_data", b"training_data", "unknown_symbol", b"unknown_symbol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__unknown_symbol: _TypeAlias = _typing.Literal["unknown_symbol"]  # noqa: Y015
     _WhichOneofArgType__unknown_symbol: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__unknown_symbol) -> _WhichOneofReturnType__unknown_symbol | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Generation(_message.Message):
+    """Of a one-to-many model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    MAX_SYMBOLS_FIELD_NUMBER: _builtins.int
+    start: _builtins.str
+    """The symbol that it reads first."""
+    end: _builtins.str
+    """The symbol that means the end of an output; none = only requests end one."""
+    max_symbols: _builtins.int
+    """How many symbols it writes at most."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.str = ...,
+        end: _builtins.str | None = ...,
+        max_symbols: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end", "max_symbols", b"max_symbols", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+
+Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class Decoder(_message.Message):

@@ -79,6 +79,34 @@ NOTICE_REASON_EVICTED: NoticeReason.ValueType  # 2
 """The session is evicted; the stream ends with EVICTED, which says which limit it met."""
 Global___NoticeReason: _TypeAlias = NoticeReason  # noqa: Y015
 
+class _FinishReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """Not said."""
+    FINISH_REASON_END: _FinishReason.ValueType  # 1
+    """The symbol that means the end was drawn; it is no part of the output."""
+    FINISH_REASON_STOP: _FinishReason.ValueType  # 2
+    """It ends with one of the stop texts."""
+    FINISH_REASON_MAX_SYMBOLS: _FinishReason.ValueType  # 3
+    """It has max_symbols symbols."""
+
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why an output is over."""
+
+FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""Not said."""
+FINISH_REASON_END: FinishReason.ValueType  # 1
+"""The symbol that means the end was drawn; it is no part of the output."""
+FINISH_REASON_STOP: FinishReason.ValueType  # 2
+"""It ends with one of the stop texts."""
+FINISH_REASON_MAX_SYMBOLS: FinishReason.ValueType  # 3
+"""It has max_symbols symbols."""
+Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
 @_typing.final
 class StreamStepsRequest(_message.Message):
     """What a client sends on a stream."""
@@ -1079,3 +1107,229 @@ class HandlesDurable(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HandlesDurable: _TypeAlias = HandlesDurable  # noqa: Y015
+
+@_typing.final
+class GenerateRequest(_message.Message):
+    """Asks for an output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    MAX_SYMBOLS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The name of a one-to-many model; another one is MODEL_NOT_GENERATIVE."""
+    version: _builtins.int
+    """Its version; 0 = the newest."""
+    prompt: _builtins.str
+    """What the network reads behind its start symbol, as the model reads texts. May be empty; at most as many symbols as a
+    message of a stream may hold steps.
+    """
+    max_symbols: _builtins.int
+    """How many symbols to write at most; 0 = as many as the model may write, see Model.generation. At most that."""
+    temperature: _builtins.float
+    """What the logits are divided by, 0 to 10; 0 = the most probable symbol each time. Not given = 1: as the model says."""
+    top_k: _builtins.int
+    """Draw only from so many of the most probable symbols; 0 = from all. At most as many as the model has."""
+    top_p: _builtins.float
+    """Draw only from the fewest symbols that together are as probable as this, behind temperature and top_k; above 0, at
+    most 1. Not given = 1: from all.
+    """
+    seed: _builtins.int
+    """Of the random numbers, one for each symbol. Not given = the server picks one, and `started` says which."""
+    alternatives: _builtins.int
+    """Also so many of the symbols that were most probable in the place of each; 0 = none. At most as many as the model has."""
+    deterministic: _builtins.bool
+    """The same seed gives the same output whatever else the server computes. Else a sum in another order may make a
+    difference in the last bit of a probability, and so now and then another symbol. It costs a forward of its own for
+    each symbol. Other weights, another version of the server or another kind of processor may give another output.
+    """
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts of 1 to 64 symbols, at most 16 of them: the output is over once it ends with one of these, which is part of it."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        prompt: _builtins.str = ...,
+        max_symbols: _builtins.int = ...,
+        temperature: _builtins.float | None = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        alternatives: _builtins.int = ...,
+        deterministic: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "alternatives", b"alternatives", "deterministic", b"deterministic", "max_symbols", b"max_symbols", "model", b"model", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    """What the server sends of an output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STARTED_FIELD_NUMBER: _builtins.int
+    SYMBOL_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def started(self) -> Global___GenerationStarted:
+        """First, once."""
+
+    @_builtins.property
+    def symbol(self) -> Global___GeneratedSymbol:
+        """Any number of these."""
+
+    @_builtins.property
+    def finished(self) -> Global___GenerationFinished:
+        """Last, once; the call then ends with OK."""
+
+    def __init__(
+        self,
+        *,
+        started: Global___GenerationStarted | None = ...,
+        symbol: Global___GeneratedSymbol | None = ...,
+        finished: Global___GenerationFinished | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "response", b"response", "started", b"started", "symbol", b"symbol"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "response", b"response", "started", b"started", "symbol", b"symbol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["started", "symbol", "finished"]  # noqa: Y015
+    _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class GenerationStarted(_message.Message):
+    """The output begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    SEPARATOR_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that was found."""
+    version: _builtins.int
+    """Its version."""
+    seed: _builtins.int
+    """With which the same can be asked for again."""
+    separator: _builtins.str
+    """What stands between two symbols in a text of the model: nothing, or a space where its symbols are words."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        separator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "seed", b"seed", "separator", b"separator", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
+
+@_typing.final
+class GeneratedSymbol(_message.Message):
+    """A symbol was drawn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the output, from 0 on."""
+    text: _builtins.str
+    """What it is."""
+    log_probability: _builtins.float
+    """The natural logarithm of its probability under the model, before temperature, top_k and top_p."""
+    @_builtins.property
+    def alternatives(self) -> _prediction_pb2.TopLabels:
+        """What was most probable under the model. Only if asked for."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        text: _builtins.str = ...,
+        log_probability: _builtins.float = ...,
+        alternatives: _prediction_pb2.TopLabels | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "index", b"index", "log_probability", b"log_probability", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GeneratedSymbol: _TypeAlias = GeneratedSymbol  # noqa: Y015
+
+@_typing.final
+class GenerationFinished(_message.Message):
+    """The output is over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    SYMBOLS_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    END_LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
+    reason: Global___FinishReason.ValueType
+    """Why."""
+    symbols: _builtins.int
+    """How many symbols it has."""
+    stop: _builtins.str
+    """Which of the stop texts it ends with."""
+    end_log_probability: _builtins.float
+    """As in GeneratedSymbol, of the symbol that means the end, where it was drawn."""
+    def __init__(
+        self,
+        *,
+        reason: Global___FinishReason.ValueType = ...,
+        symbols: _builtins.int = ...,
+        stop: _builtins.str = ...,
+        end_log_probability: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_log_probability", b"_end_log_probability", "end_log_probability", b"end_log_probability"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_log_probability", b"_end_log_probability", "end_log_probability", b"end_log_probability", "reason", b"reason", "stop", b"stop", "symbols", b"symbols"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_log_probability: _TypeAlias = _typing.Literal["end_log_probability"]  # noqa: Y015
+    _WhichOneofArgType__end_log_probability: _TypeAlias = _typing.Literal["_end_log_probability", b"_end_log_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_log_probability) -> _WhichOneofReturnType__end_log_probability | None: ...
+
+Global___GenerationFinished: _TypeAlias = GenerationFinished  # noqa: Y015

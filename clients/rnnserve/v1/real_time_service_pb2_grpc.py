@@ -45,6 +45,11 @@ class RealTimeServiceStub:
                 request_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.SerializeToString,
                 response_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/rnnserve.v1.RealTimeService/Generate',
+                request_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class RealTimeServiceServicer:
@@ -91,6 +96,17 @@ class RealTimeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Writes with a one-to-many model: it reads its start symbol and the prompt; a symbol is drawn from what it says
+        comes next, and is what it reads next. `started` comes first, then each symbol as it is drawn, then `finished`.
+
+        A generation has no session: it ends with its call, and a cancelled one frees what it had. One that is broken off can
+        be begun again with the same seed. While as many run as may, one more is refused with QUEUE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RealTimeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -103,6 +119,11 @@ def add_RealTimeServiceServicer_to_server(servicer, server):
                     servicer.MultiplexSteps,
                     request_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.FromString,
                     response_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=rnnserve_dot_v1_dot_real__time__service__pb2.GenerateRequest.FromString,
+                    response_serializer=rnnserve_dot_v1_dot_real__time__service__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -160,6 +181,33 @@ class RealTimeService:
             '/rnnserve.v1.RealTimeService/MultiplexSteps',
             rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsRequest.SerializeToString,
             rnnserve_dot_v1_dot_real__time__service__pb2.MultiplexStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rnnserve.v1.RealTimeService/Generate',
+            rnnserve_dot_v1_dot_real__time__service__pb2.GenerateRequest.SerializeToString,
+            rnnserve_dot_v1_dot_real__time__service__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -65,6 +65,13 @@ class RealTimeServiceStub:
     A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
     on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
     """
+    Generate: _grpc.UnaryStreamMultiCallable[_real_time_service_pb2.GenerateRequest, _real_time_service_pb2.GenerateResponse]
+    """Writes with a one-to-many model: it reads its start symbol and the prompt; a symbol is drawn from what it says
+    comes next, and is what it reads next. `started` comes first, then each symbol as it is drawn, then `finished`.
+
+    A generation has no session: it ends with its call, and a cancelled one frees what it had. One that is broken off can
+    be begun again with the same seed. While as many run as may, one more is refused with QUEUE_FULL.
+    """
 
 @_typing.type_check_only
 class RealTimeServiceAsyncStub(RealTimeServiceStub):
@@ -102,6 +109,13 @@ class RealTimeServiceAsyncStub(RealTimeServiceStub):
 
     A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
     on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
+    """
+    Generate: _aio.UnaryStreamMultiCallable[_real_time_service_pb2.GenerateRequest, _real_time_service_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Writes with a one-to-many model: it reads its start symbol and the prompt; a symbol is drawn from what it says
+    comes next, and is what it reads next. `started` comes first, then each symbol as it is drawn, then `finished`.
+
+    A generation has no session: it ends with its call, and a cancelled one frees what it had. One that is broken off can
+    be begun again with the same seed. While as many run as may, one more is refused with QUEUE_FULL.
     """
 
 class RealTimeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -149,6 +163,19 @@ class RealTimeServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A handle that loses its session (SESSION_MOVED, EVICTED, deleted, model unloaded) gets `ended`, and the others go
         on; so does one whose `open` is refused. When the call ends, the sessions of all handles are parked.
+        """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _real_time_service_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_real_time_service_pb2.GenerateResponse], _abc.AsyncIterator[_real_time_service_pb2.GenerateResponse]]:
+        """Writes with a one-to-many model: it reads its start symbol and the prompt; a symbol is drawn from what it says
+        comes next, and is what it reads next. `started` comes first, then each symbol as it is drawn, then `finished`.
+
+        A generation has no session: it ends with its call, and a cancelled one frees what it had. One that is broken off can
+        be begun again with the same seed. While as many run as may, one more is refused with QUEUE_FULL.
         """
 
 def add_RealTimeServiceServicer_to_server(servicer: RealTimeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
