@@ -180,3 +180,30 @@ def test_a_job_knows_what_is_left_of_it_and_what_one_tick_may_take() -> None:
     assert [(job.left, job.ready) for job in (chunk, batch)] == [(1, 1), (1, 1)]
     chunk.taken = batch.taken = 2
     assert [(job.left, job.ready) for job in (chunk, batch)] == [(0, 0), (0, 0)]
+
+
+def alone(t: Transcript, model: str, tenant: str = "", **steps: int) -> None:
+    for name, count in steps.items():
+        t.jobs[name] = StepJob(column(*range(count)), True, tenant, alone=True)
+        t.batcher.add(model, t.jobs[name])
+
+
+def test_a_job_that_goes_alone_shares_no_tick_and_holds_up_the_others_for_one_at_a_time() -> None:
+    t = Transcript()
+    alone(t, "m", x=2, y=2)
+    t.add("m", a=3, b=3)
+    assert t.ticks() == ["m: x", "m: a b", "m: y", "m: a b", "m: x", "m: a b", "m: y"]
+
+
+def test_jobs_that_go_alone_take_turns_by_tenant() -> None:
+    t = Transcript()
+    alone(t, "m", "many", x=1, y=1, z=1)
+    alone(t, "m", "one", a=1)
+    assert t.ticks() == ["m: x", "m: a", "m: y", "m: z"]
+
+
+def test_an_abandoned_job_that_goes_alone_has_no_tick() -> None:
+    t = Transcript()
+    alone(t, "m", x=1, y=1)
+    t.jobs["x"].abandoned = True
+    assert t.ticks() == ["m: y"]

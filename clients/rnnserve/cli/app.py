@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from rnnserve import Answer, Decoding, Model, RnnserveError
-from rnnserve.cli import copies, loading, show
+from rnnserve.cli import copies, loading, show, writing
 from rnnserve.cli import demo as story
 from rnnserve.cli.bars import Bars
 from rnnserve.cli.inputs import (
@@ -213,6 +213,7 @@ def sessions(
             stdout.print("there are no sessions")
 
 
+app.command()(writing.generate)
 app.command()(loading.load)
 app.command()(loading.unload)
 app.command("export")(copies.export)

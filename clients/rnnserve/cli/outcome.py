@@ -18,6 +18,7 @@ _ADVICE: dict[type[errors.RnnserveError], str] = {
     errors.ModelNotFound: "`rnnserve models` lists what is served",
     errors.ModelInUse: "`rnnserve unload NAME --end-streams` ends them",
     errors.ModelNotStreamable: "`rnnserve predict` sends whole sequences",
+    errors.ModelNotGenerative: "`rnnserve models` lists what each model does",
     errors.UnknownSymbol: "`rnnserve models NAME` tells what it knows",
     errors.ShapeMismatch: "`rnnserve models NAME` lists the features of a step",
 }

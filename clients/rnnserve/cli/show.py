@@ -86,6 +86,7 @@ def model_details(model: Model) -> Table:
         "unknown steps": f"are read as {model.unknown!r}" if model.unknown is not None else "",
         "missing values": model.missing_values,
         "steps a second": f"{model.steps_per_second:g}" if model.steps_per_second else "",
+        "writes": _writes(model),
         "answers": ", ".join(model.labels) or f"{model.outputs} numbers",
         "quality": _quality(model),
         "trained on": f"{data.name} ({data.licence}; {data.credit})" if data else "",
@@ -196,6 +197,13 @@ def _network(model: Model) -> str:
 
 def _serves(model: Model) -> str:
     return "streams, whole sequences" if model.streamable else "whole sequences"
+
+
+def _writes(model: Model) -> str:
+    if not model.max_symbols:
+        return ""
+    until = "" if model.end_symbol is None else f", until {model.end_symbol!r}"
+    return f"up to {model.max_symbols:,} symbols, from {model.start_symbol!r} on{until}"
 
 
 def _quality(model: Model) -> str:
