@@ -14,7 +14,7 @@ MOST_DEVIATIONS = 5.0  # so far from its mean a count is once in two million tim
 
 def softmax(logits: NDArray[np.float32], temperature: float) -> Doubles:
     powers = np.exp(logits.astype(np.float64) / temperature)
-    return np.asarray(powers / powers.sum())
+    return np.asarray(powers / powers.sum(), np.float64)
 
 
 def drawn(sampling: Sampling, said: Doubles = SAID) -> set[int]:
@@ -23,7 +23,7 @@ def drawn(sampling: Sampling, said: Doubles = SAID) -> set[int]:
 
 
 def of(*probabilities: float) -> Doubles:
-    return np.log(np.array(probabilities))
+    return np.asarray(np.log(probabilities), np.float64)
 
 
 def test_log_probabilities_are_those_of_the_softmax() -> None:
