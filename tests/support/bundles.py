@@ -17,6 +17,7 @@ from models.seq2seq import network_of
 
 LABELS = ("north", "east", "south", "west")
 WORDS = ("(unknown)", "the", "film", "is", "not", "good", "bad", *(f"word{i}" for i in range(300)))
+CHORDS = ("S67 A62 T59 B43", "S69 A64 T57 B45")
 PHONES = ("(end)", "AA", "B", "K", "S")
 
 
@@ -118,6 +119,33 @@ def write_composer(
         generation=Generation(start=".", end=end, max_symbols=max_symbols),
     )
     return write_bundle(repository, described, seed=seed, scale=3.0)
+
+
+def write_chorale(repository: Path) -> Bundle:
+    """One-to-many: writes words of four voices in turn, either note of each as readily; it reads END before the first."""
+    symbols = ("END", *(word for words in zip(*map(str.split, CHORDS), strict=True) for word in words))
+    spec = NetworkSpec(cell="tanh", symbols=9, embedding_size=4, hidden_size=4, outputs=9)
+    described = manifest(
+        "chorale",
+        spec,
+        TextInput(unit="word", symbols=symbols),
+        labels=symbols,
+        pattern="one-to-many",
+        generation=Generation(start="END", end="END", max_symbols=64),
+    )
+    voices = [3, *(number // 2 for number in range(8))]  # of the symbols; END is as the last voice
+    network = RecurrentNetwork(spec)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.zero_()
+            if name.endswith("weight_ih_l0"):
+                parameter.copy_(20 * torch.eye(4))  # through tanh as good as 1
+        assert network.embedding is not None
+        for symbol, voice in enumerate(voices):
+            network.embedding.weight[symbol, voice] = 1.0
+            if symbol:
+                network.output.weight[symbol, (voice - 1) % 4] = 40.0
+    return load_bundle(save_bundle(repository, described, network))
 
 
 def write_accumulator(repository: Path) -> Bundle:
