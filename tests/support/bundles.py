@@ -122,7 +122,7 @@ def write_composer(
 
 
 def write_chorale(repository: Path) -> Bundle:
-    """One-to-many: writes words of four voices in turn, either note of each as readily; it reads END before the first."""
+    """One-to-many: writes words of four voices in turn, either note of each as readily."""
     symbols = ("END", *(word for words in zip(*map(str.split, CHORDS), strict=True) for word in words))
     spec = NetworkSpec(cell="tanh", symbols=9, embedding_size=4, hidden_size=4, outputs=9)
     described = manifest(
