@@ -11,6 +11,7 @@ from rnnserve.exchange import CallEnded, Event, Response, Turn
 from rnnserve.requests import checked_count, checked_version
 from rnnserve.results import TopLabel, top_from
 from rnnserve.retry import RetryPolicy
+from rnnserve.texts import unit_from
 from rnnserve.v1 import real_time_service_pb2 as pb
 
 _MAX_SEED = 2**64 - 1
@@ -86,7 +87,12 @@ class Output:
     @property
     def text(self) -> str:
         """Of all symbols so far."""
-        return ("" if self.started is None else self.started.separator).join(self.symbols)
+        return self.separator.join(self.symbols)
+
+    @property
+    def separator(self) -> str:
+        """What stands between two symbols of a text."""
+        return " " if self.started is not None and unit_from(self.started.text_unit) == "word" else ""
 
     @property
     def finish(self) -> str | None:
@@ -156,7 +162,7 @@ class _Generation:
     @property
     def separator(self) -> str:
         """What stands between two symbols of a text: nothing, or a space where they are words."""
-        return "" if self._output.started is None else self._output.started.separator
+        return self._output.separator
 
     @property
     def finish(self) -> str | None:

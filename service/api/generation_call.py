@@ -10,7 +10,7 @@ import numpy as np
 
 from models.manifest import Manifest
 from rnnserve.v1 import real_time_service_pb2 as pb
-from service.api.codec import top_labels
+from service.api.codec import text_unit, top_labels
 from service.api.generation_plans import plan_of
 from service.api.generations import GenerationMetrics, Generations
 from service.api.limits import Limits
@@ -83,7 +83,9 @@ class GenerationCall(LiveCall):
 
     async def _write(self, request: pb.GenerateRequest, manifest: Manifest, plan: Plan) -> Finish:
         writer = Writer(self._engine, manifest.key, plan, ANONYMOUS)
-        started = pb.GenerationStarted(model=manifest.name, version=manifest.version, seed=plan.seed)
+        started = pb.GenerationStarted(
+            model=manifest.name, version=manifest.version, seed=plan.seed, text_unit=text_unit(manifest)
+        )
         await self._send(pb.GenerateResponse(started=started))
         async with aclosing(writer.write()) as output:
             async for drawn in output:

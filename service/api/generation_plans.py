@@ -30,17 +30,16 @@ def plan_of(request: GenerateRequest, manifest: Manifest, *, max_prompt_symbols:
             f"model {manifest.name!r} is {manifest.pattern}; only one-to-many models write", model=manifest.name
         )
     spec = cast(TextInput, manifest.input)  # as manifests are checked
-    start, end = spec.encode(generation.start), generation.end
     prompt = _decoded(request.prompt, spec, "prompt", max_prompt_symbols)
     _check_count(
         request.alternatives, "alternatives", len(spec.symbols), f"{manifest.name!r} has {len(spec.symbols)} symbols"
     )
     return Plan(
-        read=np.concatenate([start, prompt]),
+        read=np.concatenate([[spec.numbers[generation.start]], prompt]),
         max_symbols=_max_symbols(request, generation, manifest.name),
         sampling=_sampling(request, len(spec.symbols), manifest.name),
         seed=request.seed if request.HasField("seed") else secrets.randbits(SEED_BITS),
-        end=None if end is None else int(spec.encode(end)[0]),
+        end=None if generation.end is None else spec.numbers[generation.end],
         stops=_stops(request.stop, spec),
         deterministic=request.deterministic,
     )
@@ -85,9 +84,10 @@ def _stops(texts: Sequence[str], spec: TextInput) -> tuple[tuple[int, ...], ...]
 
 def _decoded(text: str, spec: TextInput, field: str, max_symbols: int) -> NDArray[np.int64]:
     """(symbols,): their numbers."""
-    if len(text) > max_symbols:
-        raise TooManySteps(f"{len(text)} symbols are more than {max_symbols}", field=field, limit=max_symbols)
+    symbols = spec.steps(text, max_symbols)
+    if len(symbols) > max_symbols:
+        raise TooManySteps(f"there are more than {max_symbols} symbols", field=field, limit=max_symbols)
     try:
-        return spec.encode(text)
+        return spec.numbers_of(symbols)
     except UnknownSymbolError as error:
         raise UnknownSymbol(str(error), field=field, symbol=error.symbol, place=error.place) from None

@@ -8,6 +8,7 @@ from rnnserve import Draining, GeneratedSymbol, QueueFull, RetryPolicy, Rnnserve
 from rnnserve.exchange import CallEnded, Response
 from rnnserve.generation import Output, generate_request
 from rnnserve.v1 import real_time_service_pb2 as pb
+from rnnserve.v1.tensor_pb2 import TEXT_UNIT_CHARACTER, TEXT_UNIT_WORD, TextUnit
 
 POLICY = RetryPolicy(attempts=3, first_backoff_s=0.1)
 DEFAULTS: dict[str, Any] = {
@@ -30,8 +31,8 @@ def output(timeout_s: float = 30.0) -> Output:
     return begun
 
 
-def started(separator: str = "") -> Response[pb.GenerateResponse]:
-    return Response(pb.GenerateResponse(started=pb.GenerationStarted(seed=7, separator=separator)))
+def started(unit: TextUnit.ValueType = TEXT_UNIT_CHARACTER) -> Response[pb.GenerateResponse]:
+    return Response(pb.GenerateResponse(started=pb.GenerationStarted(seed=7, text_unit=unit)))
 
 
 def symbol(index: int, text: str) -> Response[pb.GenerateResponse]:
@@ -46,10 +47,10 @@ def refused(kind: type[RnnserveError] = QueueFull, retry_after_s: float | None =
     return CallEnded(kind("not now", retry_after_s=retry_after_s))
 
 
-@pytest.mark.parametrize(("separator", "text"), [("", "ab"), (" ", "a b")])
-def test_symbols_make_a_text_as_the_model_reads_texts(separator: str, text: str) -> None:
+@pytest.mark.parametrize(("unit", "text"), [(TEXT_UNIT_CHARACTER, "ab"), (TEXT_UNIT_WORD, "a b")])
+def test_symbols_make_a_text_as_the_model_reads_texts(unit: TextUnit.ValueType, text: str) -> None:
     written = output()
-    written.handle(started(separator))
+    written.handle(started(unit))
     (first,) = written.handle(symbol(0, "a")).results
     assert (first, written.text) == (GeneratedSymbol(0, "a", 0.0, ()), "a")
     written.handle(symbol(1, "b"))

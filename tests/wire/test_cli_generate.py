@@ -42,10 +42,11 @@ def run(server: RunningServer) -> Run:
 
 def test_the_symbols_are_printed_and_how_to_get_the_same_again(server: RunningServer, run: Run) -> None:
     with Client(server.target) as client:
-        output = client.generate("composer", "ab", seed=9, temperature=0.5, deterministic=True)
-        list(output)
-    done = run("composer", "--prompt", "ab", "--seed", "9", "--temperature", "0.5", "--deterministic")
-    assert (done.exit_code, done.stdout, done.stderr) == (0, f"{output.text}\n", "finish: end; seed: 9\n")
+        output = client.generate("endless", "ab", seed=9, temperature=0.5, max_symbols=30, deterministic=True)
+        assert len(list(output)) == 30
+    given = ["--prompt", "ab", "--seed", "9", "--temperature", "0.5", "--max-symbols", "30", "--deterministic"]
+    done = run("endless", *given)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"{output.text}\n", "finish: max_symbols; seed: 9\n")
 
 
 def test_bounds_and_stops_are_sent(run: Run) -> None:

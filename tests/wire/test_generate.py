@@ -32,7 +32,7 @@ from rnnserve import (
 )
 from rnnserve.v1.real_time_service_pb2 import GenerateRequest
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
-from tests.support.bundles import write_accumulator, write_composer
+from tests.support.bundles import CHORDS, write_accumulator, write_chorale, write_composer
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import TIMEOUT_S, Refusal, eventually, metric, refusal_of
 
@@ -49,6 +49,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_composer(folder)
     write_composer(folder, "endless", end=None, max_symbols=100_000)
     write_accumulator(folder)
+    write_chorale(folder)
     return folder
 
 
@@ -191,6 +192,23 @@ def test_a_prompt_is_read_and_not_repeated(client: Client) -> None:
     first = next(client.generate("endless", "abcdefg" * 10, temperature=0, max_symbols=1, alternatives=8))
     assert len(list(prompted)) == 30
     assert next(other).top != first.top
+
+
+def test_words_are_symbols_too(client: Client) -> None:
+    output = client.generate("chorale", f"  {CHORDS[1]}\tS67 ", max_symbols=7)
+    words = [symbol.text for symbol in output]
+    assert [word[0] for word in words] == list("ATBSATB")
+    assert output.text == " ".join(words)
+    output = client.generate("chorale", stop=["A64 T57", "A62 T59"])
+    list(output)
+    assert output.text.endswith(output.stop or "nothing")
+    with pytest.raises(UnknownSymbol) as refusal:
+        next(client.generate("chorale", "S67 A99"))
+    assert (refusal.value.field, refusal.value.metadata["symbol"], refusal.value.metadata["place"]) == (
+        "prompt", "A99", "1",
+    )  # fmt: skip
+    with pytest.raises(TooManySteps):
+        next(client.generate("chorale", "S67 " * 101))
 
 
 def test_a_composer_streams_and_predicts_as_any_other_model(client: Client) -> None:

@@ -1237,26 +1237,26 @@ class GenerationStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
-    SEPARATOR_FIELD_NUMBER: _builtins.int
+    TEXT_UNIT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model that was found."""
     version: _builtins.int
     """Its version."""
     seed: _builtins.int
     """With which the same can be asked for again."""
-    separator: _builtins.str
-    """What stands between two symbols in a text of the model: nothing, or a space where its symbols are words."""
+    text_unit: _tensor_pb2.TextUnit.ValueType
+    """What a symbol is. In a text of the model nothing stands between two characters, and a space between two words."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         version: _builtins.int = ...,
         seed: _builtins.int = ...,
-        separator: _builtins.str = ...,
+        text_unit: _tensor_pb2.TextUnit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "seed", b"seed", "separator", b"separator", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "seed", b"seed", "text_unit", b"text_unit", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
