@@ -48,6 +48,7 @@ def _left_out(weights: Doubles, sampling: Sampling) -> NDArray[np.intp]:
     """The numbers of the symbols that the filters leave out."""
     order = np.argsort(-weights, kind="stable")
     kept = sampling.top_k or len(order)
-    up_to = weights[order[:kept]].cumsum()
-    kept = min(kept, int(up_to.searchsorted(sampling.top_p * up_to[-1], "left")) + 1)
+    if sampling.top_p < 1:
+        up_to = weights[order[:kept]].cumsum()
+        kept = int(up_to.searchsorted(sampling.top_p * up_to[-1], "left")) + 1
     return order[kept:]

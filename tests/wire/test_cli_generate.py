@@ -49,6 +49,11 @@ def test_the_symbols_are_printed_and_how_to_get_the_same_again(server: RunningSe
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"{output.text}\n", "finish: max_symbols; seed: 9\n")
 
 
+def test_what_a_model_writes_is_told(server: RunningServer) -> None:
+    done = CliRunner().invoke(app, ["models", "composer"], env={"RNNSERVE_TARGET": server.target})
+    assert "up to 500 symbols, from '.' on, until '.'" in done.stdout
+
+
 def test_bounds_and_stops_are_sent(run: Run) -> None:
     done = run("endless", "--max-symbols", "20", "--top-k", "1", "--top-p", "0.5")
     assert (len(done.stdout), done.stderr.partition(";")[0]) == (21, "finish: max_symbols")

@@ -410,7 +410,7 @@ def test_an_output_that_nobody_reads_is_broken_off(repository: Path) -> None:
 
 def test_workers_have_no_more_outputs_together_than_may_be(repository: Path, tmp_path: Path) -> None:
     with start_server(repository, tmp_path, workers=2, max_generations=3) as server:
-        clients = [Client(server.target, retry=NEVER_AGAIN) for _ in range(12)]  # on connections of both
+        clients = [Client(server.target, retry=NEVER_AGAIN) for _ in range(8)]  # of both workers, as good as always
         outputs = [client.generate("endless") for client in clients]
         refused = 0
         for output in outputs:
@@ -419,6 +419,6 @@ def test_workers_have_no_more_outputs_together_than_may_be(repository: Path, tmp
             except QueueFull:
                 refused += 1
             time.sleep(0.5)  # so long the workers may take to hear of each other
-        assert refused == 9
+        assert refused == 5
         for client in clients:
             client.close()
