@@ -69,7 +69,7 @@ def load_bundle(folder: Path) -> Bundle:
     network = network_of(manifest.network)
     network.load_state_dict(tensors)
     samples = tuple(_read_sample(folder, sample, manifest) for sample in manifest.samples)
-    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input), samples)
+    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input, look_ahead=manifest.look_ahead), samples)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -39,6 +39,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 LEAST_FLOAT32, MOST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MAX_FOLDED_CHARACTERS = 64  # a text of long ones would take a second
 MAX_WIDTH = 2**16  # of a layer, so that the size of any network can be reckoned
+MAX_LOOK_AHEAD = 1_000  # steps: a session reads as many behind its last one, one after the other
 
 
 def _differing(entries: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,6 +134,10 @@ class FeatureInput(_Part):
                 raise ValueError(f"{name} needs one number for each of the {len(self.feature_names)} feature_names")
         return self
 
+    def behind_the_end(self, steps: int) -> NDArray[np.float32]:
+        """(steps, features): the mean, which the network sees as 0 exactly."""
+        return np.tile(np.array(self.mean, np.float32), (steps, 1))
+
 
 class TextInput(_Part):
     """Text, a character or a word a step; the number of a symbol is its place in `symbols`.
@@ -149,6 +154,9 @@ class TextInput(_Part):
     fold_case: bool = Field(
         False, description="whether steps are also looked up in lower case, words also without punctuation"
     )
+    padding: str | None = Field(
+        None, description="of symbols: what stands behind the end of a text for a look-ahead; a text may have it, too"
+    )
 
     @model_validator(mode="after")
     def _symbols_are_steps(self) -> Self:
@@ -157,7 +165,13 @@ class TextInput(_Part):
                 raise ValueError(f"symbols has {symbol!r}, which is not one {self.unit}")
         if self.unknown is not None and self.unknown not in self.symbols:
             raise ValueError(f"unknown is {self.unknown!r}, which is none of symbols")
+        if self.padding is not None and self.padding not in self.symbols:
+            raise ValueError(f"padding is {self.padding!r}, which is none of symbols")
         return self
+
+    def behind_the_end(self, steps: int) -> NDArray[np.int64]:
+        """(steps,): the number of the padding. Only with one, or for no steps."""
+        return np.full(steps, self.numbers[self.padding] if self.padding is not None else 0)
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -282,7 +296,9 @@ class Manifest(_Part):
     input: Annotated[FeatureInput | TextInput, Field(discriminator="kind")]
     output: Output
     generation: Generation | None = Field(None, description="how a one-to-many network writes; of no other pattern")
-    look_ahead: Literal[0] = Field(0, description="steps that an answer waits for; no other value is served yet")
+    look_ahead: int = Field(
+        0, ge=0, le=MAX_LOOK_AHEAD, description="steps that the network reads beyond the one that it answers about"
+    )
     data: DataSource
     quality: Quality
     repeats: Repeats | None = None
@@ -294,6 +310,11 @@ class Manifest(_Part):
     @property
     def key(self) -> ModelKey:
         return ModelKey(self.name, self.version)
+
+    @cached_property
+    def padding(self) -> NDArray[np.generic]:
+        """(look_ahead, features) or (look_ahead,): read behind a sequence, so that its last steps get their answers."""
+        return self.input.behind_the_end(self.look_ahead)
 
     def _is_unknown(self, label: str) -> bool:
         return bool(label and self.output.labels) and label not in self.output.labels
@@ -321,6 +342,10 @@ class Manifest(_Part):
         if self.generation is not None:
             symbols = self.input.symbols if isinstance(self.input, TextInput) else ()
             self.generation.check(self.network, symbols, self.output.labels)
+        if self.look_ahead and (reason := self.network.why_not_streamable):
+            raise ValueError(f"look_ahead is for networks that stream: {reason}")
+        if isinstance(self.input, TextInput) and (self.input.padding is None) == (self.look_ahead > 0):
+            raise ValueError("input.padding of a text model goes with look_ahead")
         for number, sample in enumerate(self.samples):
             if self.pattern in ("one-to-one", "many-to-one") and self._is_unknown(sample.label):
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")

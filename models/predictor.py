@@ -15,10 +15,15 @@ class Predictor:
     Values are (…, features) float32, NaN where one is missing, or the numbers of symbols (…,) int64.
     The state of a session is one row of `row_size` float32: the network's state, then, where missing values
     hold the last one, that one for each feature (normalised, so that the mean, 0, stands in at first).
+
+    With a look-ahead the network's output at a step is about the step so many before it. Whole sequences are read with
+    as many steps of padding behind them, so that there is an answer about each of their own.
     """
 
-    def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput) -> None:
+    def __init__(self, network: RecurrentNetwork, input_spec: FeatureInput | TextInput, *, look_ahead: int = 0) -> None:
         self.network, self.input_spec = network, input_spec
+        self.look_ahead = look_ahead
+        self.padding = torch.from_numpy(input_spec.behind_the_end(look_ahead))
         self._is_numeric = isinstance(input_spec, FeatureInput)
         self._refuses = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "refuse"
         self._holds_last = isinstance(input_spec, FeatureInput) and input_spec.missing_values == "hold_last"
@@ -30,6 +35,7 @@ class Predictor:
     def to(self, device: torch.device) -> None:
         """Compute there from now on."""
         self.network.to(device)
+        self.padding = self.padding.to(device)
         if self._is_numeric:
             self._mean, self._std = self._mean.to(device), self._std.to(device)
 
@@ -52,6 +58,18 @@ class Predictor:
         values (batch, steps, features) or (batch, steps), lengths (batch,)
         -> (batch, steps, outputs), or (batch, outputs) where the network answers about the whole sequence only.
         """
+        if self.look_ahead:
+            return self._outputs(*self._padded(values, lengths))[:, self.look_ahead :]
+        return self._outputs(values, lengths)
+
+    def _padded(self, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Longer by the look-ahead, with padding behind the end of each sequence."""
+        longer = torch.cat([values, values.new_zeros(len(values), self.look_ahead, *values.shape[2:])], dim=1)
+        places = lengths.unsqueeze(1) + torch.arange(self.look_ahead, device=lengths.device)
+        longer[torch.arange(len(values), device=lengths.device).unsqueeze(1), places] = self.padding
+        return longer, lengths + self.look_ahead
+
+    def _outputs(self, values: Tensor, lengths: Tensor) -> Tensor:
         inputs = self._normalise(values)
         if self._holds_last:
             inputs = hold_last(inputs)
@@ -59,12 +77,16 @@ class Predictor:
         return outputs
 
     def read(self, values: Tensor) -> Tensor:
-        """One whole sequence (steps, features) or (steps,) -> what the first recurrent layer sees (steps, width)."""
-        return self.read_on(values, None)[0]
+        """One whole sequence (steps, features) or (steps,) -> what the first recurrent layer sees.
+
+        (steps + look_ahead, width): the padding behind it, too.
+        """
+        return self.read_on(torch.cat([values, self.padding]) if self.look_ahead else values, None)[0]
 
     def read_on(self, values: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The next steps of a sequence that is read in parts, and what to give with those after them.
 
+        Behind the last ones belongs `padding`.
         `last` (features,) are the last numbers before it, where missing values hold them; None at first.
         """
         inputs = self._normalise(values)

@@ -18,7 +18,7 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles with random weights: vanilla (versions 1 and 2), text, words, bidirectional, stacked."""
+    """Bundles with random weights: vanilla (versions 1 and 2), text, words, bidirectional, stacked; two look ahead."""
     return write_test_repository(tmp_path_factory.mktemp("repository"))
 
 

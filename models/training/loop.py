@@ -20,7 +20,7 @@ from models.training.answers import PredictorAnswers
 from models.training.fused import FusedStack
 from models.training.loss import loss_of
 from models.training.scores import Measure, accuracy
-from models.training.sequences import Batch, Recording, batches, encoded, pad
+from models.training.sequences import Batch, Recording, batches, delayed, encoded, pad
 
 PASS_ON_BIAS = 4.0  # of the update gate, which is then 0.98
 
@@ -77,6 +77,7 @@ class Lesson:
     examples: Examples
     validation: Sequence[Recording] = ()
     measure: Measure = accuracy
+    look_ahead: int = 0
 
 
 def fit(lesson: Lesson, settings: Settings, seed: int, report: Callable[[Epoch], None] = quiet) -> Fitted:
@@ -93,9 +94,10 @@ def fit(lesson: Lesson, settings: Settings, seed: int, report: Callable[[Epoch],
     validation = encoded(lesson.validation, lesson.input_spec)
     fitted, lowest = Fitted(network_of(lesson.spec)), math.inf
     for number in range(1, settings.epochs + 1):
-        train_loss = trainer.run_epoch(number, encoded(lesson.examples(rng), lesson.input_spec), rng)
+        examples = delayed(encoded(lesson.examples(rng), lesson.input_spec), lesson.input_spec, lesson.look_ahead)
+        train_loss = trainer.run_epoch(number, examples, rng)
         kept = trainer.weights_to_keep()
-        epoch = Epoch(number, train_loss, *validate(kept, lesson.input_spec, validation, lesson.measure))
+        epoch = Epoch(number, train_loss, *validate(kept, lesson, validation))
         fitted.history.append(epoch)
         report(epoch)
         if not validation or epoch.validation_loss < lowest:
@@ -170,21 +172,18 @@ class Trainer:
 
 
 @torch.no_grad()
-def validate(
-    network: RecurrentNetwork,
-    input_spec: FeatureInput | TextInput,
-    recordings: Sequence[Recording],
-    measure: Measure,
-) -> tuple[float, float]:
+def validate(network: RecurrentNetwork, lesson: Lesson, recordings: Sequence[Recording]) -> tuple[float, float]:
     """Mean loss of an answer about encoded recordings, and their first score; NaN without recordings."""
     if not recordings:
         return math.nan, math.nan
+    input_spec = lesson.input_spec
     features = input_spec if isinstance(input_spec, FeatureInput) else None
     total, answers = 0.0, 0
-    for group in batches(recordings, 128):
+    for group in batches(delayed(recordings, input_spec, lesson.look_ahead), 128):
         loss, count, _ = loss_of(network, pad(group, features))
         total, answers = total + loss.item(), answers + count
-    return total / answers, measure(PredictorAnswers(Predictor(network, input_spec)), recordings)[0].value
+    predictor = Predictor(network, input_spec, look_ahead=lesson.look_ahead)
+    return total / answers, lesson.measure(PredictorAnswers(predictor), recordings)[0].value
 
 
 def start_orthogonal(network: RecurrentNetwork) -> None:

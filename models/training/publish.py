@@ -57,6 +57,7 @@ def describe(task: Task, split: Split, results: list[Result]) -> Manifest:
         network=task.network,
         input=shipped.input_spec,
         output=task.output,
+        look_ahead=task.look_ahead,
         data=task.source,
         quality=_quality(best, task.test_items),
         repeats=Repeats(

@@ -48,11 +48,12 @@ class Result:
     scores: tuple[Score, ...]  # on the test; the first is what the task is about
     live: Live | None  # where pieces of recordings are scored: how it does on whole ones
     rehearsal: Fitted | None  # of a long task the run itself
+    look_ahead: int = 0
 
     @property
     def answers(self) -> PredictorAnswers:
         """What the network says."""
-        return PredictorAnswers(Predictor(self.network, self.input_spec))
+        return PredictorAnswers(Predictor(self.network, self.input_spec, look_ahead=self.look_ahead))
 
 
 def run_once(job: Job, report: Report = quiet) -> Result:
@@ -70,10 +71,10 @@ def run_once(job: Job, report: Report = quiet) -> Result:
         rehearsal = rehearse(task, job.run, report) if job.rehearse else None
         lesson = _lesson(task, [*split.train, *split.validation], ())
         fitted = fit(lesson, task.settings, job.run.seed, report)
-    answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec))
+    answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec, look_ahead=task.look_ahead))
     live = measure_live(answers, split.test, task.settling_steps) if task.settling_steps else None
     scores = task.measure(answers, task.items(split.test))
-    return Result(fitted.network, lesson.input_spec, scores, live, rehearsal)
+    return Result(fitted.network, lesson.input_spec, scores, live, rehearsal, task.look_ahead)
 
 
 def rehearse(task: Task, run: Run, report: Report = quiet) -> Fitted:
@@ -83,7 +84,8 @@ def rehearse(task: Task, run: Run, report: Report = quiet) -> Fitted:
 
 
 def _lesson(task: Task, known: Recordings, validation: Recordings) -> Lesson:
-    return Lesson(task.network, task.input(known), partial(task.examples, known), validation, task.measure)
+    examples = partial(task.examples, known)
+    return Lesson(task.network, task.input(known), examples, validation, task.measure, task.look_ahead)
 
 
 def run_all(jobs: Sequence[Job], processes: int = 2) -> list[Result]:

@@ -75,6 +75,23 @@ def encoded(recordings: Sequence[Recording], input_spec: FeatureInput | TextInpu
     return [replace(r, values=input_spec.encode(r.values)) if isinstance(r.values, str) else r for r in recordings]
 
 
+def delayed(recordings: Sequence[Recording], input_spec: FeatureInput | TextInput, look_ahead: int) -> list[Recording]:
+    """Encoded recordings as a network learns them whose answers come so many steps later: padding behind each of them,
+    as in serving, and nothing asked for at its first steps. Raises TypeError for targets that are no labels.
+    """
+    if not look_ahead:
+        return list(recordings)
+    padding, silence = input_spec.behind_the_end(look_ahead), np.full(look_ahead, NO_LABEL)
+    late = list[Recording]()
+    for recording in recordings:
+        if isinstance(recording.values, str) or isinstance(recording.target, float):
+            raise TypeError("a look-ahead is for labels about encoded recordings")
+        labels = np.broadcast_to(recording.target, len(recording.values))
+        values = np.concatenate([recording.values, padding])
+        late.append(replace(recording, values=values, target=np.concatenate([silence, labels])))
+    return late
+
+
 def pad(recordings: Sequence[Recording], input_spec: FeatureInput | None = None) -> Batch:
     """One batch of encoded recordings; with `input_spec` numbers are normalised by its mean and standard deviation."""
     rows = [torch.from_numpy(recording.values) for recording in recordings if not isinstance(recording.values, str)]

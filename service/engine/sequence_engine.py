@@ -69,7 +69,7 @@ Answer: TypeAlias = Floats | list[Hypothesis]
 class Ended(NamedTuple):
     """What became of a sequence: its answer, or why it failed.
 
-    Of one that was added with its room, what the last stage gave: (steps, hidden * directions).
+    Of one that was added with its room, what the last stage gave about each step: (steps, hidden * directions).
     """
 
     number: int
@@ -180,7 +180,8 @@ class SequenceEngine:
 def _answer(member: _Running) -> Answer:
     if member.writing:
         return member.writing.beam.hypotheses()
-    return member.outputs if member.room else member.network.answer(member.outputs)
+    hidden = member.network.about_steps(member.outputs)
+    return hidden if member.room else member.network.answer(hidden)
 
 
 def _write(tick: Tick[SequenceNetwork, _Running]) -> None:

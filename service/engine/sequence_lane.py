@@ -103,7 +103,7 @@ class _Job:
 
     @property
     def steps(self) -> int:
-        return len(self.sequence)
+        return len(self.sequence) + self.bundle.manifest.look_ahead
 
 
 class SequenceLane:
@@ -239,9 +239,9 @@ class SequenceLane:
         self, bundle: Bundle, sequences: list[NDArray[np.generic]], decoding: Decoding | None, *, wait: bool
     ) -> list[Any]:
         await self._enter(len(sequences), wait=wait)
-        loop = asyncio.get_running_loop()
+        loop, ahead = asyncio.get_running_loop(), bundle.manifest.look_ahead
         jobs = [
-            _Job(bundle, sequence, decoding, len(sequence) <= self._short_steps, loop.create_future())
+            _Job(bundle, sequence, decoding, len(sequence) + ahead <= self._short_steps, loop.create_future())
             for sequence in sequences
         ]
         for job in jobs:

@@ -154,21 +154,29 @@ class SequenceNetwork:
         spec, stack = predictor.network.spec, predictor.network.recurrent
         self.hidden_size = spec.hidden_size
         self.answers_about_mean = spec.readout == "mean"
+        self.padding: NDArray[np.generic] = predictor.padding.numpy()
         self.stages = [[LaneKernel(stack, suffixes) for suffixes in lanes] for lanes in _stages(spec)]
         self.decoder = predictor.network if isinstance(predictor.network, EncoderDecoder) else None
         self.lanes = (*map(len, self.stages), *([1] if self.decoder else []))
 
     @torch.inference_mode()
     def read(self, sequence: NDArray[np.generic]) -> Floats:
-        """(steps, features) or (steps,) -> what the first stage sees (steps, width)."""
+        """(steps, features) or (steps,) -> what the first stage sees (steps + look_ahead, width)."""
         read: Floats = self._predictor.read(torch.from_numpy(sequence)).numpy()
         return read
 
     @torch.inference_mode()
     def read_on(self, sequence: NDArray[np.generic], last: Tensor | None) -> tuple[Floats, Tensor | None]:
-        """The same for the next steps of a sequence in parts; `last` is what the steps before them gave, or None."""
+        """The same for the next steps of a sequence in parts; `last` is what the steps before them gave, or None.
+
+        Behind the last part belongs `padding`.
+        """
         read, last = self._predictor.read_on(torch.from_numpy(sequence), last)
         return read.numpy(), last
+
+    def about_steps(self, hidden: Floats) -> Floats:
+        """(steps + look_ahead, …) that the last stage gave -> (steps, …), each about the step of that index."""
+        return hidden[len(self.padding) :]
 
     @torch.inference_mode()
     def answer(self, hidden: Floats) -> Floats:

@@ -146,6 +146,10 @@ class Spilled:
 
     def store(self, steps: NDArray[np.generic]) -> None:
         """The next ones: (steps, features) or (steps,)."""
+        self._read(steps)
+        self.received_steps += len(steps)
+
+    def _read(self, steps: NDArray[np.generic]) -> None:
         for begin in range(0, len(steps), AT_ONCE_STEPS):
             part, self._last = self.network.read_on(steps[begin : begin + AT_ONCE_STEPS], self._last)
             if self._inputs is None:
@@ -153,19 +157,22 @@ class Spilled:
             self._inputs.append(part)
             for rows in self._outputs:
                 rows.grow(len(part))
-            self.received_steps += len(part)
 
     def map(self) -> tuple[Floats, Callable[[], Floats]]:
-        """What the network has read (steps, width), and the room for the outputs of each of its stages in turn."""
+        """What the network has read, and the room for the outputs of each of its stages in turn.
+
+        (steps + look_ahead, width): the padding behind the last step, too.
+        """
         if self._inputs is None:
             raise ValueError("there is no step")
+        self._read(self.network.padding)
         outputs = itertools.cycle([rows.map() for rows in self._outputs])
         return self._inputs.map(), lambda: next(outputs)
 
     def computed(self, hidden: Floats) -> None:
         """(steps, hidden * directions) of the last stage."""
         self._hidden = hidden
-        self.computed_steps = len(hidden) * sum(self.network.lanes)
+        self.computed_steps = (len(hidden) + len(self.network.padding)) * sum(self.network.lanes)
 
     def read(self, max_steps: int, *, last_only: bool) -> Piece:
         """The next piece of the answer. Raises ExecutionFailed where it is not finite."""

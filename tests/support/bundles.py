@@ -18,6 +18,8 @@ from models.seq2seq import network_of
 LABELS = ("north", "east", "south", "west")
 WORDS = ("(unknown)", "the", "film", "is", "not", "good", "bad", *(f"word{i}" for i in range(300)))
 CHORDS = ("S67 A62 T59 B43", "S69 A64 T57 B45")
+LOOK_AHEAD = 3
+"""Of the bundles that have one."""
 PHONES = ("(end)", "AA", "B", "K", "S")
 
 
@@ -42,6 +44,7 @@ def manifest(
     pattern: Pattern = "many-to-many aligned",
     version: int = 1,
     generation: Generation | None = None,
+    look_ahead: int = 0,
 ) -> Manifest:
     """A manifest that passes, for a network that learned nothing."""
     return Manifest(
@@ -53,6 +56,7 @@ def manifest(
         input=inputs,
         output=Output(activation="softmax" if labels else "none", labels=labels),
         generation=generation,
+        look_ahead=look_ahead,
         data=DataSource(name="none", archive="none", archive_sha256="0" * 64, licence="none", credit="nobody"),
         quality=Quality(metric="none", value=0.0, split="none", items=1),
         weights_sha256="0" * 64,
@@ -87,6 +91,9 @@ def write_test_repository(repository: Path) -> Path:
     write_bundle(repository, described)
     stacked = NetworkSpec(cell="gru", features=3, hidden_size=8, layers=2, outputs=2)
     write_accumulator(repository)
+    write_accumulator(repository, look_ahead=LOOK_AHEAD)
+    ahead = TextInput(symbols=tuple("abc "), padding=" ")
+    write_bundle(repository, manifest("text-ahead", text, ahead, labels=LABELS, look_ahead=LOOK_AHEAD))
     write_bundle(repository, manifest("stacked", stacked, features(3, missing_values="hold_last")))
     return repository
 
@@ -148,16 +155,17 @@ def write_chorale(repository: Path) -> Bundle:
     return load_bundle(save_bundle(repository, described, network))
 
 
-def write_accumulator(repository: Path) -> Bundle:
+def write_accumulator(repository: Path, *, look_ahead: int = 0) -> Bundle:
     """A network that forgets nothing: ReLU cells with an identity recurrence, exact in whole numbers below 2**24.
 
     One feature x >= 0. Outputs after each step: the sum of all x, and the sum of those sums before the step, which
-    tells the order of the steps too.
+    tells the order of the steps too. With a look-ahead it is called "accumulator-ahead".
     """
     described = manifest(
-        "accumulator",
+        "accumulator-ahead" if look_ahead else "accumulator",
         NetworkSpec(cell="relu", features=1, hidden_size=2, outputs=2),
         FeatureInput(feature_names=("x",), mean=(0.0,), std=(1.0,)),
+        look_ahead=look_ahead,
     )
     network = RecurrentNetwork(described.network)
     weights = {
@@ -172,11 +180,11 @@ def write_accumulator(repository: Path) -> Bundle:
     return load_bundle(save_bundle(repository, described, network))
 
 
-def accumulated(values: Iterable[float]) -> list[tuple[float, float]]:
-    """What the accumulator must answer, step by step."""
+def accumulated(values: Iterable[float], *, look_ahead: int = 0) -> list[tuple[float, float]]:
+    """What the accumulator must answer about each step of a sequence, behind which it reads zeros."""
     answers, total, totals = [], 0.0, 0.0
-    for value in values:
+    for value in (*values, *[0.0] * look_ahead):
         totals += total
         total += value
         answers.append((total, totals))
-    return answers
+    return answers[look_ahead:]

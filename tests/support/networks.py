@@ -37,15 +37,21 @@ whole_sequence_specs = st.builds(
     st.sampled_from(get_args(Readout)),
 )
 """Those, and networks that need the whole sequence."""
+look_aheads = st.sampled_from([0, 0, 1, 2, 5])
 rules = st.sampled_from(["refuse", "hold_last", "mean"])
 """For missing values."""
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_bundle(folder: str, spec: NetworkSpec, rule: str, seed: int, scale: float = 1.0) -> Bundle:
+def random_bundle(
+    folder: str, spec: NetworkSpec, rule: str, seed: int, scale: float = 1.0, look_ahead: int = 0
+) -> Bundle:
     """Of random weights, multiplied by `scale`."""
     inputs: FeatureInput | TextInput = (
-        TextInput(symbols=SYMBOLS) if spec.symbols else features(spec.features or 0, missing_values=rule)
+        features(spec.features or 0, missing_values=rule)
+        if spec.features
+        else (TextInput(symbols=SYMBOLS, padding=SYMBOLS[-1] if look_ahead else None))
     )
     pattern: Pattern = "many-to-many aligned" if spec.readout == "each_step" else "many-to-one"
-    return write_bundle(Path(folder), manifest("random", spec, inputs, pattern=pattern), seed=seed, scale=scale)
+    described = manifest("random", spec, inputs, pattern=pattern, look_ahead=look_ahead)
+    return write_bundle(Path(folder), described, seed=seed, scale=scale)

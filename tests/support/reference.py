@@ -201,11 +201,12 @@ class Reference:
 
     def predict(self, values: Array | str) -> Array:
         """(steps, features) or a text -> (steps, outputs), or (1, outputs) where the network answers about the mean."""
-        network = self.manifest["network"]
+        network, look_ahead = self.manifest["network"], self.manifest["look_ahead"]
         inputs = self._inputs(values)
+        inputs = np.concatenate([inputs, self._padding(look_ahead)]) if look_ahead else inputs
         if network["transition_layers"] == 1:
-            return run_in_torch(network, self.weights, inputs)
-        return NumpyNetwork(network, self.weights).run(inputs)
+            return run_in_torch(network, self.weights, inputs)[look_ahead:]
+        return NumpyNetwork(network, self.weights).run(inputs)[look_ahead:]
 
     @torch.inference_mode()
     def write(self, values: Array | str, *, beam_width: int, length_penalty: float, max_labels: int) -> list[Written]:
@@ -227,6 +228,13 @@ class Reference:
                 ended += [Written(labels, score / len(labels) ** length_penalty) for labels, score in paths]
                 break
         return sorted(ended, key=lambda written: -written.score)
+
+    def _padding(self, steps: int) -> Array:
+        """What stands behind the end, as the network sees it: (steps, features) or (steps,)."""
+        spec = self.manifest["input"]
+        if spec["kind"] == "text":
+            return np.full(steps, spec["symbols"].index(spec["padding"]))
+        return np.zeros((steps, len(spec["mean"])), np.float32)
 
     def _inputs(self, values: Array | str) -> Array:
         spec = self.manifest["input"]

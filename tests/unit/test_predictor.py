@@ -95,3 +95,28 @@ def test_text_goes_in_as_the_places_of_its_symbols() -> None:
     outputs = Predictor(network, spec).run(torch.from_numpy(numbers[np.newaxis]), torch.tensor([4]))
     stepped, _ = StepKernel(Predictor(network, spec)).step(torch.tensor([1]), torch.zeros(1, 8))
     torch.testing.assert_close(outputs[0, 0], stepped[0])
+
+
+@pytest.mark.parametrize("missing_values", ["refuse", "hold_last", "mean"])
+def test_with_a_look_ahead_each_step_is_answered_about_once_so_many_more_are_read(missing_values: str) -> None:
+    now = make_predictor(missing_values)
+    later = Predictor(now.network, features(3, missing_values=missing_values), look_ahead=2)
+    short, long = [(1.0, 3.0, -2.0)], [(5.0, 6.0, 7.0), (0.3, -1.0, 2.0), (1e6, 0.1, 0.2)]
+    outputs = later.run(torch.tensor([[*short, *[(9.0, 9.0, 9.0)] * 2], long]), torch.tensor([1, 3]))
+    for row, steps in zip(outputs, (short, long), strict=True):
+        seen = torch.cat(
+            [(torch.tensor(steps) - torch.tensor(MEAN)) / torch.tensor([1.0, 1.25, 1.5]), torch.zeros(2, 3)]
+        )
+        wanted = now.network(seen.unsqueeze(0), torch.tensor([len(seen)]))[0][0, 2:]
+        torch.testing.assert_close(row[: len(steps)], wanted)
+        read = later.read(torch.tensor(steps))
+        torch.testing.assert_close(read, now.network.read(seen))
+
+
+def test_a_text_is_padded_with_the_symbol_that_is_named_for_it_which_a_text_may_have_too() -> None:
+    spec = TextInput(symbols=("b", "a", " "), padding="a")
+    torch.manual_seed(0)
+    network = RecurrentNetwork(NetworkSpec(cell="gru", symbols=3, embedding_size=2, hidden_size=4, outputs=2))
+    found = Predictor(network, spec, look_ahead=2).run(torch.from_numpy(spec.encode("ab"))[None], torch.tensor([2]))
+    longer = Predictor(network, spec).run(torch.from_numpy(spec.encode("abaa"))[None], torch.tensor([4]))
+    torch.testing.assert_close(found, longer[:, 2:])

@@ -24,7 +24,7 @@ from service.engine.sequence_network import (
     OneDnnLstm,
     SequenceNetwork,
 )
-from tests.support.networks import SYMBOLS, random_bundle, rules, seeds, whole_sequence_specs
+from tests.support.networks import SYMBOLS, look_aheads, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.reference import Reference, assert_close
 
 MODEL = ModelKey("random", 1)
@@ -61,14 +61,21 @@ def answers(ended: list[Ended]) -> dict[int, Floats]:
 @settings(deadline=None)
 @given(
     spec=whole_sequence_specs, rule=rules, seed=seeds, comings=comings, most=st.integers(1, 6),
-    steps=st.integers(1, 20), abandoned=st.sets(st.integers(0, 11)),
+    steps=st.integers(1, 20), abandoned=st.sets(st.integers(0, 11)), look_ahead=look_aheads,
 )  # fmt: skip
 def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
-    spec: NetworkSpec, rule: str, seed: int, comings: list[tuple[int, bool]], most: int, steps: int, abandoned: set[int]
+    spec: NetworkSpec,
+    rule: str,
+    seed: int,
+    comings: list[tuple[int, bool]],
+    most: int,
+    steps: int,
+    abandoned: set[int],
+    look_ahead: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(folder, spec, rule, seed)
+        bundle = random_bundle(folder, spec, rule, seed, look_ahead=look_ahead * spec.streamable)
         reference, network = Reference(bundle.folder), SequenceNetwork(bundle.predictor, MODEL)
         engine = SequenceEngine(most, steps)
         sequences = [random_sequence(spec, rule, count, rng) for count, _ in comings]

@@ -19,7 +19,7 @@ from service.engine.sequence_engine import SequenceEngine
 from service.engine.sequence_network import Floats, SequenceNetwork
 from service.engine.spilled import Ask, Compute, HowFar, Piece, Progress, Read, Record, Recorder, RecordingOrder, Store
 from service.errors import DiskFull, ExecutionFailed, ServingError
-from tests.support.networks import random_bundle, rules, seeds, whole_sequence_specs
+from tests.support.networks import look_aheads, random_bundle, rules, seeds, whole_sequence_specs
 from tests.support.recordings import resident_bytes, spilled_bytes
 from tests.support.reference import NumpyNetwork, Reference, assert_close
 from tests.unit.test_sequence_engine import as_sent, random_sequence
@@ -91,19 +91,28 @@ def test_wherever_a_recording_is_cut_it_gets_the_answer_of_the_same_sequence_who
     @settings(deadline=None)
     @given(
         spec=whole_sequence_specs, rule=rules, seed=seeds, cuts=st.lists(st.integers(1, 39), unique=True),
-        steps=st.integers(1, 20), max_steps=st.integers(1, 50), last_only=st.booleans(),
+        steps=st.integers(1, 20), max_steps=st.integers(1, 50), last_only=st.booleans(), look_ahead=look_aheads,
     )  # fmt: skip
     def check(
-        spec: NetworkSpec, rule: str, seed: int, cuts: list[int], steps: int, max_steps: int, last_only: bool
+        spec: NetworkSpec,
+        rule: str,
+        seed: int,
+        cuts: list[int],
+        steps: int,
+        max_steps: int,
+        last_only: bool,
+        look_ahead: int,
     ) -> None:
         sequence = random_sequence(spec, rule, 40, np.random.default_rng(seed))
         with tempfile.TemporaryDirectory() as folder:
-            bundle = random_bundle(folder, spec, rule, seed)
+            bundle = random_bundle(folder, spec, rule, seed, look_ahead=look_ahead * spec.streamable)
             wanted = Reference(bundle.folder).predict(as_sent(sequence))
         asking = Asking(SequenceNetwork(bundle.predictor, MODEL), tmp_path, steps)
         asking.record(0, sequence, sorted(cuts))
         assert asking.ask(Compute(0)) is None
         assert_close(asking.answer(0, max_steps, last_only=last_only), wanted[-1:] if last_only else wanted)
+        received, computed, total = asking.recorder._progress(0)
+        assert (received, computed) == (40, total)
         asking.recorder.abandon(0)
         assert spilled_bytes(tmp_path) == 0
 

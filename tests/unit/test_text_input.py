@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.manifest import TextInput, UnknownSymbolError
+from models.recurrent import NetworkSpec
+from tests.support.bundles import manifest
 
 WORDS = ("(unknown)", "film", "Film", "café", "don't", "c++", "c", "straße", "5%")
 
@@ -98,3 +100,17 @@ def test_no_more_steps_are_told_apart_than_are_asked_for(text: str, at_most: int
 def test_symbols_that_no_text_can_have_are_refused(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         TextInput.model_validate(fields)
+
+
+def test_the_padding_behind_a_text_is_one_of_its_symbols() -> None:
+    spec = words(padding="c++")
+    assert [spec.symbols[number] for number in spec.behind_the_end(2).tolist()] == ["c++", "c++"]
+    with pytest.raises(ValidationError, match="padding is 'rust', which is none of symbols"):
+        words(padding="rust")
+
+
+@pytest.mark.parametrize(("padding", "look_ahead"), [(None, 1), ("film", 0)])
+def test_a_text_model_has_a_padding_if_it_looks_ahead_and_only_then(padding: str | None, look_ahead: int) -> None:
+    spec = NetworkSpec(cell="tanh", symbols=len(WORDS), embedding_size=2, hidden_size=2, outputs=2)
+    with pytest.raises(ValidationError, match=r"input\.padding of a text model goes with look_ahead"):
+        manifest("text", spec, words(padding=padding), look_ahead=look_ahead)

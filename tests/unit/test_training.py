@@ -15,7 +15,7 @@ from models.training.loop import Epoch, Fitted, Lesson, Settings, Trainer, fit, 
 from models.training.loss import sequence_loss
 from models.training.measure import accuracy_by_steps, confusions, measure_live
 from models.training.scores import accuracy
-from models.training.sequences import NO_LABEL, Batch, Recording, batches, pad
+from models.training.sequences import NO_LABEL, Batch, Recording, batches, delayed, encoded, pad
 
 INPUT = FeatureInput(feature_names=("x", "y"), mean=(0.0, 0.0), std=(1.0, 1.0))
 SPEC = NetworkSpec(cell="gru", features=2, hidden_size=8, outputs=2)
@@ -210,3 +210,31 @@ def test_an_encoder_decoder_learns_to_spell_backwards() -> None:
     answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec))
     written = answers.written([Recording("abcb", 0), Recording("ca", 0)], Decoding(max_labels=8))
     assert written == [(2, 3, 2, 1), (1, 3)]
+
+
+def test_a_look_ahead_learns_what_only_the_next_step_tells() -> None:
+    rng, letters = np.random.default_rng(0), "abc"
+    texts = ["".join(rng.choice(list(letters), size=rng.integers(1, 8))) for _ in range(200)]
+    following = [Recording(text, np.array([letters.index(each) for each in text[1:] + "c"])) for text in texts]
+    spec = NetworkSpec(cell="gru", symbols=3, embedding_size=4, hidden_size=8, outputs=3)
+    input_spec = TextInput(symbols=tuple(letters), padding="c")
+    right = {}
+    for look_ahead in (0, 1):
+        lesson = Lesson(spec, input_spec, lambda rng: following, look_ahead=look_ahead)
+        network = fit(lesson, replace(SETTINGS, epochs=30, learning_rate=0.02), 0).network
+        answers = PredictorAnswers(Predictor(network, input_spec, look_ahead=look_ahead))
+        pairs = zip(answers.about_steps(following), following, strict=True)
+        right[look_ahead] = np.mean(np.concatenate([row.argmax(dim=-1).numpy() == r.target for row, r in pairs]))
+    assert right[0] < 0.7
+    assert right[1] == 1.0
+
+
+def test_a_delayed_recording_asks_for_each_label_so_many_steps_later() -> None:
+    spec = TextInput(symbols=tuple("abc"), padding="c")
+    (late,) = delayed(encoded([Recording("ab", np.array([1, 2]))], spec), spec, 2)
+    assert np.array_equal(late.values, [0, 1, 2, 2])
+    assert np.array_equal(late.target, [NO_LABEL, NO_LABEL, 1, 2])
+    (late,) = delayed(encoded([Recording("ab", 1)], spec), spec, 1)
+    assert np.array_equal(late.target, [NO_LABEL, 1, 1])
+    with pytest.raises(TypeError):
+        delayed(encoded([Recording("ab", 0.5)], spec), spec, 1)

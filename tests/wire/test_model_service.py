@@ -15,9 +15,11 @@ from tests.support.wire import TIMEOUT_S, array, refusal_of
 
 ALL = [
     ("accumulator", 1),
+    ("accumulator-ahead", 1),
     ("bidirectional", 1),
     ("stacked", 1),
     ("text", 1),
+    ("text-ahead", 1),
     ("vanilla", 1),
     ("vanilla", 2),
     ("words", 1),
