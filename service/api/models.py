@@ -118,6 +118,7 @@ def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
             name=manifest.data.name, licence=manifest.data.licence, credit=manifest.data.credit
         ),
         weights_sha256=manifest.weights_sha256,
+        look_ahead=manifest.look_ahead,
         decoder=pb.Decoder(**network.decoder.model_dump(exclude={"embedding_size"})) if network.decoder else None,
         generation=pb.Generation(**manifest.generation.model_dump()) if manifest.generation else None,
         **_input_fields(manifest, max_symbols),

@@ -33,6 +33,8 @@ from rnnserve.v1.real_time_service_pb2 import (
     ResetHandle,
     SessionClosed,
     StepBatch,
+    StepBatchAnswer,
+    StepsAnswer,
 )
 from service.api import codec
 from service.api.calls import Refusals
@@ -229,7 +231,7 @@ class MultiplexedStream(LiveCall):
             max_outstanding_steps=self._limits.max_outstanding_steps,
         )
         for held in opened.missed:
-            opened.answer_into(response.missed.add(), held.next_step, held.outputs)
+            opened.missed_into(response.missed.add(), held)
         self._send(MultiplexStepsResponse(opened=response))
 
     def _take_steps(self, batch: StepBatch) -> None:
@@ -310,24 +312,32 @@ class MultiplexedStream(LiveCall):
         """A step of each of these, of one model: inputs (handles, features) or (handles,)."""
         start_s = time.perf_counter()
 
-        def applied(first: int, stepped: Stepped, steps: list[int]) -> None:
+        def applied(first: int, stepped: Stepped, steps: list[int], silent: list[int]) -> None:
             if not job.left:
                 self._jobs.discard(job)
                 self._written.set()
-            self._answer(handles[first : first + len(stepped.outputs)], stepped, steps)
+            self._answer(handles[first : first + len(stepped.outputs)], stepped, steps, silent)
             self._metrics.steps_answered(job.model, time.perf_counter() - start_s)
 
         sessions = [handle.session for handle in handles]
         job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
         self._jobs.add(job)
 
-    def _answer(self, handles: Sequence[_Handle], stepped: Stepped, steps: list[int]) -> None:
-        """Say what became of a step of each; then the next ones of these handles begin."""
-        answered = handles if len(steps) == len(handles) else [handles[i] for i in steps]
-        if answered:
-            self._sessions.all_changed([handle.session for handle in answered])
+    def _answer(self, handles: Sequence[_Handle], stepped: Stepped, steps: list[int], silent: list[int]) -> None:
+        """Say what became of a step of each; then the next ones of these handles begin.
+
+        `steps` were applied, and the `silent` ones among them bring no answer yet.
+        """
+        applied = handles if len(steps) == len(handles) else [handles[i] for i in steps]
+        if applied:
+            self._sessions.all_changed([handle.session for handle in applied])
+        if silent:
+            self._send(_taken_from([handles[i] for i in silent]))
+            steps = sorted(set(steps).difference(silent))
+            applied = [handles[i] for i in steps]
+        if applied:
             outputs = stepped.outputs if len(steps) == len(handles) else stepped.outputs[steps]
-            for alike, rows in _by_options(answered, outputs):
+            for alike, rows in _by_options(applied, outputs):
                 self._send(_answer_of(alike, rows))
         for i, failure in stepped.failures.items():
             if not handles[i].lost:
@@ -357,6 +367,9 @@ class MultiplexedStream(LiveCall):
             if isinstance(request, CloseHandle):
                 self._begin(self._close(handle, request))
                 return None
+            if isinstance(request, ResetHandle) and handle.session.ends_with_answers(request.reset.first_step):
+                self._begin(self._end_sequence(handle, request))
+                return None
             try:
                 if isinstance(request, ResetHandle):
                     with within("reset"):
@@ -376,33 +389,55 @@ class MultiplexedStream(LiveCall):
 
     def _answer_again(self, handle: _Handle, first_step: int) -> None:
         """A step that was applied before; there is no row if its answer is not held. Raises StepOutOfOrder."""
-        outputs = handle.session.applied_before(first_step)
-        response, opened = MultiplexStepsResponse(), handle.opened
+        applied = handle.session.applied_before(first_step)
+        response, opened, outputs = MultiplexStepsResponse(), handle.opened, applied.outputs
         answer = response.answer
         answer.handles.append(handle.number)
-        answer.first_steps.append(first_step)
+        answer.first_steps.append(applied.first_step if len(outputs) else first_step)
         answer.durable_steps.append(handle.session.durable_step)
         if len(outputs):
             codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
         self._send(response)
 
-    def _reset(self, handle: _Handle, request: ResetHandle) -> None:
+    async def _end_sequence(self, handle: _Handle, request: ResetHandle) -> None:
+        """By a reset that brings answers."""
+        if handle.lost:
+            return  # and the client was told
+        try:
+            with within("reset"):
+                last = await handle.opened.end_sequence(handle, request.reset.first_step)
+                self._reset(handle, request, last)
+        except ServingError as error:
+            if handle.lost:
+                return
+            self._refuse_one(handle, request.reset.first_step, error)
+        handle.outstanding -= 1
+        self._go_on([handle])
+
+    def _reset(self, handle: _Handle, request: ResetHandle, last: StepsAnswer | None = None) -> None:
         if not request.reset.HasField("first_step"):
             raise FieldInvalid("the index of the next step is mandatory", field="reset.first_step")
         session = handle.session
         with within("reset"):
             session.reset(request.reset.first_step)
         self._sessions.changed(session)
-        reset = HandleReset(handle=handle.number, next_step=session.next_step, durable_step=session.durable_step)
+        reset = HandleReset(
+            handle=handle.number, next_step=session.next_step, durable_step=session.durable_step, last=last
+        )
         self._send(MultiplexStepsResponse(reset=reset))
 
     async def _close(self, handle: _Handle, request: CloseHandle) -> None:
         session, close = handle.session, request.close
+        if handle.lost:
+            return  # and the client was told
         try:
             if close.HasField("first_step"):
                 with within("close"), within("close"):
                     session.expect(close.first_step)
+            last = await handle.opened.end_sequence(handle, session.next_step)
         except ServingError as error:
+            if handle.lost:
+                return
             self._refuse_one(handle, close.first_step, error)
             handle.outstanding -= 1
             self._go_on([handle])
@@ -411,7 +446,7 @@ class MultiplexedStream(LiveCall):
         del self._handles[handle.number]
         self._durable.pop(handle, None)
         erased = await self._sessions.close(session, handle)
-        closed = SessionClosed(next_step=next_step, erased=erased)
+        closed = SessionClosed(next_step=next_step, erased=erased, last=last)
         self._send(MultiplexStepsResponse(closed=HandleClosed(handle=handle.number, closed=closed)))
         if handle.waiting:
             waiting = [_first_step(waiting) for waiting in handle.waiting]
@@ -487,16 +522,26 @@ def _by_options(handles: Sequence[_Handle], outputs: Floats) -> list[tuple[Seque
 
 
 def _answer_of(handles: Sequence[_Handle], outputs: Floats) -> MultiplexStepsResponse:
-    """To the last step of each: outputs (handles, outputs)."""
+    """That the last step of each brings: outputs (handles, outputs)."""
     sessions = [handle.session for handle in handles]
     response = MultiplexStepsResponse()
     answer = response.answer
     answer.handles.extend([handle.number for handle in handles])
-    answer.first_steps.extend([session.ledger.next_step - 1 for session in sessions])
+    answer.first_steps.extend([session.ledger.next_answer - 1 for session in sessions])
     answer.durable_steps.extend([session.durable_step for session in sessions])
     opened = handles[0].opened
     codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
     return response
+
+
+def _taken_from(handles: Sequence[_Handle]) -> MultiplexStepsResponse:
+    """The last step of each was applied, and brings no answer yet."""
+    answer = StepBatchAnswer(
+        handles=[handle.number for handle in handles],
+        first_steps=[handle.session.next_step - 1 for handle in handles],
+        durable_steps=[handle.session.durable_step for handle in handles],
+    )
+    return MultiplexStepsResponse(answer=answer)
 
 
 def _queue_full(limit: int) -> QueueFull:

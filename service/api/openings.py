@@ -22,9 +22,9 @@ from service.api.limits import Limits
 from service.api.statuses import duration
 from service.catalog.catalog import Catalog
 from service.errors import FieldInvalid
-from service.sessions.record import ANONYMOUS, Floats, HeldAnswer, SessionKey
+from service.sessions.record import ANONYMOUS, HeldAnswer, SessionKey
 from service.sessions.registry import Opening, SessionRegistry
-from service.sessions.session import Owner, Session
+from service.sessions.session import AppliedSteps, Owner, Session
 
 MAX_CALLER_ID_BYTES = 16
 
@@ -44,11 +44,26 @@ class OpenedSession:
     options: OutputOptions
     missed: list[HeldAnswer]
 
-    def answer_into(self, answer: StepsAnswer, next_step: int, outputs: Floats) -> None:
-        """outputs (rows, outputs) about the steps before `next_step`, into an empty answer."""
-        answer.first_step, answer.next_step = next_step - len(outputs), next_step
-        if len(outputs):
-            codec.encode_into(answer.prediction, outputs, self.manifest, self.options)
+    def answer_into(self, answer: StepsAnswer, applied: AppliedSteps) -> None:
+        """What applied steps have brought, into an empty answer."""
+        answer.first_step, answer.next_step = applied.first_step, applied.next_step
+        if len(applied.outputs):
+            codec.encode_into(answer.prediction, applied.outputs, self.manifest, self.options)
+
+    def missed_into(self, answer: StepsAnswer, held: HeldAnswer) -> None:
+        """One of the missed ones, into an empty answer."""
+        self.answer_into(answer, AppliedSteps(self.session.next_step, held.next_step, held.outputs))
+
+    async def end_sequence(self, owner: Owner, next_step: int, *, last_only: bool = False) -> StepsAnswer | None:
+        """What the end of the sequence before the step of that index brings, if that is anything that is wanted.
+
+        Raises SessionMoved, and ExecutionFailed; then nothing has changed.
+        """
+        if not self.session.ends_with_answers(next_step):
+            return None
+        answer = StepsAnswer()
+        self.answer_into(answer, await self.session.end_sequence(owner, last_only=last_only))
+        return answer
 
 
 class Openings:
@@ -97,6 +112,8 @@ class Openings:
             durability=self._durability(session),
             resume_window=duration(window_s),
             text_unit=codec.text_unit(opened.manifest),
+            look_ahead=opened.manifest.look_ahead,
+            pending_answers=session.ledger.pending,
         )
 
     def _durability(self, session: Session) -> Durability.ValueType:

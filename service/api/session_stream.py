@@ -31,7 +31,6 @@ from service.api.live_call import CANCELLATION_S, LiveCall
 from service.api.openings import OpenedSession, Openings
 from service.api.statuses import duration
 from service.errors import Evicted, FieldInvalid, OpenRepeated, ServingError, SessionMoved, within
-from service.sessions.record import Floats
 from service.sessions.registry import SessionRegistry
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ class SessionStream(LiveCall):
         await self._sessions.may_answer()
         await self.send(StreamStepsResponse(opened=self._openings.describe(opened)))
         for held in opened.missed:
-            await self.send(_answer(opened, held.next_step, held.outputs))
+            missed = StreamStepsResponse()
+            opened.missed_into(missed.answer, held)
+            await self.send(missed)
         async for request in requests:
             self._set_busy(True)
             opened.session.acknowledge(request.answered_step)
@@ -146,7 +147,7 @@ class SessionStream(LiveCall):
                         return await self._apply(opened, request.steps)
                 case "reset":
                     with within("reset"):
-                        return StreamStepsResponse(reset=self._reset(opened, request.reset))
+                        return await self._reset(opened, request.reset)
                 case "close":
                     with within("close"):
                         return await self._close(opened, request.close)
@@ -164,37 +165,37 @@ class SessionStream(LiveCall):
         if not steps.HasField("first_step"):
             raise FieldInvalid("the index of the first of these steps is mandatory", field="first_step")
         inputs = codec.decode(steps, opened.manifest, max_steps=self._limits.max_steps_per_message)
-        session = opened.session
-        last_only = opened.options.steps == STEP_SELECTION_LAST
+        session, last_only = opened.session, _last_only(opened)
         before = session.next_step
         applied = await session.apply(self, steps.first_step, inputs, last_only=last_only)
         if session.next_step != before:
             self._sessions.changed(session, session.next_step - before)
-        if applied.failure and not len(applied.outputs):
+        if applied.failure and applied.next_step == steps.first_step:
             raise applied.failure
-        response = _answer(opened, applied.next_step, applied.outputs)
+        response = StreamStepsResponse()
+        opened.answer_into(response.answer, applied)
         if applied.failure:
             response.answer.failure.CopyFrom(self._refusals.status(applied.failure))
         self._metrics.steps_answered(session.model, time.perf_counter() - start_s)
         return response
 
-    def _reset(self, opened: OpenedSession, reset: ResetSession) -> SessionReset:
+    async def _reset(self, opened: OpenedSession, reset: ResetSession) -> StreamStepsResponse:
         if not reset.HasField("first_step"):
             raise FieldInvalid("the index of the next step is mandatory", field="first_step")
+        last = await opened.end_sequence(self, reset.first_step, last_only=_last_only(opened))
         opened.session.reset(reset.first_step)
         self._sessions.changed(opened.session)
-        return SessionReset(next_step=opened.session.next_step)
+        return StreamStepsResponse(reset=SessionReset(next_step=opened.session.next_step, last=last))
 
     async def _close(self, opened: OpenedSession, close: CloseSession) -> StreamStepsResponse:
         session = opened.session
         if close.HasField("first_step"):
             session.expect(close.first_step)
         next_step = session.next_step
+        last = await opened.end_sequence(self, next_step, last_only=_last_only(opened))
         erased = await self._sessions.close(session, self)
-        return StreamStepsResponse(closed=SessionClosed(next_step=next_step, erased=erased))
+        return StreamStepsResponse(closed=SessionClosed(next_step=next_step, erased=erased, last=last))
 
 
-def _answer(opened: OpenedSession, next_step: int, outputs: Floats) -> StreamStepsResponse:
-    response = StreamStepsResponse()
-    opened.answer_into(response.answer, next_step, outputs)
-    return response
+def _last_only(opened: OpenedSession) -> bool:
+    return opened.options.steps == STEP_SELECTION_LAST

@@ -76,8 +76,8 @@ class SessionService(SessionServiceServicer):
         self._limits.check_size(request)
         check_session_id(request.session_id)
         check_token(request.resume_token)
-        info = await self._copies.import_(request.snapshot, _key(request.session_id), request.resume_token)
-        return pb.ImportSessionResponse(session=_describe(info))
+        copy = await self._copies.import_(request.snapshot, _key(request.session_id), request.resume_token)
+        return pb.ImportSessionResponse(session=_describe(copy.info), pending_answers=copy.pending)
 
     async def ForkSession(
         self,
@@ -89,11 +89,11 @@ class SessionService(SessionServiceServicer):
         check_token(request.new_resume_token, field="new_resume_token")
         key, new_key = _key(request.session_id), _key(request.new_session_id)
         try:
-            info = await self._copies.fork(key, new_key, request.new_resume_token)
+            copy = await self._copies.fork(key, new_key, request.new_resume_token)
         except SessionExists as error:
             error.field = "new_session_id"
             raise
-        return pb.ForkSessionResponse(session=_describe(info))
+        return pb.ForkSessionResponse(session=_describe(copy.info), pending_answers=copy.pending)
 
 
 def _key(session_id: str) -> SessionKey:

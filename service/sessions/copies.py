@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from service.errors import NotEnabled, ServingError, StoreUnavailable
 from service.sessions.record import SessionKey, SessionRecord, SessionState
@@ -14,8 +15,18 @@ from service.sessions.table import SessionInfo
 RETRY_AFTER_S = 2.0
 
 
+class Copy(NamedTuple):
+    """A session that was begun as a copy, and how many of its last steps have no answer yet."""
+
+    info: SessionInfo
+    pending: int
+
+
 class SessionCopies:
-    """Exports, imports and forks. A copy has no answers to give: it begins with all of them acknowledged."""
+    """Exports, imports and forks. A copy has no answers to give: it begins with all of them acknowledged.
+
+    Those that a look-ahead still keeps to come are the copy's, too.
+    """
 
     def __init__(
         self,
@@ -36,12 +47,12 @@ class SessionCopies:
         state = _state_of(await self._sessions.record(key))
         return encode(state, keys, now_s=self._clock(), lifetime_s=self._lifetime_s)
 
-    async def import_(self, snapshot: bytes, key: SessionKey, token: bytes) -> SessionInfo:
+    async def import_(self, snapshot: bytes, key: SessionKey, token: bytes) -> Copy:
         """A session with the state of a snapshot. Raises NotEnabled, SnapshotInvalid and what `_begin` raises."""
         state = decode(snapshot, self._require_keys(), now_s=self._clock()).state
         return await self._begin(state, key, token)
 
-    async def fork(self, key: SessionKey, new_key: SessionKey, token: bytes) -> SessionInfo:
+    async def fork(self, key: SessionKey, new_key: SessionKey, token: bytes) -> Copy:
         """A session with the state of another one. Raises what `SessionRegistry.record` and `_begin` raise."""
         return await self._begin(_state_of(await self._sessions.record(key)), new_key, token)
 
@@ -52,7 +63,7 @@ class SessionCopies:
             )
         return self._keys
 
-    async def _begin(self, state: SessionState, key: SessionKey, token: bytes) -> SessionInfo:
+    async def _begin(self, state: SessionState, key: SessionKey, token: bytes) -> Copy:
         """A parked session, durable where sessions are.
 
         Raises NotEnabled, BundleMismatch, SessionExists, SessionLimit, StoreUnavailable; then there is no such session.
@@ -64,7 +75,7 @@ class SessionCopies:
             key,
             token,
             require_durable=self._sessions.persistent,
-            answered_step=state.next_step,
+            answered_step=state.next_answer,
             version=state.model.version,
             begin_with=state,
         )
@@ -80,7 +91,7 @@ class SessionCopies:
         finally:
             self._sessions.leave(session, opener)
         await self._sessions.write_now(session)  # as parked, for other processes
-        return await self._sessions.find(key)
+        return Copy(await self._sessions.find(key), state.pending)
 
 
 class _Opener:
@@ -98,4 +109,4 @@ class _Opener:
 
 
 def _state_of(record: SessionRecord) -> SessionState:
-    return SessionState(record.model, record.weights_sha256, record.next_step, record.row)
+    return SessionState(record.model, record.weights_sha256, record.next_step, record.row, record.pending)

@@ -24,9 +24,16 @@ OUTPUTS: Final = 3
 
 
 class Ledger:
-    """Counts steps from 0 and holds the answers that the client has not acknowledged."""
+    """Counts steps from 0 and holds the answers that the client has not acknowledged.
 
-    __slots__ = ("_held", "_held_bytes", "_max_held_bytes", "_resets", "answered_step", "next_step")
+    With a look-ahead of k the step of index t brings the answer about t - k, if that is of the same sequence: those
+    about the last k steps are pending until further ones, or the end of the sequence, bring them. All about answers,
+    what is held of them and what is acknowledged, is in the indices of the steps that they are about.
+    """
+
+    __slots__ = (
+        "_held", "_held_bytes", "_look_ahead", "_max_held_bytes", "_resets", "answered_step", "next_step", "pending",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -36,8 +43,13 @@ class Ledger:
         resets: Iterable[int] = (),
         *,
         max_held_bytes: int,
+        look_ahead: int = 0,
+        pending: int = 0,
     ) -> None:
+        """`pending`: how many of the last steps have no answer yet, `look_ahead` at most."""
         self.next_step = next_step
+        self.pending = pending
+        self._look_ahead = look_ahead
         self.answered_step = answered_step
         self._max_held_bytes = max_held_bytes
         self._held = list(map(_held, held))  # mostly one or none, for which a deque would be large
@@ -58,12 +70,17 @@ class Ledger:
         return self._held_bytes - ANSWER_OVERHEAD_BYTES * len(self._held)
 
     @property
+    def next_answer(self) -> int:
+        """The index of the step that the next answer is about."""
+        return self.next_step - self.pending
+
+    @property
     def held_from(self) -> int:
         """Every answer from this index on is held."""
-        return self._held[0][FIRST_STEP] if self._held else self.next_step
+        return self._held[0][FIRST_STEP] if self._held else self.next_answer
 
     def acknowledge(self, answered_step: int) -> None:
-        """The client has every answer before the index. After a crash it may be ahead of us."""
+        """The client has every answer before the index, or wants none. After a crash it may be ahead of us."""
         if answered_step > self.answered_step:
             self.answered_step = answered_step
             self._drop_acknowledged()
@@ -86,7 +103,7 @@ class Ledger:
                 field="answered_step",
                 expected_step=self.held_from,
             )
-        self.answered_step = min(answered_step, self.next_step)
+        self.answered_step = min(answered_step, self.next_answer)
         self._drop_acknowledged()
         return [_from_step(answer, answered_step) for answer in self.held if answer.next_step > answered_step]
 
@@ -96,16 +113,37 @@ class Ledger:
             raise self._out_of_order(first_step)
         return max(0, first_step + steps - self.next_step)
 
-    def applied(self, first_step: int, next_step: int, outputs: Floats) -> None:
-        """The steps up to the index (exclusive) were applied; outputs (rows, outputs) is the answer."""
-        self.next_step = next_step
-        if next_step > self.answered_step:
-            self._held.append((first_step, next_step, len(outputs), outputs.tobytes()))
-            self._held_bytes += outputs.nbytes + ANSWER_OVERHEAD_BYTES
+    def applied(self, outputs: Floats, *, last_only: bool = False) -> Floats:
+        """The next steps were applied, and the network gave these: (steps, outputs). The answer: (rows, outputs).
+
+        With `last_only` it is about the last step only that it could be about.
+        """
+        first_step = self.next_step - self.pending
+        self.next_step += len(outputs)
+        if self._look_ahead:
+            pending = self.next_step - first_step
+            self.pending = min(pending, self._look_ahead)
+            outputs = outputs[len(outputs) - (pending - self.pending) :]
+        return self._brought(first_step, outputs, last_only)
+
+    def ended(self, outputs: Floats, *, last_only: bool = False) -> Floats:
+        """The sequence is over, and its padding gave these: (look_ahead, outputs). The answer about what is pending."""
+        first_step, pending, self.pending = self.next_answer, self.pending, 0
+        return self._brought(first_step, outputs[len(outputs) - pending :], last_only)
+
+    def _brought(self, first_step: int, answer: Floats, last_only: bool) -> Floats:
+        """Hold what is about the steps from that index on."""
+        next_answer = first_step + len(answer)
+        if last_only:
+            answer = answer[-1:]
+        if first_step < next_answer > self.answered_step:
+            self._held.append((first_step, next_answer, len(answer), answer.tobytes()))
+            self._held_bytes += answer.nbytes + ANSWER_OVERHEAD_BYTES
             self._drop_surplus()
+        return answer
 
     def applied_one(self, output: bytes) -> None:
-        """The next step was applied, and this is the answer: the bytes of a row of float32."""
+        """The next step was applied, and this is the answer: the bytes of a row of float32. Not with a look-ahead."""
         step = self.next_step
         self.next_step = next_step = step + 1
         if next_step > self.answered_step:
@@ -123,6 +161,7 @@ class Ledger:
     def reset(self, first_step: int) -> bool:
         """Whether a reset before that step is new, or a repetition. Raises StepOutOfOrder."""
         if first_step == self.next_step:
+            self.pending = 0
             if not self._resets or self._resets[-1] != first_step:
                 self._resets.append(first_step)
             return True
@@ -135,8 +174,23 @@ class Ledger:
         if first_step != self.next_step:
             raise self._out_of_order(first_step)
 
-    def rows_about(self, first_step: int, next_step: int) -> list[Floats]:
-        """Rows about the last of these steps, without a gap, as far as they are held."""
+    def answer_again(self, first_step: int, next_step: int) -> tuple[int, list[Floats]]:
+        """What these steps, which were applied before, have brought, as far as it is held: rows without a gap.
+
+        And the index of the step behind the last one that they are about.
+        """
+        if self.pending < self._look_ahead and first_step >= self.next_answer:  # their sequence has no answer yet
+            return self.next_answer, []
+        until = max(0, next_step - self._look_ahead)
+        return until, self._rows_about(first_step - self._look_ahead, until)
+
+    def answer_since(self, first_step: int) -> list[Floats]:
+        """The same of all steps from that index on, as far as the next answer will follow without a gap."""
+        if self.pending < self._look_ahead:
+            return []
+        return self._rows_about(first_step - self._look_ahead, self.next_answer)
+
+    def _rows_about(self, first_step: int, next_step: int) -> list[Floats]:
         rows: list[Floats] = []
         for answer in map(_answer, reversed(self._held)):
             if answer.first_row_step >= next_step:

@@ -24,10 +24,10 @@ class SessionKey(NamedTuple):
 class HeldAnswer(NamedTuple):
     """An answer that the client has not acknowledged.
 
-    outputs (rows, outputs) about the rows' steps up to `next_step` (exclusive): all of a message, or its last one.
+    outputs (rows, outputs) about the rows' steps up to `next_step` (exclusive): all of an answer, or its last one.
     """
 
-    first_step: int  # of the message
+    first_step: int  # that the answer was about
     next_step: int
     outputs: Floats
 
@@ -54,6 +54,7 @@ class SessionRecord:
     used_s: float = 0.0  # the last message or the end of the stream, likewise
     caller_id: bytes = b""  # of the caller who opened it last
     fence: int = 0  # another one whenever the session changes hands, in a store that several owners use
+    pending: int = 0  # the last steps, as far as a look-ahead keeps their answers to come; not those before a reset
     is_new: bool = False  # nothing of it was ever written
     owner: str = ""  # whose stream has it, in such a store; "" = it is parked
 
@@ -71,6 +72,12 @@ class SessionState:
     weights_sha256: str  # of the bundle that the row belongs to
     next_step: int
     row: Floats  # (row_size,)
+    pending: int = 0  # as in SessionRecord
+
+    @property
+    def next_answer(self) -> int:
+        """The index of the step that the next answer is about."""
+        return self.next_step - self.pending
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ class SessionRegistry:
         self._engine = engine
         self._store = store
         self._manifests = dict(manifests)
+        self._paddings = {model: manifest.padding for model, manifest in manifests.items()}  # as states, they stay
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
@@ -288,6 +289,7 @@ class SessionRegistry:
     def serve(self, manifest: Manifest) -> None:
         """Its model has sessions from now on."""
         self._manifests[manifest.key] = manifest
+        self._paddings[manifest.key] = manifest.padding
 
     def retire(self, model: ModelKey) -> None:
         """The model has no streams any more: those that there are end, and their sessions are parked."""
@@ -306,7 +308,9 @@ class SessionRegistry:
         served = self._manifests.get(state.model)
         if served is None:
             raise _not_served(state.model)
-        if served.weights_sha256 != state.weights_sha256 or len(state.row) != self._engine.states(state.model).row_size:
+        row_size = self._engine.states(state.model).row_size
+        fits = len(state.row) == row_size and state.pending <= served.look_ahead
+        if served.weights_sha256 != state.weights_sha256 or not fits:
             name = state.model.name
             raise BundleMismatch(
                 f"the session's state belongs to other weights of model {name!r} than are served", model=name
@@ -444,8 +448,9 @@ class SessionRegistry:
                 weights_sha256=state.weights_sha256,
                 token_hash=hash_of(opening.token) if self._limits.resume_window_s else b"",
                 next_step=state.next_step,
-                answered_step=state.next_step,
+                answered_step=state.next_answer,
                 row=state.row,
+                pending=state.pending,
                 opened_s=now_s,
                 used_s=now_s,
                 fence=first_fence() if self._sharing else 0,
@@ -459,6 +464,7 @@ class SessionRegistry:
             self._metrics,
             max_held_bytes=self._limits.max_held_bytes,
             clock=self._clock,
+            padding=self._paddings[record.model],
             owner_name=self._sharing.owner if self._sharing else "",
         )
 

@@ -18,6 +18,8 @@ from service.errors import ExecutionFailed, ServingError, SessionMoved
 from service.sessions.ledger import Ledger, joined
 from service.sessions.record import Floats, HeldAnswer, SessionRecord
 
+NO_PADDING: NDArray[np.generic] = np.empty(0, np.float32)
+
 
 class StepMetrics(Protocol):
     """Where applied steps are counted."""
@@ -41,24 +43,29 @@ class Owner(Protocol):
 
 @dataclass(slots=True)
 class AppliedSteps:
-    """outputs (rows, outputs) about the steps before `next_step`, and why that one failed, if it did."""
+    """All steps before `next_step` were applied; why that one failed, if it did.
+
+    outputs (rows, outputs) about the steps before `next_answer`, which a look-ahead keeps behind `next_step`.
+    """
 
     next_step: int
+    next_answer: int
     outputs: Floats
     failure: ExecutionFailed | None = None
 
     @property
     def first_step(self) -> int:
         """The index of the step that the first row is about."""
-        return self.next_step - len(self.outputs)
+        return self.next_answer - len(self.outputs)
 
 
 class Session:
     """State, ledger and owner of one session. Only its owner may change it."""
 
     __slots__ = (
-        "_clock", "_engine", "_metrics", "_owner_name", "_state", "_weights_sha256", "caller_id", "durable_step",
-        "ended", "fence", "key", "ledger", "model", "opened_s", "owner", "stored", "token_hash", "used_s",
+        "_clock", "_engine", "_metrics", "_owner_name", "_padding", "_state", "_weights_sha256", "caller_id",
+        "durable_step", "ended", "fence", "key", "ledger", "model", "opened_s", "owner", "stored", "token_hash",
+        "used_s",
     )  # fmt: skip
 
     def __init__(
@@ -70,8 +77,12 @@ class Session:
         max_held_bytes: int,
         clock: Callable[[], float],
         owner_name: str = "",
+        padding: NDArray[np.generic] = NO_PADDING,
     ) -> None:
-        """`owner_name` is that of this process, in a store that several processes use."""
+        """`owner_name` is that of this process, in a store that several processes use.
+
+        padding (look_ahead, features) or (look_ahead,) is what the network reads behind the end of a sequence.
+        """
         self.key = record.key
         self.model = record.model
         self.opened_s = record.opened_s
@@ -85,8 +96,15 @@ class Session:
         self.fence = record.fence
         self.stored = False  # what the store has under the key is of this session
         self._state = engine.states(record.model).add(record.row)
+        self._padding = padding
         self.ledger = Ledger(
-            record.next_step, record.answered_step, record.held, record.resets, max_held_bytes=max_held_bytes
+            record.next_step,
+            record.answered_step,
+            record.held,
+            record.resets,
+            max_held_bytes=max_held_bytes,
+            look_ahead=len(padding),
+            pending=record.pending,
         )
         self._engine = engine
         self._metrics = metrics
@@ -102,6 +120,11 @@ class Session:
     def answered_step(self) -> int:
         """Every answer before the step of that index is acknowledged."""
         return self.ledger.answered_step
+
+    @property
+    def look_ahead(self) -> int:
+        """Of its model."""
+        return len(self._padding)
 
     @property
     def resumable(self) -> bool:
@@ -134,6 +157,7 @@ class Session:
             used_s=self.used_s,
             caller_id=self.caller_id,
             fence=self.fence,
+            pending=self.ledger.pending,
             is_new=not self.stored,
             owner="" if self.owner is None else self._owner_name,
         )
@@ -164,31 +188,56 @@ class Session:
         Those applied before are answered from what is held. Raises StepOutOfOrder and SessionMoved. Whatever fails
         or is cancelled, the state is that after `next_step - 1`.
         """
-        new = self.ledger.new_steps(first_step, len(inputs))
+        ledger, next_step = self.ledger, first_step + len(inputs)
+        new = ledger.new_steps(first_step, len(inputs))
         if not new:
-            rows = self.ledger.rows_about(first_step, first_step + len(inputs))
-            return AppliedSteps(first_step + len(inputs), joined(rows[-1:] if last_only else rows))
-        before = self.ledger.next_step
+            until, rows = ledger.answer_again(first_step, next_step)
+            return AppliedSteps(next_step, until, joined(rows[-1:] if last_only else rows))
+        before = ledger.next_step
         result = await self._engine.step(self.model, inputs[len(inputs) - new :], self._state, self.key.tenant)
+        self._check_owner(owner)
+        known = ledger.answer_since(first_step) if first_step < before and not last_only else []
+        if len(result.outputs):
+            self._state.row[:] = result.row
+            known.append(ledger.applied(result.outputs, last_only=last_only))
+            self._metrics.steps(self.model, len(result.outputs))
+        self.used_s = self._clock()
+        return AppliedSteps(ledger.next_step, ledger.next_step - ledger.pending, joined(known), result.failure)
+
+    def _check_owner(self, owner: Owner) -> None:
         if self.owner is not owner or self.ended:
             raise SessionMoved("the session was taken away while the steps were under way")
-        applied, outputs = len(result.outputs), result.outputs[-1:] if last_only else result.outputs
-        known = self.ledger.rows_about(first_step, before) if first_step < before and not last_only else []
-        if applied:
-            self._state.row[:] = result.row
-            self.ledger.applied(before, before + applied, outputs)
-            self._metrics.steps(self.model, applied)
-        self.used_s = self._clock()
-        return AppliedSteps(before + applied, joined([*known, outputs] if applied else known), result.failure)
 
-    def applied_before(self, first_step: int) -> Floats:
-        """The answer (rows, outputs) to a step that was applied before, as far as it is held. Raises StepOutOfOrder."""
-        if self.ledger.new_steps(first_step, 1):
-            self.ledger.expect(first_step)
-        return joined(self.ledger.rows_about(first_step, first_step + 1))
+    def applied_before(self, step: int) -> AppliedSteps:
+        """The answer that a step has brought, as far as it is held. Raises StepOutOfOrder if it was not applied yet."""
+        if self.ledger.new_steps(step, 1):
+            self.ledger.expect(step)
+        until, rows = self.ledger.answer_again(step, step + 1)
+        return AppliedSteps(step + 1, until, joined(rows))
+
+    def ends_with_answers(self, first_step: int) -> bool:
+        """Whether the sequence, if it ends before the step of that index, still brings answers that are wanted."""
+        ledger = self.ledger
+        return ledger.pending > 0 and first_step == ledger.next_step > ledger.answered_step
+
+    async def end_sequence(self, owner: Owner, *, last_only: bool = False) -> AppliedSteps:
+        """What a look-ahead has kept to come: the answers about the last steps, and the state is the initial one again.
+
+        Raises SessionMoved, and ExecutionFailed; then nothing has changed.
+        """
+        result = await self._engine.step(self.model, self._padding, self._state, self.key.tenant)
+        self._check_owner(owner)
+        if result.failure is not None:
+            raise result.failure
+        answer = self.ledger.ended(result.outputs, last_only=last_only)
+        self._state.row[:] = 0
+        return AppliedSteps(self.ledger.next_step, self.ledger.next_answer, answer)
 
     def reset(self, first_step: int) -> None:
-        """Back to the initial state before the step of that index, once. Raises StepOutOfOrder."""
+        """Back to the initial state before the step of that index, once. Raises StepOutOfOrder.
+
+        What `end_sequence` has not brought until then is never answered.
+        """
         if self.ledger.reset(first_step):
             self._state.row[:] = 0
         self.used_s = self._clock()
@@ -199,8 +248,8 @@ class Session:
 
     @property
     def all_answered(self) -> bool:
-        """Whether every answer is acknowledged."""
-        return self.ledger.answered_step >= self.ledger.next_step
+        """Whether every answer that there is is acknowledged."""
+        return self.ledger.answered_step >= self.ledger.next_answer
 
 
 def hash_of(token: bytes) -> bytes:

@@ -20,7 +20,7 @@ from models.manifest import ModelKey
 from service.errors import SnapshotInvalid
 from service.sessions.record import SessionState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY_BYTES = 32
 SIGNATURE_BYTES = 32
 MAX_FIELDS = 64  # of any format: a list that only says that it is huge costs no memory
@@ -88,6 +88,7 @@ def encode(state: SessionState, keys: SnapshotKeys, *, now_s: float, lifetime_s:
         state.row.astype(LITTLE_ENDIAN_FLOATS, copy=False).tobytes(),
         snapshot.created_s,
         snapshot.expires_s,
+        state.pending,
     )
     body: bytes = msgpack.packb(fields)
     return snapshot, body + keys.sign(body)
@@ -126,9 +127,10 @@ def _snapshot_of(
     row: bytes,
     created_s: float,
     expires_s: float,
+    pending: int,
 ) -> Snapshot:
     floats = np.frombuffer(row, LITTLE_ENDIAN_FLOATS).astype(np.float32, copy=False)
-    state = SessionState(ModelKey(model_name, model_version), weights_sha256, next_step, floats)
+    state = SessionState(ModelKey(model_name, model_version), weights_sha256, next_step, floats, pending)
     return Snapshot(state, created_s, expires_s, key_id)
 
 

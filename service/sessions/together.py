@@ -11,8 +11,10 @@ from models.manifest import ModelKey
 from service.engine.step_engine import Stepped, TickJob
 from service.sessions.session import Owner, Session
 
-Applied = Callable[[int, Stepped, list[int]], None]
-"""Called with the number of the first step that a tick had, what it gave, and which of these were applied."""
+Applied = Callable[[int, Stepped, list[int], list[int]], None]
+"""Called with the number of the first step that a tick had, what it gave, which of these were applied, and which of
+those bring no answer yet because of a look-ahead.
+"""
 
 
 class StepsTogether(TickJob):
@@ -48,15 +50,19 @@ class StepsTogether(TickJob):
         steps, failures, now_s = end - start, stepped.failures, self._clock()
         first = self.taken - steps
         outputs, row_bytes = stepped.outputs.tobytes(), stepped.outputs[0].nbytes
+        look_ahead = self._sessions[0].look_ahead
         sessions, owners = self._sessions[first : self.taken], self._owners[first : self.taken]
-        applied = []
+        applied, silent = list[int](), list[int]()
         for i, (session, owner) in enumerate(zip(sessions, owners, strict=True)):
             if session.owner is owner and i not in failures:
-                session.ledger.applied_one(outputs[i * row_bytes : (i + 1) * row_bytes])
+                if not look_ahead:
+                    session.ledger.applied_one(outputs[i * row_bytes : (i + 1) * row_bytes])
+                elif not len(session.ledger.applied(stepped.outputs[i : i + 1])):
+                    silent.append(i)
                 session.used_s = now_s
                 applied.append(i)
         self._keep(stepped, applied)
-        self._applied(first, stepped, applied)
+        self._applied(first, stepped, applied, silent)
 
     def _keep(self, stepped: Stepped, applied: list[int]) -> None:
         """The states after the steps that were applied."""

@@ -28,7 +28,7 @@ from service.engine.step_engine import StepEngine
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.session import Session
 from tests.support.fakes import CountingMetrics, FakeStream
-from tests.support.networks import SYMBOLS, numeric_specs, random_bundle, seeds, specs
+from tests.support.networks import SYMBOLS, look_aheads, numeric_specs, random_bundle, seeds, specs
 from tests.support.reference import NumpyNetwork, Reference, State, assert_close
 from tests.support.server import COMMITTED_REPOSITORY, RunningServer
 from tests.support.wire import TIMEOUT_S, array, live_stream, open_, predict
@@ -68,7 +68,8 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
         rng = np.random.default_rng((seed, number))
         key = bundle.manifest.key
         record = SessionRecord(SessionKey("", str(number)), key, "0" * 64, b"", 0, 0, engine.initial_row(key))
-        session = Session(record, engine, CountingMetrics(), max_held_bytes=0, clock=time.time)
+        padding = bundle.manifest.padding
+        session = Session(record, engine, CountingMetrics(), max_held_bytes=0, clock=time.time, padding=padding)
         stream, outputs = FakeStream(), []
         session.take(stream, 0)
         for chunk in cut(inputs, rng):
@@ -82,6 +83,8 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
             applied = await session.apply(stream, session.next_step, chunk)
             assert applied.failure is None
             outputs.append(applied.outputs)
+        if session.ends_with_answers(session.next_step):
+            outputs.append((await session.end_sequence(stream)).outputs)
         return np.concatenate(outputs)
 
     try:
@@ -96,13 +99,14 @@ async def stream_all(bundle: Bundle, sequences: list[Array], max_tick_sessions: 
     seed=seeds,
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     max_tick_sessions=st.integers(1, 4),
+    look_ahead=look_aheads,
 )
 def test_however_random_networks_are_streamed_they_answer_as_over_the_whole_sequence(
-    spec: NetworkSpec, seed: int, lengths: list[int], max_tick_sessions: int
+    spec: NetworkSpec, seed: int, lengths: list[int], max_tick_sessions: int, look_ahead: int
 ) -> None:
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = random_bundle(folder, spec, "hold_last", seed)
+        bundle = random_bundle(folder, spec, "hold_last", seed, look_ahead=look_ahead)
         reference = Reference(bundle.folder)
         sequences = [random_values(spec, length, rng) for length in lengths]
         inputs = [as_inputs(bundle, values) for values in sequences]

@@ -9,11 +9,10 @@ import pytest
 from models.manifest import ModelKey
 from service.engine.step_engine import StepEngine
 from service.errors import BundleMismatch, ResumePointLost, SessionNotFound, StoreUnavailable
-from service.sessions.copies import SessionCopies
+from service.sessions.copies import Copy, SessionCopies
 from service.sessions.record import SessionState
 from service.sessions.registry import SessionRegistry
 from service.sessions.snapshots import SnapshotKeys, encode
-from service.sessions.table import SessionInfo
 from tests.support.fakes import CountingMetrics, FakeExecutor
 from tests.unit.test_registry import MODEL, TOKEN, Server, named, open_, opening, park, step
 
@@ -37,7 +36,7 @@ def copies(registry: SessionRegistry) -> SessionCopies:
     return SessionCopies(registry, KEYS, lifetime_s=60.0)
 
 
-def fork(registry: SessionRegistry) -> Awaitable[SessionInfo]:
+def fork(registry: SessionRegistry) -> Awaitable[Copy]:
     return copies(registry).fork(named("a"), named("b"), NEW_TOKEN)
 
 
@@ -50,8 +49,8 @@ async def test_a_copy_is_in_the_store_when_it_is_answered(server: Server) -> Non
     registry = await server.start()
     session, stream = await open_(registry, opening("a"))
     await step(registry, session, stream, 5)
-    info = await fork(registry)
-    assert (info.live, info.summary.next_step) == (False, 1)
+    info, pending = await fork(registry)
+    assert (info.live, info.summary.next_step, pending) == (False, 1, 0)
     written = server.store.records[named("b")]
     assert (written.next_step, written.answered_step, written.held, written.row.tolist()) == (1, 1, (), [5.0])
     again, stream = await open_(await server.start(), opening("b", NEW_TOKEN, resume=True, answered_step=1))
@@ -80,7 +79,7 @@ async def test_a_step_under_way_is_in_no_copy(server: Server, executor: FakeExec
     forked = await fork(registry)
     executor.gate.set()
     assert await under_way == 6
-    assert (forked.summary.next_step, session.next_step) == (1, 2)
+    assert (forked.info.summary.next_step, session.next_step) == (1, 2)
     assert server.store.records[named("b")].row.tolist() == [5.0]
 
 
@@ -98,7 +97,7 @@ async def test_a_copy_that_cannot_be_made_durable_is_refused_and_gone(server: Se
     await registry.checkpoints.write_changed()
     await registry.enforce_limits()
     assert set(server.store.records) == {named("a")}
-    assert (await fork(registry)).summary.next_step == 1
+    assert (await fork(registry)).info.summary.next_step == 1
 
 
 async def test_a_copy_that_is_written_too_late_is_erased_behind_it(server: Server) -> None:
@@ -123,7 +122,7 @@ async def test_a_session_that_is_resumed_while_it_is_read_is_copied_all_the_same
     await server.store.asked.wait()
     resumed = asyncio.create_task(open_(registry, opening("a", resume=True)))
     server.store.gate.set()
-    assert (await forked).summary.next_step == 2
+    assert (await forked).info.summary.next_step == 2
     session, stream = await resumed
     assert await step(registry, session, stream, 3) == 6
 
@@ -162,4 +161,4 @@ async def test_a_row_of_another_size_would_spoil_the_ticks_of_others_and_is_refu
     with pytest.raises(BundleMismatch):
         await copies(registry).import_(snapshot(row), named("b"), TOKEN)
     assert await registry.after(named(""), 10) == []
-    assert (await copies(registry).import_(snapshot([1.0]), named("b"), TOKEN)).summary.next_step == 3
+    assert (await copies(registry).import_(snapshot([1.0]), named("b"), TOKEN)).info.summary.next_step == 3

@@ -50,7 +50,7 @@ def owing(session_id: str) -> SessionRecord:
     """A record with unacknowledged answers and resets."""
     outputs = np.linspace(0, 1, 6, dtype=np.float32).reshape(3, 2)
     held = (HeldAnswer(4, 7, outputs), HeldAnswer(7, 9, outputs[2:]))
-    return replace(record(session_id), held=held, resets=(4, 7))
+    return replace(record(session_id), held=held, resets=(4, 7), pending=2)
 
 
 def content(value: Any) -> Any:
@@ -518,7 +518,7 @@ def test_a_part_of_a_record_and_anything_else_is_refused(value: bytes) -> None:
         decode_record(value)
 
 
-@pytest.mark.parametrize("body", [[], 7, None, [1], [1, "only", "a few"], {}])
+@pytest.mark.parametrize("body", [[], 7, None, [2], [2, "only", "a few"], {}])
 def test_a_list_of_the_wrong_parts_is_refused(body: object) -> None:
     packed = msgpack.packb(body)
     with pytest.raises(RecordUnreadable, match="damaged"):
@@ -529,5 +529,5 @@ def test_an_unknown_format_version_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(record_codec, "FORMAT_VERSION", 8)
     newer = encode_record(record("a"))
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="format version 8; this server reads 1 only"):
+    with pytest.raises(StoreError, match="format version 8; this server reads 2 only"):
         decode_record(newer)

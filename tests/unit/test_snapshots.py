@@ -34,7 +34,7 @@ ROW = np.array([0.1, -0.0, 3.4e38, 1e-45], np.float32)
 
 
 def state(row: Floats = ROW, **changes: Any) -> SessionState:
-    return replace(SessionState(ModelKey("pump", 2), "ab" * 32, next_step=70_000, row=row), **changes)
+    return replace(SessionState(ModelKey("pump", 2), "ab" * 32, next_step=70_000, row=row, pending=3), **changes)
 
 
 def encoded(keys: SnapshotKeys = KEYS, lifetime_s: float = LIFETIME_S) -> bytes:
@@ -130,10 +130,10 @@ def test_after_a_rotation_the_new_key_signs_and_the_old_one_still_verifies() -> 
 
 
 def test_neither_the_session_nor_its_token_nor_its_answers_have_a_place_in_it() -> None:
-    assert set(asdict(state())) == {"model", "weights_sha256", "next_step", "row"}
+    assert set(asdict(state())) == {"model", "weights_sha256", "next_step", "row", "pending"}
     fields = msgpack.unpackb(encoded()[:-SIGNATURE_BYTES], use_list=False)
     row = ROW.astype("<f4").tobytes()
-    assert fields == (1, "old", "pump", 2, "ab" * 32, 70_000, row, NOW_S, NOW_S + LIFETIME_S)
+    assert fields == (2, "old", "pump", 2, "ab" * 32, 70_000, row, NOW_S, NOW_S + LIFETIME_S, 3)
 
 
 def test_the_first_key_of_a_file_signs_and_empty_lines_do_not_count() -> None:

@@ -120,7 +120,8 @@ class Bench:
         ended = asyncio.get_running_loop().create_future()
         self.under_way.add(ended)
 
-        def applied(first: int, stepped: Stepped, which: Sequence[int]) -> None:
+        def applied(first: int, stepped: Stepped, which: Sequence[int], silent: Sequence[int]) -> None:
+            assert not silent
             for i in range(len(stepped.outputs)):
                 one, value = sent[first + i], steps[first + i]
                 one.under_way = False

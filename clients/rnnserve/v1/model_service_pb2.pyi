@@ -595,22 +595,26 @@ class Generation(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     MAX_SYMBOLS_FIELD_NUMBER: _builtins.int
+    LOOK_AHEAD_FIELD_NUMBER: _builtins.int
     start: _builtins.str
     """The symbol that it reads first."""
     end: _builtins.str
     """The symbol that means the end of an output; none = only requests end one."""
     max_symbols: _builtins.int
     """How many symbols it writes at most."""
+    look_ahead: _builtins.int
+    """How many steps beyond the one that it answers about the network reads, so that it answers about a step so much later."""
     def __init__(
         self,
         *,
         start: _builtins.str = ...,
         end: _builtins.str | None = ...,
         max_symbols: _builtins.int = ...,
+        look_ahead: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end", "max_symbols", b"max_symbols", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end", "look_ahead", b"look_ahead", "max_symbols", b"max_symbols", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015

@@ -119,7 +119,9 @@ class StreamStepsRequest(_message.Message):
     CLOSE_FIELD_NUMBER: _builtins.int
     ANSWERED_STEP_FIELD_NUMBER: _builtins.int
     answered_step: _builtins.int
-    """Acknowledges: the client has the answer to every step before this index, and the server need not hold it."""
+    """Acknowledges: the client has the answer about every step before this index, or does not want it, and the server need
+    not hold it.
+    """
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """Begins the session."""
@@ -270,7 +272,9 @@ Global___Steps: _TypeAlias = Steps  # noqa: Y015
 
 @_typing.final
 class ResetSession(_message.Message):
-    """Puts the session back into its initial state. Counting goes on."""
+    """Puts the session back into its initial state. Counting goes on. Its answer brings those that a look-ahead still keeps,
+    unless `answered_step` says that they are not wanted; it is refused with EXECUTION_FAILED if they cannot be computed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -298,6 +302,9 @@ Global___ResetSession: _TypeAlias = ResetSession  # noqa: Y015
 class CloseSession(_message.Message):
     """Ends the session after everything sent before it has been answered. Until every answer is acknowledged, a session
     with a resume token is parked rather than erased, so that answers lost on the way can still be fetched.
+
+    With a look-ahead its answer brings those about the last steps, as that of `reset` does, so that the session is parked
+    until they are acknowledged. To have it erased at once end the sequence with `reset`, and acknowledge with `close`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -402,6 +409,8 @@ class SessionOpened(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     RESUME_WINDOW_FIELD_NUMBER: _builtins.int
     TEXT_UNIT_FIELD_NUMBER: _builtins.int
+    LOOK_AHEAD_FIELD_NUMBER: _builtins.int
+    PENDING_ANSWERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model that was found."""
     version: _builtins.int
@@ -416,6 +425,12 @@ class SessionOpened(_message.Message):
     """What the session survives."""
     text_unit: _tensor_pb2.TextUnit.ValueType
     """What a step of a text is. Unspecified for a numeric model."""
+    look_ahead: _builtins.int
+    """The model's."""
+    pending_answers: _builtins.int
+    """How many of the steps before `next_step` have no answer yet because of it. Those about the steps before these were
+    given, or were missed and follow now.
+    """
     @_builtins.property
     def resume_window(self) -> _duration_pb2.Duration:
         """How long the session is kept without a stream."""
@@ -431,10 +446,12 @@ class SessionOpened(_message.Message):
         durability: Global___Durability.ValueType = ...,
         resume_window: _duration_pb2.Duration | None = ...,
         text_unit: _tensor_pb2.TextUnit.ValueType = ...,
+        look_ahead: _builtins.int = ...,
+        pending_answers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume_window", b"resume_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "resume_window", b"resume_window", "text_unit", b"text_unit", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "look_ahead", b"look_ahead", "max_message_bytes", b"max_message_bytes", "max_steps_per_message", b"max_steps_per_message", "model", b"model", "next_step", b"next_step", "pending_answers", b"pending_answers", "resume_window", b"resume_window", "text_unit", b"text_unit", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,8 +485,9 @@ class StepsAnswer(_message.Message):
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     first_step: _builtins.int
-    """The index of the first step that the prediction is about. With STEP_SELECTION_LAST this is the last step. An
-    answer to steps that were acknowledged before has no rows.
+    """The index of the first step that the prediction is about. With STEP_SELECTION_LAST this is the last one that there
+    is an answer about by now. An answer to steps that were acknowledged before has no rows, nor has one to steps that
+    bring none yet because of a look-ahead: then this is the index of the step that the next row is about.
     """
     next_step: _builtins.int
     """The index that the next step must have. Smaller than expected where `failure` is set."""
@@ -504,16 +522,24 @@ class SessionReset(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEXT_STEP_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     next_step: _builtins.int
     """The index that the next step must have."""
+    @_builtins.property
+    def last(self) -> Global___StepsAnswer:
+        """What the end of the sequence brings because of a look-ahead: the answers about its last steps. Not set where there
+        are none.
+        """
+
     def __init__(
         self,
         *,
         next_step: _builtins.int = ...,
+        last: Global___StepsAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_step", b"next_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "next_step", b"next_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,6 +553,7 @@ class SessionClosed(_message.Message):
 
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     ERASED_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     next_step: _builtins.int
     """How many steps it had."""
     erased: _builtins.bool
@@ -534,15 +561,20 @@ class SessionClosed(_message.Message):
     the store does not answer: then the session is over, and erased once the store does, but a crash before that leaves
     it parked.
     """
+    @_builtins.property
+    def last(self) -> Global___StepsAnswer:
+        """As in SessionReset."""
+
     def __init__(
         self,
         *,
         next_step: _builtins.int = ...,
         erased: _builtins.bool = ...,
+        last: Global___StepsAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "next_step", b"next_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "last", b"last", "next_step", b"next_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -922,7 +954,9 @@ class StepBatchAnswer(_message.Message):
 
     @_builtins.property
     def first_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The index of each one's step."""
+        """The index of the step that each row is about: of that which brings it, less the look-ahead. Where there are no rows,
+        the index of the step that each one has sent.
+        """
 
     @_builtins.property
     def durable_steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -930,7 +964,9 @@ class StepBatchAnswer(_message.Message):
 
     @_builtins.property
     def prediction(self) -> _prediction_pb2.Prediction:
-        """A row for each handle; none at all where these steps were applied and acknowledged before."""
+        """A row for each handle; none at all where these steps were applied and acknowledged before, or were applied and bring
+        none yet because of a look-ahead.
+        """
 
     def __init__(
         self,
@@ -999,22 +1035,28 @@ class HandleReset(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     NEXT_STEP_FIELD_NUMBER: _builtins.int
     DURABLE_STEP_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Which one."""
     next_step: _builtins.int
     """The index that its next step must have."""
     durable_step: _builtins.int
     """As in StreamStepsResponse."""
+    @_builtins.property
+    def last(self) -> Global___StepsAnswer:
+        """As in SessionReset."""
+
     def __init__(
         self,
         *,
         handle: _builtins.int = ...,
         next_step: _builtins.int = ...,
         durable_step: _builtins.int = ...,
+        last: Global___StepsAnswer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_step", b"durable_step", "handle", b"handle", "next_step", b"next_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durable_step", b"durable_step", "handle", b"handle", "last", b"last", "next_step", b"next_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

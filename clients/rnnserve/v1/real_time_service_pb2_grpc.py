@@ -27,6 +27,11 @@ if _version_not_supported:
 
 class RealTimeServiceStub:
     """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
     """
 
     def __init__(self, channel):
@@ -54,6 +59,11 @@ class RealTimeServiceStub:
 
 class RealTimeServiceServicer:
     """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
     """
 
     def StreamSteps(self, request_iterator, context):
@@ -135,6 +145,11 @@ def add_RealTimeServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RealTimeService:
     """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
     """
 
     @staticmethod

@@ -27,7 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RealTimeServiceStub:
-    """Serves networks that read in one direction. The server keeps the hidden state between the steps."""
+    """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -75,7 +81,13 @@ class RealTimeServiceStub:
 
 @_typing.type_check_only
 class RealTimeServiceAsyncStub(RealTimeServiceStub):
-    """Serves networks that read in one direction. The server keeps the hidden state between the steps."""
+    """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StreamSteps: _aio.StreamStreamMultiCallable[_real_time_service_pb2.StreamStepsRequest, _real_time_service_pb2.StreamStepsResponse]  # type: ignore[assignment]
@@ -119,7 +131,13 @@ class RealTimeServiceAsyncStub(RealTimeServiceStub):
     """
 
 class RealTimeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Serves networks that read in one direction. The server keeps the hidden state between the steps."""
+    """Serves networks that read in one direction. The server keeps the hidden state between the steps.
+
+    A model with a look-ahead of k answers about a step once it has read the step k behind it: the step of index t brings
+    the answer about t - k, and the first k steps of a sequence bring none. `reset` and `close` end a sequence: the network
+    reads k steps of padding, and the answers about the last k steps come with theirs. Every answer names the step that it
+    is about, `answered_step` counts answers by these steps, and `next_step` counts the steps that were sent.
+    """
 
     @_abc_1.abstractmethod
     def StreamSteps(

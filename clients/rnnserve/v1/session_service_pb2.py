@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!rnnserve/v1/session_service.proto\x12\x0brnnserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"@\n\x15\x45xportSessionResponse\x12\'\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.rnnserve.v1.Snapshot\"R\n\x14ImportSessionRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\">\n\x15ImportSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"Z\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x18\n\x10new_resume_token\x18\x03 \x01(\x0c\"<\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"\xd3\x01\n\x08Snapshot\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x11\n\tnext_step\x18\x05 \x01(\x04\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\x08 \x01(\t\"\xea\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.rnnserve.v1.SessionState\x12\x11\n\tnext_step\x18\x05 \x01(\x04\x12-\n\topened_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04*_\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_LIVE\x10\x01\x12\x18\n\x14SESSION_STATE_PARKED\x10\x02\x32\x8e\x04\n\x0eSessionService\x12S\n\x0cListSessions\x12 .rnnserve.v1.ListSessionsRequest\x1a!.rnnserve.v1.ListSessionsResponse\x12M\n\nGetSession\x12\x1e.rnnserve.v1.GetSessionRequest\x1a\x1f.rnnserve.v1.GetSessionResponse\x12V\n\rDeleteSession\x12!.rnnserve.v1.DeleteSessionRequest\x1a\".rnnserve.v1.DeleteSessionResponse\x12V\n\rExportSession\x12!.rnnserve.v1.ExportSessionRequest\x1a\".rnnserve.v1.ExportSessionResponse\x12V\n\rImportSession\x12!.rnnserve.v1.ImportSessionRequest\x1a\".rnnserve.v1.ImportSessionResponse\x12P\n\x0b\x46orkSession\x12\x1f.rnnserve.v1.ForkSessionRequest\x1a .rnnserve.v1.ForkSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!rnnserve/v1/session_service.proto\x12\x0brnnserve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"@\n\x15\x45xportSessionResponse\x12\'\n\x08snapshot\x18\x01 \x01(\x0b\x32\x15.rnnserve.v1.Snapshot\"R\n\x14ImportSessionRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\"W\n\x15ImportSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fpending_answers\x18\x02 \x01(\r\"Z\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x18\n\x10new_resume_token\x18\x03 \x01(\x0c\"U\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.rnnserve.v1.Session\x12\x17\n\x0fpending_answers\x18\x02 \x01(\r\"\xd3\x01\n\x08Snapshot\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x11\n\tnext_step\x18\x05 \x01(\x04\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06key_id\x18\x08 \x01(\t\"\xea\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.rnnserve.v1.SessionState\x12\x11\n\tnext_step\x18\x05 \x01(\x04\x12-\n\topened_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07used_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04*_\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_LIVE\x10\x01\x12\x18\n\x14SESSION_STATE_PARKED\x10\x02\x32\x8e\x04\n\x0eSessionService\x12S\n\x0cListSessions\x12 .rnnserve.v1.ListSessionsRequest\x1a!.rnnserve.v1.ListSessionsResponse\x12M\n\nGetSession\x12\x1e.rnnserve.v1.GetSessionRequest\x1a\x1f.rnnserve.v1.GetSessionResponse\x12V\n\rDeleteSession\x12!.rnnserve.v1.DeleteSessionRequest\x1a\".rnnserve.v1.DeleteSessionResponse\x12V\n\rExportSession\x12!.rnnserve.v1.ExportSessionRequest\x1a\".rnnserve.v1.ExportSessionResponse\x12V\n\rImportSession\x12!.rnnserve.v1.ImportSessionRequest\x1a\".rnnserve.v1.ImportSessionResponse\x12P\n\x0b\x46orkSession\x12\x1f.rnnserve.v1.ForkSessionRequest\x1a .rnnserve.v1.ForkSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.session_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONSTATE']._serialized_start=1268
-  _globals['_SESSIONSTATE']._serialized_end=1363
+  _globals['_SESSIONSTATE']._serialized_start=1318
+  _globals['_SESSIONSTATE']._serialized_end=1413
   _globals['_LISTSESSIONSREQUEST']._serialized_start=83
   _globals['_LISTSESSIONSREQUEST']._serialized_end=143
   _globals['_LISTSESSIONSRESPONSE']._serialized_start=145
@@ -53,15 +53,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPORTSESSIONREQUEST']._serialized_start=515
   _globals['_IMPORTSESSIONREQUEST']._serialized_end=597
   _globals['_IMPORTSESSIONRESPONSE']._serialized_start=599
-  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=661
-  _globals['_FORKSESSIONREQUEST']._serialized_start=663
-  _globals['_FORKSESSIONREQUEST']._serialized_end=753
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=755
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=815
-  _globals['_SNAPSHOT']._serialized_start=818
-  _globals['_SNAPSHOT']._serialized_end=1029
-  _globals['_SESSION']._serialized_start=1032
-  _globals['_SESSION']._serialized_end=1266
-  _globals['_SESSIONSERVICE']._serialized_start=1366
-  _globals['_SESSIONSERVICE']._serialized_end=1892
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=686
+  _globals['_FORKSESSIONREQUEST']._serialized_start=688
+  _globals['_FORKSESSIONREQUEST']._serialized_end=778
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=780
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=865
+  _globals['_SNAPSHOT']._serialized_start=868
+  _globals['_SNAPSHOT']._serialized_end=1079
+  _globals['_SESSION']._serialized_start=1082
+  _globals['_SESSION']._serialized_end=1316
+  _globals['_SESSIONSERVICE']._serialized_start=1416
+  _globals['_SESSIONSERVICE']._serialized_end=1942
 # @@protoc_insertion_point(module_scope)

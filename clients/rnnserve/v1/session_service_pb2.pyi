@@ -266,18 +266,22 @@ class ImportSessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    PENDING_ANSWERS_FIELD_NUMBER: _builtins.int
+    pending_answers: _builtins.int
+    """How many of its last steps have no answer yet because of a look-ahead."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """As it is now. No answer is owed: whoever resumes it says `next_step` in `answered_step`."""
+        """As it is now. No answer is owed: whoever resumes it says `next_step`, less `pending_answers`, in `answered_step`."""
 
     def __init__(
         self,
         *,
         session: Global___Session | None = ...,
+        pending_answers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending_answers", b"pending_answers", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,18 +324,24 @@ class ForkSessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    PENDING_ANSWERS_FIELD_NUMBER: _builtins.int
+    pending_answers: _builtins.int
+    """As in ImportSessionResponse."""
     @_builtins.property
     def session(self) -> Global___Session:
-        """The copy as it is now. No answer is owed: whoever resumes it says `next_step` in `answered_step`."""
+        """The copy as it is now. No answer is owed: whoever resumes it says `next_step`, less `pending_answers`, in
+        `answered_step`.
+        """
 
     def __init__(
         self,
         *,
         session: Global___Session | None = ...,
+        pending_answers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pending_answers", b"pending_answers", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

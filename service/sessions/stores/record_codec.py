@@ -11,7 +11,7 @@ from models.manifest import model_key
 from service.sessions.record import Floats, HeldAnswer, SessionKey, SessionRecord
 from service.sessions.stores.store import RecordUnreadable, StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKSUM_BYTES = 4  # of every format version, for a damaged version number must not pass for another version
 LITTLE_ENDIAN_FLOATS = np.dtype("<f4")
 
@@ -35,6 +35,7 @@ def encode_record(record: SessionRecord) -> bytes:
         record.opened_s,
         record.used_s,
         record.caller_id,
+        record.pending,
     )
     try:
         body: bytes = msgpack.packb(fields)
@@ -74,6 +75,7 @@ def _record_of(
     opened_s: float,
     used_s: float,
     caller_id: bytes,
+    pending: int,
 ) -> SessionRecord:
     return SessionRecord(
         key=SessionKey(tenant, session_id),
@@ -90,6 +92,7 @@ def _record_of(
         opened_s=opened_s,
         used_s=used_s,
         caller_id=caller_id,
+        pending=pending,
     )
 
 
