@@ -127,8 +127,18 @@ class Arrivals:
         self._hand_over(rows.numbers)
         return rows
 
+    def take_all_of(self, numbers: Ints) -> AnsweredRows:
+        """All of these sessions."""
+        is_wanted = np.zeros(self._table.capacity, np.bool_)
+        is_wanted[numbers] = True
+        taken = [rows.at(np.flatnonzero(is_wanted[rows.numbers])) for rows in self._parts]
+        left = [rows.at(np.flatnonzero(~is_wanted[rows.numbers])) for rows in self._parts]
+        self._parts = [rows for rows in left if len(rows)]
+        self._hand_over(numbers)
+        return joined([*taken, self._like.missing(numbers[:0])])
+
     def take(self, numbers: Ints, steps: Ints) -> AnsweredRows:
-        """The answers to these steps, in their order; rows without an answer where none has come."""
+        """The answers about these steps, in their order; rows without an answer where none has come."""
         rows = self._parts[0] if len(self._parts) == 1 else NO_ROWS
         if np.array_equal(rows.numbers, numbers) and np.array_equal(rows.steps, steps):
             self._parts = []

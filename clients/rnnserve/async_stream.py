@@ -73,7 +73,7 @@ class AsyncStream:
 
     @property
     def missed(self) -> list[Answer]:
-        """The answers between the resume point that the stream was opened with and `next_step`."""
+        """The answers behind the resume point that the stream was opened with, as far as there were any then."""
         return self._missed
 
     @property
@@ -82,7 +82,9 @@ class AsyncStream:
         return self._session.notices
 
     async def step(self, x: Input) -> Answer:
-        """Sends one step, waits, and returns the answer about it.
+        """Sends one step, waits, and returns the answer about it; with a look-ahead about a step so long before it.
+
+        The first steps of a sequence bring none then: the step of that answer is -1. `finish` brings the last ones.
 
         `x` is (features,), or one character or word for a text model. With several steps at once, (steps, features) or
         a longer text, the answer is about the last one.
@@ -94,7 +96,7 @@ class AsyncStream:
 
         Yields an answer about each step, (steps, features) and texts included; about the last step of each input where
         the stream was opened with `steps="last"`. `inputs` is read in a task of its own. An exception that it raises
-        comes out here, behind the answers to what it gave before.
+        comes out here, behind the answers to what it gave before. With a look-ahead the last answers come by `finish`.
         """
         duplex = await self._settled()
         each = self._session.each(inputs)
@@ -106,6 +108,13 @@ class AsyncStream:
     async def reset(self) -> None:
         """Back to the initial state, as if no step had been sent. Counting goes on."""
         await self._exchange(self._session.reset)
+
+    async def finish(self) -> list[Answer]:
+        """The same at the end of a sequence: returns the answers about its last steps that a look-ahead has kept.
+
+        Without a look-ahead there are none.
+        """
+        return await self._exchange(self._session.reset)
 
     async def open(self) -> None:
         """Begins the session; the `async with` block does it. Raises ModelNotFound, ModelNotStreamable, …"""

@@ -32,9 +32,14 @@ class BatchRequests:
         """Of sessions that are open."""
         if batch.kind == "steps":
             return map(self._steps, self._parts(batch))
-        table, make = self._table, _reset if batch.kind == "reset" else _close
-        handles, answered_steps = table.handle[batch.numbers].tolist(), table.handed_step[batch.numbers].tolist()
-        return map(make, handles, batch.first_steps.tolist(), answered_steps)
+        table, numbers = self._table, batch.numbers
+        handles, answered_steps = table.handle[numbers].tolist(), table.handed_step[numbers]
+        if batch.kind == "reset":
+            return map(_reset, handles, batch.first_steps.tolist(), answered_steps.tolist())
+        # A caller who has all that has come wants none of what a look-ahead keeps.
+        has_all = (table.look_ahead[numbers] > 0) & (answered_steps >= table.answered_step[numbers])
+        answered_steps = np.where(has_all, batch.first_steps, answered_steps)
+        return map(_close, handles, batch.first_steps.tolist(), answered_steps.tolist())
 
     def _parts(self, batch: Batch) -> list[Batch]:
         if not len(batch):

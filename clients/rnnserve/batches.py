@@ -130,7 +130,7 @@ class BatchReplay:
         for _ in range(len(self._batches)):
             batch = self._batches.popleft()
             if self.full and batch.kind == "steps":
-                batch = self._reduced(batch, batch.first_steps >= self._table.answered_step[batch.numbers])
+                batch = self._reduced(batch, batch.first_steps >= self._table.taken_step[batch.numbers])
             if len(batch):
                 self._batches.append(batch)
 

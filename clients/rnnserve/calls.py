@@ -131,7 +131,7 @@ class Calls:
             snapshot=data, session_id=point.session, resume_token=bytes.fromhex(point.token)
         )
         response = yield Call(lambda stubs: stubs.sessions.ImportSession, request, self.timeout_s)
-        return point._replace(answered_step=response.session.next_step)
+        return _begun(point, response)
 
     def fork_session(self, session_id: str, new_session_id: str | None) -> Program[ResumePoint]:
         """Not tried again, likewise."""
@@ -140,7 +140,7 @@ class Calls:
             session_id=session_id, new_session_id=point.session, new_resume_token=bytes.fromhex(point.token)
         )
         response = yield Call(lambda stubs: stubs.sessions.ForkSession, request, self.timeout_s)
-        return point._replace(answered_step=response.session.next_step)
+        return _begun(point, response)
 
     def predict(
         self, model: str, version: int, inputs: Iterable[Input], options: prediction_pb2.OutputOptions
@@ -187,3 +187,10 @@ class Calls:
 
 def _new_point(session_id: str | None) -> ResumePoint:
     return ResumePoint(uuid.uuid4().hex if session_id is None else session_id, secrets.token_hex(16), answered_step=0)
+
+
+def _begun(
+    point: ResumePoint, copy: session_service_pb2.ImportSessionResponse | session_service_pb2.ForkSessionResponse
+) -> ResumePoint:
+    """A copy owes no answer, but those that a look-ahead keeps to come are still to be given."""
+    return point._replace(answered_step=copy.session.next_step - copy.pending_answers)

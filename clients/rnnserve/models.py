@@ -78,6 +78,8 @@ class Model:
     """Whether a step that is no symbol is looked up in lower case, too, and a word without punctuation around it."""
     symbol_count: int = 0
     """How many symbols there are."""
+    look_ahead: int = 0
+    """How many steps beyond the one that it answers about it reads: a stream answers about a step so much later."""
 
     max_symbols: int = 0
     """Of an output of a one-to-many model; 0 for other models."""
@@ -141,6 +143,7 @@ def model_from(message: pb.Model) -> Model:
         max_symbols=message.generation.max_symbols,
         start_symbol=message.generation.start,
         end_symbol=message.generation.end if message.generation.HasField("end") else None,
+        look_ahead=message.look_ahead,
     )
 
 

@@ -94,6 +94,9 @@ class Multiplex:
 
         `x` is (sessions, features), or for a text model a list of one character or word for each session. A row that is
         refused costs the others nothing. Raises ShapeMismatch, DataTypeMismatch, FieldInvalid; then nothing was sent.
+
+        With a look-ahead the answers are about steps so long before these; where there is none yet, the step of the row
+        is -1. `finish` brings the last ones.
         """
         make, numbers = self._steps(sessions, x)
         first_steps = self._sessions.table.next_step[numbers]
@@ -125,11 +128,22 @@ class Multiplex:
         return sessions.take()
 
     def reset(self, sessions: Sequence[str]) -> None:
-        """Back to the initial state, behind what was sent. Counting goes on. Raises the first error."""
+        """Back to the initial state, behind what was sent. Counting goes on. Raises the first error.
+
+        The answers about the last steps that a look-ahead has kept come by `receive`.
+        """
         numbers = self._sessions.numbers(sessions)
         is_done = partial(self._sessions.table.are_idle, numbers)
         self._wait(Wait(self._sessions, is_done, partial(self._sessions.reset, numbers)))
         self._raise_error(numbers)
+
+    def finish(self, sessions: Sequence[str]) -> BatchAnswer:
+        """The same at the end of the sequences: returns the answers about the last steps that a look-ahead has kept.
+
+        And, before them, what had come of these sessions already; all in order, several rows for each.
+        """
+        self.reset(sessions)
+        return self._sessions.take_all_of(sessions)
 
     def close_sessions(self, sessions: Sequence[str]) -> None:
         """Ends sessions and forgets their names, once what was sent of them is answered; unknown names are passed over.

@@ -160,7 +160,9 @@ class Multiplexed:
         if point.session in self._names:
             raise ValueError(f"{point.session!r} is open on this call already")
         number, table = self._begin(point.session, resume_token(point.token)), self.table
-        for steps in (table.next_step, table.sent_step, table.answered_step, table.handed_step, table.kept_step):
+        for steps in (
+            table.next_step, table.sent_step, table.answered_step, table.handed_step, table.taken_step, table.kept_step
+        ):  # fmt: skip
             steps[number] = point.answered_step
         table.is_taken_over[number] = True
         if point.reset:
@@ -229,9 +231,15 @@ class Multiplexed:
         return rows.answer(names, self._take_errors(list(self._errors)))
 
     def take_steps(self, names: Sequence[str], numbers: Ints, first_steps: Ints) -> BatchAnswer:
-        """The answers to these steps, in their order, and the errors of those that have none."""
-        rows = self._arrivals.take(numbers, first_steps)
+        """The answers that these steps have brought, in their order, and the errors of those that have none."""
+        about = first_steps - self.table.look_ahead[numbers]
+        rows = self._arrivals.take(numbers, np.where(about >= self.table.reset_step[numbers], about, -1))
         return rows.answer(names, self._take_errors(numbers[rows.steps < 0].tolist()))
+
+    def take_all_of(self, names: Sequence[str]) -> BatchAnswer:
+        """All that has come of these sessions."""
+        rows = self._arrivals.take_all_of(self._names.known(names))
+        return rows.answer(list(map(self._names.name, rows.numbers.tolist())), {})
 
     def take_error(self, numbers: Ints) -> RnnserveError | None:
         """The first error of these sessions; the others stay."""
@@ -359,9 +367,10 @@ class Multiplexed:
         self._requests.note(message.opened)
         self._fill_in(number, message)
         for missed in message.missed:
-            self._collect_missed(number, missed)
+            self._collect_rows(number, missed)
+        self.table.taken_step[number] = max(self.table.taken_step[number], index)
         self._advance_durable(np.array([number]), np.array([message.durable_step]))
-        lost = self._what_is_lost(number, index)
+        lost = self._what_is_lost(number, index, index - message.opened.pending_answers)
         if lost is not None:
             self._end(np.array([number]), lost)
             return
@@ -374,6 +383,7 @@ class Multiplexed:
     def _fill_in(self, number: int, message: pb.HandleOpened) -> None:
         table, opened = self.table, message.opened
         is_first, index = not table.was_open[number], opened.next_step
+        table.look_ahead[number] = opened.look_ahead
         if is_first and table.is_taken_over[number] and index > table.answered_step[number]:
             table.next_step[number] = table.sent_step[number] = table.kept_step[number] = index
         self._was_open = table.was_open[number] = table.is_open[number] = True
@@ -385,20 +395,20 @@ class Multiplexed:
         table.is_parkable[number] = is_parkable
         table.is_stored[number] = is_parkable and is_stored  # once stored, an outage of the store ends nothing
 
-    def _collect_missed(self, number: int, missed: pb.StepsAnswer) -> None:
-        """Of several steps of one session, those that are new."""
-        count = missed.next_step - missed.first_step
-        steps = np.arange(missed.first_step, missed.next_step)
-        rows = rows_from(np.full(count, number), steps, missed.prediction)
+    def _collect_rows(self, number: int, answer: pb.StepsAnswer) -> None:
+        """Those about several steps of one session, as far as they are new."""
+        count = answer.next_step - answer.first_step  # at least
+        steps = np.arange(answer.first_step, answer.next_step)
+        rows = rows_from(np.full(count, number), steps, answer.prediction)
         for place in range(len(rows)):
             self._collect(rows.at(np.array([place])))
 
-    def _what_is_lost(self, number: int, index: int) -> RnnserveError | None:
+    def _what_is_lost(self, number: int, index: int, next_answer: int) -> RnnserveError | None:
         table = self.table
         sent_step, answered_step = int(table.sent_step[number]), int(table.answered_step[number])
         if index > sent_step:
             return resume_point_lost(f"the server expects step {index}, but only {sent_step} were sent")
-        if index > answered_step:
+        if next_answer > answered_step:
             return resume_point_lost(f"the server left out the answers from step {answered_step} on")
         if index < min(table.next_step[number], table.kept_step[number]):
             lost = f"the server has lost the steps from {index} on, which are no longer kept here"
@@ -552,14 +562,21 @@ class Multiplexed:
 
     def _answered(self, answer: pb.StepBatchAnswer) -> None:
         numbers, durable = self._handles.numbers(answer.handles), ints(answer.durable_steps)
-        rows = rows_from(numbers, ints(answer.first_steps), answer.prediction)
+        steps = ints(answer.first_steps)
+        rows = rows_from(numbers, steps, answer.prediction)
         is_bound = numbers >= 0
         if not is_bound.all():
             rows = rows.at(np.flatnonzero(rows.numbers >= 0))
-            numbers, durable = numbers[is_bound], durable[is_bound]
+            numbers, durable, steps = numbers[is_bound], durable[is_bound], steps[is_bound]
         self._responded(numbers)
+        self._take(numbers, steps + self.table.look_ahead[numbers] if len(rows) else steps)
         self._collect(rows)
         self._advance_durable(numbers, durable)
+
+    def _take(self, numbers: Ints, steps: Ints) -> None:
+        """The server has taken these steps."""
+        table = self.table
+        table.taken_step[numbers] = np.maximum(table.taken_step[numbers], steps + 1)
 
     def _responded(self, numbers: Ints) -> None:
         """The server owes one response less to each."""
@@ -594,7 +611,7 @@ class Multiplexed:
         self._responded(numbers)
         numbers, places = np.unique(numbers[is_first], return_index=True)
         first_steps = first_steps[is_first][places]
-        is_again = first_steps < self.table.answered_step[numbers]
+        is_again = first_steps < self.table.taken_step[numbers]
         self._refuse(numbers[~is_again], first_steps[~is_again], error)
         self._lose(numbers[is_again], error if isinstance(error, TryAgain) else refused_again(error))
 
@@ -620,6 +637,9 @@ class Multiplexed:
         numbers = numbers[numbers >= 0]
         self._responded(numbers)
         self.table.count_resets(numbers, -1)
+        if message.HasField("last"):
+            for number in numbers.tolist():
+                self._collect_rows(number, message.last)
         self._advance_durable(numbers, np.full(len(numbers), message.durable_step))
 
     def _became_durable(self, message: pb.HandlesDurable) -> None:

@@ -34,10 +34,14 @@ class ResumePoint(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a model says about one step of a stream."""
+    """What a model says about one step of a stream.
+
+    One that `step` returns where a look-ahead keeps all answers to come is about no step: its step is -1, its output
+    has the shape (0,), its label is None.
+    """
 
     step: int
-    """The index of the step, counted from 0 over the whole session."""
+    """The index of the step that it is about, counted from 0 over the whole session."""
     output: Array
     """(outputs,) float32: before any softmax."""
     label: str | None
@@ -46,6 +50,9 @@ class Answer:
     """(labels,) float32 in the order of `Model.labels`; None unless asked for."""
     top: tuple[TopLabel, ...]
     """The most probable labels, the most probable one first; empty unless asked for."""
+
+
+NO_ANSWER = Answer(step=-1, output=np.zeros(0, np.float32), label=None, probabilities=None, top=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +108,8 @@ class Prediction:
 class BatchAnswer:
     """What a model says about steps of many sessions, a row for each of them.
 
-    A session in `errors` has a row without an answer: its outputs are NaN, its label is None and its step is -1.
+    A session in `errors` has a row without an answer: its outputs are NaN, its label is None and its step is -1. So has
+    one whose step brings none yet, because the model has a look-ahead.
     """
 
     sessions: tuple[str, ...]

@@ -24,7 +24,7 @@ from rnnserve.exchange import Turn
 from rnnserve.notices import Notices
 from rnnserve.replay import Message, Replay
 from rnnserve.requests import checked_version, steps_message
-from rnnserve.results import Answer, Notice, ResumePoint, answers_from, notice_from
+from rnnserve.results import NO_ANSWER, Answer, Notice, ResumePoint, answers_from, notice_from
 from rnnserve.retry import Resumption
 from rnnserve.statuses import error_from_status
 from rnnserve.tensors import Input
@@ -85,8 +85,9 @@ class Session:
         session_id = session_id if resume is None else resume.session
         self.id = checked_session_id(session_id) if session_id is not None else uuid.uuid4().hex
         self.next_step = resume.answered_step if resume else 0
-        self.answered_step = self.next_step  # each answer before it has come
-        self.handed_step = self.next_step  # each answer before it is with the caller; what the server is told
+        self.answered_step = self.next_step  # each answer about a step before it has come
+        self.handed_step = self.next_step  # each of those is with the caller; what the server is told
+        self.taken_step = self.next_step  # each step before it is in the state, answered about or not yet
         self.durable_step = 0
         self.durability: Durability = "none"
         self._unit: TextUnit | None = None  # known once the session is open
@@ -117,6 +118,7 @@ class Session:
         self._erased = False
         self._sent_step = self.next_step  # no step from here on was ever sent
         self._acknowledged = 0  # what the last open said
+        self._look_ahead = 0
         self._owed: deque[_Owed] = deque()
         self._unanswered: deque[Message] = deque()
         self._again: list[pb.StreamStepsRequest] = []
@@ -200,12 +202,13 @@ class Session:
         self._resumption.limit(timeout_s)
 
     def close(self) -> pb.StreamStepsRequest:
-        """The last message."""
+        """The last message. What a look-ahead keeps to come is not wanted any more."""
         self._closing = True
         if self._state == "open":
             self._owed.append(_Owed(self.next_step))
         closing = pb.CloseSession(first_step=self.next_step)
-        return pb.StreamStepsRequest(close=closing, answered_step=self.handed_step)
+        answered_step = self.next_step if self._look_ahead else self.handed_step
+        return pb.StreamStepsRequest(close=closing, answered_step=answered_step)
 
     def closed(self) -> None:
         """The last use of the session; the caller is told where the server did not say that nothing is left of it."""
@@ -272,10 +275,11 @@ class Session:
         """The caller wants none of the answers that have come so far."""
         self.handed_step = self.answered_step
 
-    @staticmethod
-    def last(answers: list[Answer]) -> Answer:
-        """The answer about the last step."""
+    def last(self, answers: list[Answer]) -> Answer:
+        """The last answer that a request has brought; with a look-ahead there may be none yet."""
         if not answers:
+            if self._look_ahead:
+                return NO_ANSWER
             raise RnnserveError("the server answered without an output")
         return answers[-1]
 
@@ -325,10 +329,11 @@ class Session:
         if not self._owed:
             raise RnnserveError("the server answered what was not asked")
         owed = self._owed[0]
-        if owed.end is None or (response.HasField("answer") and response.answer.next_step >= owed.end):
+        answers = answers_from(response.answer)
+        if owed.end is None or (response.HasField("answer") and response.answer.first_step + len(answers) >= owed.end):
             self._owed.popleft()
         if response.HasField("answer"):
-            return self._answered(response.answer, owed)
+            return self._answered(response.answer, answers, owed)
         if response.HasField("opened"):
             self._opened(response.opened)
         elif response.HasField("error"):
@@ -338,36 +343,38 @@ class Session:
         elif owed.message is not None:
             owed.message.answered = True
             self._reset_step = max(self._reset_step, owed.message.first)
-            self._advance(self.answered_step)
+            return self._brought(response.reset.last, answers_from(response.reset.last))
         return []
 
     def _opened(self, opened: pb.SessionOpened) -> None:
         self._state, index = "open", opened.next_step
         self._unit = unit_from(opened.text_unit)
+        self._look_ahead = opened.look_ahead
         if self.durability != "stored" or opened.durability == pb.DURABILITY_NONE:
             self.durability = _DURABILITIES.get(opened.durability, "none")  # once stored, an outage ends nothing
         if not self._was_open:
-            self._begin_at(index)
+            self._begin_at(index, opened.pending_answers)
+        self.taken_step = max(self.taken_step, index)
         if index > self._sent_step:
             self._break = resume_point_lost(f"the server expects step {index}, but only {self._sent_step} were sent")
         elif (again := self._replay.since(index, self.next_step)) is None:
             lost = f"the server has lost the steps from {index} on, which are no longer kept here"
             self._break = resume_point_lost(lost, expected_step=index)
         else:
-            self._send_again(again, index)
+            self._send_again(again, index, opened.pending_answers)
             self._resume(index)
 
-    def _begin_at(self, index: int) -> None:
+    def _begin_at(self, index: int, pending: int) -> None:
         """The first time: a new session, or one taken over from another stream."""
         self._was_open = True
         if not self._taken_over:
-            self.answered_step = self.handed_step = self._acknowledged = index
+            self.answered_step = self.handed_step = self._acknowledged = index - pending
         if index >= self.answered_step:
             self.next_step = self._sent_step = index
 
-    def _send_again(self, again: list[Message], index: int) -> None:
-        if index > self._acknowledged:
-            self._owed.append(_Owed(self._acknowledged, end=index))
+    def _send_again(self, again: list[Message], index: int, pending: int) -> None:
+        if index - pending > self._acknowledged:
+            self._owed.append(_Owed(self._acknowledged, end=index - pending))
         for message in self._unanswered:
             message.answered |= message.steps is None and message.first < index
         for message in again:
@@ -376,25 +383,31 @@ class Session:
             self._send(message, first)
         if self._closing:
             self._again.append(self.close())
+        self._drop_answered()  # what is not sent again is not answered any more
 
-    def _answered(self, answer: pb.StepsAnswer, owed: _Owed) -> list[Answer]:
-        answers = [row for row in answers_from(answer) if row.step >= self.answered_step]
-        if self._answers_each_step and answers and answers[0].step > self.answered_step:
-            self._break = resume_point_lost(f"the server left out the answers from step {self.answered_step} on")
+    def _answered(self, answer: pb.StepsAnswer, answers: list[Answer], owed: _Owed) -> list[Answer]:
         if answer.HasField("failure") and owed.message is not None:  # if missed, the steps sent again fail, too
             self._refuse(error_from_status(answer.failure), owed, answer.next_step)
-        self._advance(answer.next_step)
-        return answers
+        return self._brought(answer, answers)
 
-    def _advance(self, answered_step: int) -> None:
-        self.answered_step = max(self.answered_step, answered_step)
+    def _brought(self, answer: pb.StepsAnswer, answers: list[Answer]) -> list[Answer]:
+        """Those of its answers that are new."""
+        new = [row for row in answers if row.step >= self.answered_step]
+        if self._answers_each_step and new and new[0].step > self.answered_step:
+            self._break = resume_point_lost(f"the server left out the answers from step {self.answered_step} on")
+        self.answered_step = max(self.answered_step, answer.first_step + len(answers))
+        self.taken_step = max(self.taken_step, answer.next_step)
+        self._drop_answered()
+        return new
+
+    def _drop_answered(self) -> None:
         while self._unanswered and self._is_answered(self._unanswered[0]):
             self._unanswered.popleft().answered = True
 
     def _is_answered(self, message: Message) -> bool:
         if message.steps is None:
-            return message.answered or message.first < self.answered_step
-        return message.end <= self.answered_step
+            return message.answered or message.first < self.taken_step
+        return message.end <= self.taken_step
 
     def _refuse(self, error: RnnserveError, owed: _Owed, index: int) -> None:
         message = owed.message
@@ -407,7 +420,7 @@ class Session:
                 self._drop_from(message, index)
 
     def _is_replayed(self, owed: _Owed) -> bool:
-        return (owed.message is not None and owed.message.answered) or owed.first < self.answered_step
+        return (owed.message is not None and owed.message.answered) or owed.first < self.taken_step
 
     def _drop_from(self, message: Message, index: int) -> None:
         """What was refused is for the caller to decide, so it is not sent again."""
@@ -416,7 +429,7 @@ class Session:
             pass
         if index > message.first:
             self._unanswered.append(message)  # its steps before the refused one
-        self._advance(self.answered_step)
+        self._drop_answered()
 
 
 def outlives(error: RnnserveError) -> bool:

@@ -16,8 +16,10 @@ class SessionTable:
     def __init__(self) -> None:
         self.next_step = _ints()  # the index of the next step that is made
         self.sent_step = _ints()  # no step from here on was ever sent
-        self.answered_step = _ints()  # each answer before it has come
-        self.handed_step = _ints()  # each answer before it is with the caller; what the server is told
+        self.answered_step = _ints()  # each answer about a step before it has come
+        self.handed_step = _ints()  # each of those is with the caller; what the server is told
+        self.taken_step = _ints()  # each step before it is in the state, answered about or not yet
+        self.look_ahead = _ints()  # of the model
         self.durable_step = _ints()
         self.released_step = _ints()  # no step before it need be sent again
         self.kept_step = _ints()  # each step from here on can be sent again
@@ -64,8 +66,8 @@ class SessionTable:
 
     def are_settled(self, numbers: Ints, first_steps: Ints) -> bool:
         """Whether these steps were answered or refused, or their sessions are over."""
-        answered = self.answered_step[numbers] > first_steps
-        return bool((answered | (self.next_step[numbers] <= first_steps) | self.is_over[numbers]).all())
+        taken = self.taken_step[numbers] > first_steps
+        return bool((taken | (self.next_step[numbers] <= first_steps) | self.is_over[numbers]).all())
 
     def are_idle(self, numbers: Ints) -> bool:
         """Whether these are open, and all that was made for them is answered or refused; or over."""
@@ -83,7 +85,7 @@ class SessionTable:
     def release(self, numbers: Ints) -> None:
         """After an answer, or after more became durable."""
         durable = np.where(self.is_stored[numbers], self.durable_step[numbers], NEVER)
-        released = np.minimum(self.answered_step[numbers], durable)
+        released = np.minimum(self.taken_step[numbers], durable)
         self.released_step[numbers] = np.maximum(self.released_step[numbers], released)
 
     def count_resets(self, numbers: Ints, change: int) -> None:

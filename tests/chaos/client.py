@@ -117,7 +117,7 @@ def _send_again_twice(stream: Stream) -> None:
     """Ours sends nothing that the server has; another client may, and the server must bear it."""
     session = stream._session
     send_again = session._send_again
-    broken.put(session, "_send_again", lambda again, index: send_again([m for m in again for _ in range(2)], index))
+    broken.put(session, "_send_again", lambda again, *rest: send_again([m for m in again for _ in range(2)], *rest))
 
 
 def _segments(script: Script, first: int) -> list[tuple[int, int]]:

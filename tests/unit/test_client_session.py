@@ -215,4 +215,4 @@ def test_ahead_a_refusal_comes_before_an_error_further_on() -> None:
 
 def test_an_answer_without_outputs_is_an_error_and_no_crash() -> None:
     with pytest.raises(RnnserveError):
-        Session.last([])
+        opened().last([])

@@ -1,7 +1,7 @@
 """The commands."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +14,11 @@ from rnnserve.cli import copies, loading, show, writing
 from rnnserve.cli import demo as story
 from rnnserve.cli.bars import Bars
 from rnnserve.cli.inputs import (
+    Places,
     Recording,
     at_rate,
     not_empty,
     opened,
-    place,
     read_sequences,
     read_steps,
     shown,
@@ -27,7 +27,7 @@ from rnnserve.cli.inputs import (
 from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options
 from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
-from rnnserve.tensors import Input
+from rnnserve.stream import Stream
 
 app = typer.Typer(
     help="Stream steps and sequences to an rnnserve server. Exit codes: 0 good, 1 refused, 2 usage, 3 unreachable.",
@@ -74,7 +74,7 @@ def stream(
     ] = None,
     real_time: Annotated[bool, typer.Option("--real-time", help="At the rate of the model's recordings.")] = False,
 ) -> None:
-    """Stream steps, and see a prediction after each of them."""
+    """Stream steps, and see a prediction about each of them, after it or as much later as the model looks ahead."""
     options = _options(context)
     with exit_codes(), options.client() as client, opened(file) as lines:
         described = client.model(model)
@@ -82,26 +82,26 @@ def stream(
         located = read_steps(lines, described, shown(file))
         if described.streamable:  # otherwise opening the stream says why not
             located = not_empty(located, shown(file))
-        unanswered: deque[int] = deque()  # the lines of the steps that were read and not yet answered
-        steps = noted(located, unanswered)
+        places = Places(shown(file))
+        steps = places.noted(located)
         paced = at_rate(steps, rate_hz) if rate_hz else steps
         with (
-            placed(lambda _: place(shown(file), unanswered[0]) if unanswered else None),
+            placed(lambda _: places.of(open_stream.next_step) if places else None),
             options.stream(client, described) as open_stream,
             _answer_printer(options, described) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
             answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
-            for answer in answers:
-                unanswered.popleft()
-                print_answer(answer)
+            for answer in itertools.chain(answers, _last_ones(open_stream, described)):
+                places.drop_until(answer.step)
+                if answer.step >= 0:
+                    print_answer(answer)
 
 
-def noted(steps: Iterable[tuple[int, Input]], lines: deque[int]) -> Iterator[Input]:
-    """The steps without their lines, which are put into `lines`."""
-    for line, step in steps:
-        lines.append(line)
-        yield step
+def _last_ones(stream: Stream, model: Model) -> Iterator[Answer]:
+    """That a look-ahead has kept, once all steps are sent."""
+    if model.look_ahead:
+        yield from stream.finish()
 
 
 def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | None:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,35 @@ class Recording:
         """The file, and the line where it is known which one."""
         lines = set(self.lines) if step is None else set(self.lines[step : step + 1])
         return place(self.file, lines.pop()) if len(lines) == 1 else self.file
+
+
+class Places:
+    """Where the steps of a file stand, but for the first ones."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._lines: deque[int] = deque()
+        self._first_step = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def noted(self, steps: Iterable[tuple[int, Input]]) -> Iterator[Input]:
+        """The steps alone."""
+        for line, step in steps:
+            self._lines.append(line)
+            yield step
+
+    def drop_until(self, step: int) -> None:
+        """Nobody asks for this one any more, or one before it."""
+        while self._lines and self._first_step <= step:
+            self._lines.popleft()
+            self._first_step += 1
+
+    def of(self, step: int) -> str | None:
+        """The file and line; None if it has none."""
+        number = step - self._first_step
+        return place(self._file, self._lines[number]) if 0 <= number < len(self._lines) else None
 
 
 def place(file: str, line: int) -> str:

@@ -84,6 +84,7 @@ def model_details(model: Model) -> Table:
         "not streamable": model.why_not_streamable,
         "a step": _step(model),
         "unknown steps": f"are read as {model.unknown!r}" if model.unknown is not None else "",
+        "looks ahead": f"{model.look_ahead} steps: it answers about a step so much later" if model.look_ahead else "",
         "missing values": model.missing_values,
         "steps a second": f"{model.steps_per_second:g}" if model.steps_per_second else "",
         "writes": _writes(model),

@@ -473,6 +473,7 @@ class Model(_message.Message):
     FOLD_CASE_FIELD_NUMBER: _builtins.int
     SYMBOL_COUNT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    LOOK_AHEAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     version: _builtins.int
@@ -515,6 +516,8 @@ class Model(_message.Message):
     """
     symbol_count: _builtins.int
     """How many symbols there are."""
+    look_ahead: _builtins.int
+    """How many steps beyond the one that it answers about the network reads, so that it answers about a step so much later."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The names of the features of a step, in order. Empty for a text model."""
@@ -575,10 +578,11 @@ class Model(_message.Message):
         fold_case: _builtins.bool = ...,
         symbol_count: _builtins.int = ...,
         generation: Global___Generation | None = ...,
+        look_ahead: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "decoder", b"decoder", "generation", b"generation", "quality", b"quality", "training_data", b"training_data", "unknown_symbol", b"unknown_symbol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "look_ahead", b"look_ahead", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__unknown_symbol: _TypeAlias = _typing.Literal["unknown_symbol"]  # noqa: Y015
     _WhichOneofArgType__unknown_symbol: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol"]  # noqa: Y015
@@ -595,26 +599,22 @@ class Generation(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     MAX_SYMBOLS_FIELD_NUMBER: _builtins.int
-    LOOK_AHEAD_FIELD_NUMBER: _builtins.int
     start: _builtins.str
     """The symbol that it reads first."""
     end: _builtins.str
     """The symbol that means the end of an output; none = only requests end one."""
     max_symbols: _builtins.int
     """How many symbols it writes at most."""
-    look_ahead: _builtins.int
-    """How many steps beyond the one that it answers about the network reads, so that it answers about a step so much later."""
     def __init__(
         self,
         *,
         start: _builtins.str = ...,
         end: _builtins.str | None = ...,
         max_symbols: _builtins.int = ...,
-        look_ahead: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end", "look_ahead", b"look_ahead", "max_symbols", b"max_symbols", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "end", b"end", "max_symbols", b"max_symbols", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
     _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
