@@ -148,6 +148,8 @@ class AsyncMultiplex:
     async def close_sessions(self, sessions: Sequence[str]) -> None:
         """Ends sessions and forgets their names, once what was sent of them is answered; unknown names are passed over.
 
+        What a look-ahead has kept is not wanted any more: `finish` gives it before.
+
         The notice "not_erased" tells where a crash of the server may bring one back, parked: its store is down.
         """
         await self._close(self._sessions.known(sessions))

@@ -123,6 +123,8 @@ class Stream:
     def close(self) -> None:
         """Ends the session. Never fails: what can't be ended within `timeout_s` is left to the server.
 
+        What a look-ahead has kept is not wanted any more: `finish` gives it before.
+
         The notice "not_erased" tells where a crash of the server may bring the session back, parked: its store is down.
         """
         if self._duplex is None:

@@ -342,8 +342,8 @@ class StreamStepsResponse(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DURABLE_STEP_FIELD_NUMBER: _builtins.int
     durable_step: _builtins.int
-    """Every step before this index, and every answer to it that is not acknowledged, survives a crash of the server. A
-    client need keep only later ones to send them again.
+    """Every step before this index, and every answer that it has brought and that is not acknowledged, survives a crash of
+    the server. A client need keep only later ones to send them again.
     """
     @_builtins.property
     def opened(self) -> Global___SessionOpened:
