@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.manifest import ModelKey
+from models.manifest import Manifest, ModelKey
 from models.recurrent import NetworkSpec
 from rnnserve.v1.real_time_service_pb2 import MultiplexStepsResponse
 from service.api.calls import Refusals
@@ -27,6 +27,7 @@ from tests.support.wire import array
 MODEL = ModelKey("sums", 1)
 MANIFEST = manifest("sums", NetworkSpec(cell="tanh", features=1, hidden_size=1, outputs=1), features(1))
 TOKEN = b"0123456789abcdef"
+AHEAD = MANIFEST.model_copy(update={"look_ahead": 2})
 LIMITS = Limits(
     max_message_bytes=1_000_000,
     max_steps_per_message=100,
@@ -56,14 +57,15 @@ class Context:
 class Served:
     """A stream over a registry of sums, and its other end."""
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Manifest = MANIFEST) -> None:
+        self.manifest = manifest
         self.executor = FakeExecutor()
         self.engine = StepEngine({MODEL: self.executor}, max_tick_sessions=4, metrics=Metrics(), max_loop_tick_s=0)
         self.metrics = Metrics()
         self.sessions = SessionRegistry(
             self.engine,
             FakeStore(),
-            {MODEL: MANIFEST},
+            {MODEL: manifest},
             SessionLimits(
                 max_streams=100, max_sessions=100, max_sessions_per_tenant=0, max_parked_bytes=0,
                 max_held_bytes=10_000, resume_window_s=100.0, idle_timeout_s=0.0, max_age_s=0.0,
@@ -80,7 +82,7 @@ class Served:
         self.serving = asyncio.create_task(self._serve())
 
     async def _serve(self) -> None:
-        catalog: Any = SimpleNamespace(find=lambda *_: SimpleNamespace(manifest=MANIFEST))
+        catalog: Any = SimpleNamespace(find=lambda *_: SimpleNamespace(manifest=self.manifest))
         context: Any = self.context
         stream = MultiplexedStream(
             context,
@@ -108,6 +110,13 @@ class Served:
 
     async def read(self) -> MultiplexStepsResponse:
         return await asyncio.wait_for(self.context.written.get(), 10)
+
+    async def close(self) -> None:
+        self.executor.gate.set()
+        self.context.gate.set()
+        self.serving.cancel()
+        await asyncio.wait([self.serving])
+        self.engine.close()
 
     async def open(self, *handles: int) -> None:
         for handle in handles:
@@ -147,11 +156,7 @@ class Served:
 async def served() -> AsyncIterator[Served]:
     served = Served()
     yield served
-    served.executor.gate.set()
-    served.context.gate.set()
-    served.serving.cancel()
-    await asyncio.wait([served.serving])
-    served.engine.close()
+    await served.close()
 
 
 async def test_steps_that_wait_for_the_one_under_way_follow_in_order(served: Served) -> None:
@@ -273,3 +278,61 @@ async def test_what_is_under_way_when_the_call_ends_is_dropped_and_the_sessions_
     session, _ = await served.sessions.open(Opening(SessionKey("", "s0"), TOKEN, resume=True), MANIFEST, FakeStream())
     assert (session.next_step, session.record().row.tolist()) == (0, [0])
     assert served.sum_of(1) == (0, 0)
+
+
+@pytest.fixture
+async def ahead() -> AsyncIterator[Served]:
+    """A stream of sessions whose first step has no answer yet, for they look two steps ahead."""
+    served = Served(AHEAD)
+    await served.open(0, 1)
+    served.send(step_each({0: 0, 1: 0}, [[1.0], [2.0]]))
+    assert not (await served.read()).answer.HasField("prediction")
+    yield served
+    await served.close()
+
+
+async def hold_the_end(served: Served, *requests: Request) -> None:
+    """Let the first tick of the padding wait."""
+    served.executor.gate.clear()
+    served.executor.entered.clear()
+    served.send(*requests)
+    await served.take_all()
+    assert await asyncio.to_thread(served.executor.entered.wait, 10)
+
+
+async def test_steps_sent_behind_a_reset_wait_until_it_has_brought_the_last_answers(ahead: Served) -> None:
+    await hold_the_end(ahead, reset_handle(0, 1), step_each({0: 1}, [[7.0]]))
+    ahead.executor.gate.set()
+    reset = (await ahead.read()).reset
+    assert (reset.next_step, reset.last.first_step, array(reset.last.prediction.outputs).tolist()) == (1, 0, [[1.0]])
+    assert list((await ahead.read()).answer.first_steps) == [1]
+    assert ahead.sum_of(0) == (2, 7)
+
+
+@pytest.mark.parametrize("ending", [reset_handle, close_handle])
+async def test_a_session_taken_over_while_its_sequence_ends_stays_as_it_was(ahead: Served, ending: Any) -> None:
+    await hold_the_end(ahead, ending(0, 1))
+    session, missed = await ahead.sessions.open(Opening(SessionKey("", "s0"), TOKEN, resume=True), AHEAD, FakeStream())
+    assert list((await ahead.read()).ended.handles) == [0]
+    ahead.executor.gate.set()
+    ahead.send(step_each({1: 1}, [[3.0]]))
+    assert list((await ahead.read()).answer.handles) == [1]
+    assert (missed, session.ledger.pending, session.record().row.tolist()) == ([], 1, [1])
+
+
+@pytest.mark.parametrize("ending", [reset_handle, close_handle])
+async def test_an_end_of_a_sequence_that_fails_is_refused_and_may_be_tried_again(ahead: Served, ending: Any) -> None:
+    def fail() -> None:
+        raise RuntimeError("secret of the executor")
+
+    ahead.executor.before_return = fail
+    ahead.send(ending(0, 1))
+    refused = (await ahead.read()).refused
+    assert (list(refused.handles), list(refused.next_steps)) == ([0], [1])
+    assert "EXECUTION_FAILED" in str(refused.error)
+    assert ahead.sum_of(0) == (1, 1)
+    ahead.executor.before_return = lambda: None
+    ahead.send(ending(0, 1))
+    response = await ahead.read()
+    last = response.reset.last if response.HasField("reset") else response.closed.closed.last
+    assert array(last.prediction.outputs).tolist() == [[1.0]]
