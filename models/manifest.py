@@ -342,6 +342,8 @@ class Manifest(_Part):
         if self.generation is not None:
             symbols = self.input.symbols if isinstance(self.input, TextInput) else ()
             self.generation.check(self.network, symbols, self.output.labels)
+        if self.look_ahead and self.generation is not None:
+            raise ValueError("look_ahead is not for a network that reads what it writes")
         if self.look_ahead and (reason := self.network.why_not_streamable):
             raise ValueError(f"look_ahead is for networks that stream: {reason}")
         if isinstance(self.input, TextInput) and (self.input.padding is None) == (self.look_ahead > 0):

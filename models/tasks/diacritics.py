@@ -210,6 +210,7 @@ LIVE = replace(
     summary="Finds the marks that letters of a Turkish text have lost, as it is typed, five characters behind.",
     network=FORWARD_NETWORK,
     input=Alphabet(CHARACTERS.model_copy(update={"padding": PADDING})),
+    look_ahead=LOOK_AHEAD,
     words=replace(
         DIACRITICS.words,
         purpose=f"""\

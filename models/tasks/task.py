@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.generation import Generation
 from models.manifest import DataSource, FeatureInput, MissingValues, Output, Pattern, TextInput
 from models.recurrent import NetworkSpec
 from models.training.answers import Answers
@@ -108,6 +109,7 @@ class Task:
     measure: Measure = accuracy
     errors: Callable[[Answers, Recordings, Output], str] = describe_confusions  # in words, with examples
     look_ahead: int = 0  # of the bundle; training asks for each label so many steps later
+    generation: Generation | None = None  # of one-to-many
     heard_steps: tuple[int, ...] = ()  # after how many steps to measure, for a network that streams
     settling_steps: int = 0  # what a live stream is given before its steps are scored; 0 = there are no live streams
     is_long: bool = False  # trained once, by all cores, and its curves are of that: the validation part is left out

@@ -36,7 +36,7 @@ def train_task(task: Task, seed: int, repository: Path = REPOSITORY, processes: 
     _write_samples(folder, task, split)
     if shipped.rehearsal:
         draw_curves(folder / "curves.png", shipped.rehearsal, manifest.quality.metric)
-    heard = accuracy_by_steps(shipped.answers, split.test, task.heard_steps)
+    heard = accuracy_by_steps(shipped.answers, split.test, task.heard_steps) if task.heard_steps else {}
     if heard:
         draw_heard(folder / "frames_heard.png", heard)
     errors = task.errors(shipped.answers, task.items(split.test), task.output)
@@ -57,6 +57,7 @@ def describe(task: Task, split: Split, results: list[Result]) -> Manifest:
         network=task.network,
         input=shipped.input_spec,
         output=task.output,
+        generation=task.generation,
         look_ahead=task.look_ahead,
         data=task.source,
         quality=_quality(best, task.test_items),

@@ -41,6 +41,7 @@ LIMITS = Limits(
     max_recording_steps=1,
     part_timeout_s=0,
     max_bulk_sequences=1,
+    idle_timeout_s=0,
 )
 
 
