@@ -55,6 +55,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "output.labels has 3 entries but input.symbols has 4",
     ),
     "no labels": ({"labels": ()}, "output.labels has 0 entries but input.symbols has 4"),
+    "look-ahead": ({"look_ahead": 1}, "look_ahead is not for a network that reads what it writes"),
     "numbers": (
         {"inputs": features(3), "network": NetworkSpec(cell="gru", features=3, hidden_size=2, outputs=4)},
         "input must be text",
