@@ -53,7 +53,8 @@ def ratio(metric: str, parts: ArrayLike, wholes: ArrayLike, factor: float = 1.0)
 def correlation(metric: str, answers: NDArray[np.float32], truth: NDArray[np.float32]) -> Score:
     """Pearson's r, with the interval of Fisher, "On the probable error of a coefficient of correlation", 1921."""
     r, items = float(np.corrcoef(answers, truth)[0, 1]), len(truth)
-    z, half = math.atanh(r), TWO_SIDED_95 / math.sqrt(items - 3)
+    z = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
+    half = TWO_SIDED_95 / math.sqrt(items - 3)
     return Score(metric, r, items, math.tanh(z - half), math.tanh(z + half))
 
 
