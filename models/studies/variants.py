@@ -1,4 +1,4 @@
-"""Variants of tasks, trained side by side over the same seeds, with intervals, as a table and a picture."""
+"""Variants of a task, trained over the same seeds and shown side by side: a table with intervals, and a picture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.recurrent import NetworkSpec
 from models.tasks.task import Run, Task
 from models.training.card import parameters_of, table
 from models.training.plots import draw_bars
@@ -34,11 +35,29 @@ class Measured(NamedTuple):
         return self.results[0].scores[0].metric
 
 
-def train_variants(tasks: Mapping[str, Task], seed: int, processes: int = 2) -> dict[str, Measured]:
-    """Each variant with each seed, two at a time."""
-    jobs = [Job(task, Run(seed + i, task.runs(0)[0].held_out)) for task in tasks.values() for i in range(SEEDS)]
+Variants = Mapping[str, Task]
+"""By name."""
+
+
+def train_variants(variants: Variants, seed: int, processes: int = 2) -> dict[str, Measured]:
+    """Each with each seed, the first of their runs, two at a time."""
+    jobs = [Job(task, Run(seed + i, task.runs(0)[0].held_out)) for task in variants.values() for i in range(SEEDS)]
     found = iter(run_all(jobs, processes))
-    return {name: Measured(task, [next(found) for _ in range(SEEDS)]) for name, task in tasks.items()}
+    return {name: Measured(task, [next(found) for _ in range(SEEDS)]) for name, task in variants.items()}
+
+
+def write_page(page: Path, introduction: Sequence[str], by_task: Mapping[str, Variants], seed: int) -> Path:
+    """Train all, and write the page, and beside it a picture for each task."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    parts = list(introduction)
+    for task, variants in by_task.items():
+        measured = train_variants(variants, seed)
+        metric = next(iter(measured.values())).metric
+        picture = f"{page.stem}-{task}.png"
+        draw_bars(page.parent / picture, {name: one.values for name, one in measured.items()}, metric)
+        parts += [f"## {task}: {metric}", describe_variants(measured), f"![{page.stem}: {task}]({picture})"]
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
 
 
 def describe_variants(measured: Mapping[str, Measured]) -> str:
@@ -61,6 +80,12 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), STUDENT_95 * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
-def draw_variants(path: Path, measured: Mapping[str, Measured]) -> None:
-    """A bar for each mean, a dot for each seed."""
-    draw_bars(path, {name: one.values for name, one in measured.items()}, next(iter(measured.values())).metric)
+def as_large_as(spec: NetworkSpec, parameters: int) -> NetworkSpec:
+    """With the width at which it comes closest to so many parameters."""
+    specs = (spec.model_copy(update={"hidden_size": width}) for width in range(8, 513))
+    return min(specs, key=lambda candidate: abs(parameters_of(candidate) - parameters))
+
+
+def shallow(spec: NetworkSpec) -> NetworkSpec:
+    """The same with one layer in each of the three blocks."""
+    return spec.model_copy(update={"layers": 1, "input_layers": (), "transition_layers": 1, "output_layers": ()})
