@@ -159,10 +159,10 @@ def write_accumulator(repository: Path, *, look_ahead: int = 0) -> Bundle:
     """A network that forgets nothing: ReLU cells with an identity recurrence, exact in whole numbers below 2**24.
 
     One feature x >= 0. Outputs after each step: the sum of all x, and the sum of those sums before the step, which
-    tells the order of the steps too. With a look-ahead it is called "accumulator-ahead".
+    tells the order of the steps too. With a look-ahead it is called "ahead".
     """
     described = manifest(
-        "accumulator-ahead" if look_ahead else "accumulator",
+        "ahead" if look_ahead else "accumulator",
         NetworkSpec(cell="relu", features=1, hidden_size=2, outputs=2),
         FeatureInput(feature_names=("x",), mean=(0.0,), std=(1.0,)),
         look_ahead=look_ahead,

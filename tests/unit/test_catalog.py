@@ -16,7 +16,7 @@ def catalog(repository: Path) -> Catalog:
 def test_bundles_come_by_name_then_by_version(catalog: Catalog) -> None:
     assert [tuple(bundle.manifest.key) for bundle in catalog] == [
         ("accumulator", 1),
-        ("accumulator-ahead", 1),
+        ("ahead", 1),
         ("bidirectional", 1),
         ("stacked", 1),
         ("text", 1),

@@ -79,7 +79,7 @@ def found(answers: list[Answer]) -> list[tuple[int, tuple[float, ...]]]:
 def test_answers_come_once_the_steps_behind_are_read_and_name_the_step_that_they_are_about(
     channel: grpc.Channel,
 ) -> None:
-    with live_stream(channel, open_("accumulator-ahead", "late", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "late", token=TOKEN)) as stream:
         assert (stream.opened.look_ahead, stream.opened.pending_answers) == (LOOK_AHEAD, 0)
         assert send(stream, 0, 2) == (0, [])
         assert send(stream, 2, 3) == (0, [])
@@ -91,7 +91,7 @@ def test_answers_come_once_the_steps_behind_are_read_and_name_the_step_that_they
 def test_a_reset_brings_the_last_answers_and_the_next_sequence_begins_without_any(
     channel: grpc.Channel, count: int
 ) -> None:
-    with live_stream(channel, open_("accumulator-ahead", f"reset-{count}", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", f"reset-{count}", token=TOKEN)) as stream:
         send(stream, 0, count)
         wanted = accumulated(VALUES[:count], look_ahead=LOOK_AHEAD)
         ended = stream.ask(reset(count)).reset
@@ -104,7 +104,7 @@ def test_a_reset_brings_the_last_answers_and_the_next_sequence_begins_without_an
 
 
 def test_of_several_answers_the_last_one_alone_comes_where_only_that_is_asked_for(channel: grpc.Channel) -> None:
-    opening = open_("accumulator-ahead", "last", token=TOKEN, steps=STEP_SELECTION_LAST)
+    opening = open_("ahead", "last", token=TOKEN, steps=STEP_SELECTION_LAST)
     with live_stream(channel, opening) as stream:
         assert send(stream, 0, 2) == (0, [])
         assert send(stream, 2, 7) == (3, [SUMS[3]])
@@ -113,7 +113,7 @@ def test_of_several_answers_the_last_one_alone_comes_where_only_that_is_asked_fo
 
 
 def test_a_stream_that_was_cut_goes_on_with_the_answers_that_it_missed(channel: grpc.Channel) -> None:
-    opening = open_("accumulator-ahead", "cut", token=TOKEN)
+    opening = open_("ahead", "cut", token=TOKEN)
     with live_stream(channel, opening) as stream:
         send(stream, 0, 6)
     with live_stream(channel, resume(opening, answered_step=1)) as stream:
@@ -127,7 +127,7 @@ def test_a_stream_that_was_cut_goes_on_with_the_answers_that_it_missed(channel: 
 def test_a_close_brings_the_last_answers_and_its_session_waits_until_they_are_acknowledged(
     channel: grpc.Channel,
 ) -> None:
-    opening = open_("accumulator-ahead", "closed", token=TOKEN)
+    opening = open_("ahead", "closed", token=TOKEN)
     with live_stream(channel, opening) as stream:
         send(stream, 0, 8)
         closed = stream.ask(acknowledged(close(), 5)).closed
@@ -135,22 +135,25 @@ def test_a_close_brings_the_last_answers_and_its_session_waits_until_they_are_ac
     with live_stream(channel, resume(opening, answered_step=6)) as stream:  # as if the answer had been lost
         assert stream.opened.pending_answers == 0
         assert rows(stream.read().answer) == (6, SUMS[6:])
+        assert rows(stream.ask(steps(8, COLUMN[:1])).answer) == (8, []), "what comes now is another sequence"
         closed = stream.ask(acknowledged(close(), 8)).closed
-        assert (closed.erased, closed.HasField("last")) == (True, False)
+        assert (closed.erased, rows(closed.last)) == (False, (8, accumulated(VALUES[:1], look_ahead=LOOK_AHEAD)))
+    with live_stream(channel, resume(opening, answered_step=9)) as stream:
+        assert stream.ask(acknowledged(close(), 9)).closed.erased
     with live_stream(channel) as stream, pytest.raises(grpc.RpcError) as ended:
-        stream.ask(resume(opening, answered_step=8))
+        stream.ask(resume(opening, answered_step=9))
     assert ended.value.code() == grpc.StatusCode.NOT_FOUND
 
 
 def test_a_close_that_wants_no_more_answers_erases_the_session_at_once(channel: grpc.Channel) -> None:
-    with live_stream(channel, open_("accumulator-ahead", "unwanted", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "unwanted", token=TOKEN)) as stream:
         send(stream, 0, 8)
         closed = stream.ask(acknowledged(close(), 8)).closed
         assert (closed.erased, closed.HasField("last")) == (True, False)
 
 
 def test_a_crash_of_the_server_costs_no_answer_and_repeats_none(repository: Path, tmp_path: Path) -> None:
-    opening = open_("accumulator-ahead", "crash", token=TOKEN)
+    opening = open_("ahead", "crash", token=TOKEN)
     with (
         start_server(repository, tmp_path, checkpoint_interval_s=0.01) as server,
         grpc.insecure_channel(server.target) as channel,
@@ -177,11 +180,11 @@ def row_of(response: pb.MultiplexStepsResponse) -> tuple[list[int], list[int], l
 
 def test_on_a_call_of_many_each_step_is_answered_once_with_a_row_or_without(channel: grpc.Channel) -> None:
     with multiplexed(channel) as call:
-        assert call.open(1, "accumulator-ahead", "m1", token=TOKEN).opened.look_ahead == LOOK_AHEAD
+        assert call.open(1, "ahead", "m1", token=TOKEN).opened.look_ahead == LOOK_AHEAD
         for step in range(LOOK_AHEAD):
             assert row_of(call.ask(step_each({1: step}, [COLUMN[step]]))) == ([1], [step], [])
         assert row_of(call.ask(step_each({1: 3}, [COLUMN[3]]))) == ([1], [0], [SUMS[0]])
-        call.open(2, "accumulator-ahead", "m2", token=TOKEN)
+        call.open(2, "ahead", "m2", token=TOKEN)
         call.send(step_each({1: 4, 2: 0}, [COLUMN[4], COLUMN[0]]))
         both = [row_of(call.read()) for _ in range(2)]
         assert sorted(both) == [([1], [1], [SUMS[1]]), ([2], [0], [])]
@@ -196,7 +199,7 @@ def test_on_a_call_of_many_each_step_is_answered_once_with_a_row_or_without(chan
 
 def test_a_reset_of_a_handle_goes_on_with_the_steps_that_were_sent_behind_it(channel: grpc.Channel) -> None:
     with multiplexed(channel) as call:
-        call.open(1, "accumulator-ahead", "behind", token=TOKEN)
+        call.open(1, "ahead", "behind", token=TOKEN)
         call.send(step_each({1: 0}, [COLUMN[0]]), reset_handle(1, 1), step_each({1: 1}, [COLUMN[1]]))
         assert row_of(call.read()) == ([1], [0], [])
         assert rows(call.read().reset.last) == (0, accumulated(VALUES[:1], look_ahead=LOOK_AHEAD))
@@ -207,15 +210,15 @@ def test_a_reset_of_a_handle_goes_on_with_the_steps_that_were_sent_behind_it(cha
 def test_whole_sequences_get_an_answer_about_each_of_their_steps(
     channel: grpc.Channel, selection: StepSelection.ValueType
 ) -> None:
-    request = predict("accumulator-ahead", [COLUMN, COLUMN[:1]], steps=selection)
+    request = predict("ahead", [COLUMN, COLUMN[:1]], steps=selection)
     long, short = SequenceServiceStub(channel).Predict(request, timeout=TIMEOUT_S).predictions
     wanted = SUMS if selection == STEP_SELECTION_ALL else SUMS[-1:]
     assert (sums(long), sums(short)) == (wanted, accumulated(VALUES[:1], look_ahead=LOOK_AHEAD))
 
 
 def test_our_client_says_which_step_each_answer_is_about_and_finish_brings_the_last_ones(client: Client) -> None:
-    assert client.model("accumulator-ahead").look_ahead == LOOK_AHEAD
-    with client.stream("accumulator-ahead") as stream:
+    assert client.model("ahead").look_ahead == LOOK_AHEAD
+    with client.stream("ahead") as stream:
         first = [stream.step(step) for step in COLUMN[:LOOK_AHEAD]]
         assert [(answer.step, answer.output.shape, answer.label) for answer in first] == [(-1, (0,), None)] * 3
         answers = [stream.step(step) for step in COLUMN[LOOK_AHEAD:]]
@@ -228,7 +231,7 @@ def test_our_client_says_which_step_each_answer_is_about_and_finish_brings_the_l
 
 @pytest.mark.parametrize("look_ahead", [0, LOOK_AHEAD])
 def test_a_stream_that_is_closed_leaves_no_session_behind(client: Client, look_ahead: int) -> None:
-    model = "accumulator-ahead" if look_ahead else "accumulator"
+    model = "ahead" if look_ahead else "accumulator"
     with client.stream(model) as stream:
         list(stream.steps(COLUMN))
     with client.multiplex(model) as call:
@@ -239,7 +242,7 @@ def test_a_stream_that_is_closed_leaves_no_session_behind(client: Client, look_a
 
 
 async def test_our_client_awaits_them_too(server: RunningServer) -> None:
-    async with AsyncClient(server.target) as client, client.stream("accumulator-ahead") as stream:
+    async with AsyncClient(server.target) as client, client.stream("ahead") as stream:
         answers = [answer async for answer in stream.steps(COLUMN, ahead=2)]
         assert (await stream.step([0.0])).step == 5
         await stream.reset()
@@ -248,7 +251,7 @@ async def test_our_client_awaits_them_too(server: RunningServer) -> None:
 
 
 def test_many_sessions_of_our_client_have_a_row_without_a_step_until_there_is_an_answer(client: Client) -> None:
-    with client.multiplex("accumulator-ahead") as call:
+    with client.multiplex("ahead") as call:
         for i in range(LOOK_AHEAD):
             assert call.step(["a", "b"], [COLUMN[i], COLUMN[i]]).steps.tolist() == [-1, -1]
         call.step(["b"], [COLUMN[3]])
@@ -266,7 +269,7 @@ def test_many_sessions_of_our_client_have_a_row_without_a_step_until_there_is_an
         assert received.steps.tolist() == [5]
         resumed = call.resume_point("b")
         call.park()
-    with client.stream("accumulator-ahead", resume=resumed) as stream:
+    with client.stream("ahead", resume=resumed) as stream:
         assert (stream.missed, stream.next_step) == ([], 5)
         assert found(stream.finish()) == list(enumerate(accumulated(VALUES[:5], look_ahead=3)))[2:]
 
@@ -275,14 +278,14 @@ def test_copies_bring_the_answers_that_were_still_to_come(repository: Path, tmp_
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
     with start_server(repository, snapshot_key_file=keys) as server, Client(server.target) as client:
-        with client.stream("accumulator-ahead", session="original") as stream:
+        with client.stream("ahead", session="original") as stream:
             list(stream.steps(COLUMN[:6]))
             points = [client.fork_session("original"), client.import_session(client.export_session("original").data)]
             others = [tuple(stream.step(step).output.tolist()) for step in COLUMN[6:]]
         assert others == SUMS[3:5]
         for point in points:
             assert point.answered_step == 3
-            with client.stream("accumulator-ahead", resume=point) as copy:
+            with client.stream("ahead", resume=point) as copy:
                 assert (copy.next_step, copy.missed) == (6, [])
                 answers = [*copy.steps(COLUMN[6:]), *copy.finish()]
             assert found(answers) == list(enumerate(SUMS))[3:]
@@ -304,21 +307,21 @@ def test_the_command_line_prints_an_answer_about_each_step(server: RunningServer
     file.write_text("x\n" + "\n".join(f"{value:g}" for value in VALUES))
     wanted = [(step, list(output)) for step, output in enumerate(SUMS)]
     for name, given in ((str(file), None), ("-", file.read_text())):
-        result = run(app, ["--target", server.target, "--json", "stream", "accumulator-ahead", name], input=given)
+        result = run(app, ["--target", server.target, "--json", "stream", "ahead", name], input=given)
         lines = [json.loads(line) for line in result.stdout.splitlines()]
         assert [(line["step"], line["output"]) for line in lines] == wanted
     file.write_text("1\n2\n3\n4\n5\nnan\n7")
-    refused = run(app, ["--target", server.target, "stream", "accumulator-ahead", str(file)])
+    refused = run(app, ["--target", server.target, "stream", "ahead", str(file)])
     assert refused.exit_code == 1
     assert f"{file}, line 6" in refused.stderr.replace("\n", "")
-    assert "3 steps" in run(app, ["--target", server.target, "models", "accumulator-ahead"]).stdout
+    assert "3 steps" in run(app, ["--target", server.target, "models", "ahead"]).stdout
 
 
 def test_what_a_network_cannot_answer_about_the_end_of_a_sequence_is_refused_and_changes_nothing(
     channel: grpc.Channel,
 ) -> None:
     huge = 3e38  # one is a number, the sum of the sums of several is none
-    with live_stream(channel, open_("accumulator-ahead", "huge", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "huge", token=TOKEN)) as stream:
         refused: Response = stream.ask(steps(0, [[huge]]))
         assert rows(refused.answer) == (0, [])
         for request in (reset(1), close()):

@@ -15,7 +15,7 @@ from tests.support.wire import TIMEOUT_S, array, refusal_of
 
 ALL = [
     ("accumulator", 1),
-    ("accumulator-ahead", 1),
+    ("ahead", 1),
     ("bidirectional", 1),
     ("stacked", 1),
     ("text", 1),
