@@ -1,6 +1,7 @@
 """The studies measure what they say."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,15 @@ from typer.testing import CliRunner
 
 from models.__main__ import app
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
-from models.studies import adding, gradients
+from models.studies import adding, cells, depth, gradients, look_ahead
 from models.studies.adding import Job
 from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, layer
+from models.studies.variants import Variants, mean_and_half_width, write_page
+from models.tasks.activity import ACTIVITY
+from models.tasks.speaker import SPEAKER
+from models.training.card import parameters_of
+from models.training.runs import run_once
+from tests.support.tasks import small_task
 
 STEPS = 7
 
@@ -92,3 +99,35 @@ def test_a_layer_that_has_learned_to_add_is_said_to_have_solved_it() -> None:
     page = adding.describe({10: {"LSTM, chrono": [solved], "tanh": [short]}}, 50, 0)
     assert f"| LSTM, chrono | {solved.solved_after} | " in page
     assert "| tanh | not | " in page
+
+
+@pytest.mark.parametrize("variants", [cells.cells_of(SPEAKER), depth.depths_of(ACTIVITY), look_ahead.variants()])
+def test_variants_have_about_as_many_parameters(variants: Variants) -> None:
+    sizes = [parameters_of(task.network) for task in variants.values()]
+    assert len({task.network for task in variants.values()}) > 1
+    assert max(sizes) < 1.03 * min(sizes)
+
+
+def test_depth_is_added_to_one_block_at_a_time() -> None:
+    blocks = ("layers", "input_layers", "transition_layers", "output_layers")
+    shallow, *one_block, everywhere = (task.network for task in depth.depths_of(SPEAKER).values())
+    changed = [[block for block in blocks if getattr(spec, block) != getattr(shallow, block)] for spec in one_block]
+    assert sorted(changed) == sorted([block] for block in blocks)
+    assert all(getattr(everywhere, block) != getattr(shallow, block) for block in blocks)
+
+
+def test_an_interval_of_three_seeds_is_students() -> None:
+    mean, half = mean_and_half_width([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(2.484, abs=1e-3)  # 4.303 / √3
+
+
+def test_a_page_shows_each_seed_of_each_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.studies.variants.run_all", lambda jobs, _processes: [run_once(job) for job in jobs])
+    task = small_task()
+    page = write_page(tmp_path / "cells.md", ["# Cells"], {"small": {"one": task, "two": task}}, seed=0)
+    text = page.read_text()
+    assert (tmp_path / "cells-small.png").exists()
+    (one, two) = (line.split(" | ") for line in text.splitlines() if line.startswith(("| one", "| two")))
+    assert one[1:] == two[1:]  # the same task with the same seeds
+    assert len(set(one[2:5])) > 1
