@@ -163,7 +163,7 @@ DIACRITICS = Task(
         layers=2,
         outputs=len(LABELS),
     ),
-    settings=Settings(epochs=15, batch_size=32, learning_rate=4e-3, dropout=0.3, average_decay=0.995),
+    settings=Settings(epochs=10, batch_size=32, learning_rate=4e-3, dropout=0.3, average_decay=0.995),
     input=Alphabet(CHARACTERS),
     output=Output(activation="softmax", labels=LABELS),
     source=SOURCE,
