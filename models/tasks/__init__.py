@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from models.tasks import speaker
+from models.tasks import sentiment, speaker
 from models.tasks.activity import ACTIVITY
 from models.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (speaker.SPEAKER, speaker.BIDIRECTIONAL, ACTIVITY)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (speaker.SPEAKER, speaker.BIDIRECTIONAL, ACTIVITY, sentiment.SENTIMENT)
+}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
+from models.bundle import Bundle, load_manifest
 from models.manifest import TextInput
 from models.recurrent import NetworkSpec
 from rnnserve.texts import text_of, text_steps
@@ -140,7 +140,8 @@ def state_of(row: Array, spec: NetworkSpec) -> State:
     return [tuple(layer) for layer in row.astype(np.float64).reshape(spec.layers, values, spec.hidden_size)]
 
 
-TRAINED = sorted(file.parent for file in COMMITTED_REPOSITORY.glob("*/*/manifest.json"))
+BUNDLES = sorted(file.parent for file in COMMITTED_REPOSITORY.glob("*/*/manifest.json"))
+TRAINED = [folder for folder in BUNDLES if load_manifest(folder).network.decoder is None]
 trained = pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 
 
@@ -188,7 +189,9 @@ def test_held_out_recordings_streamed_to_a_trained_network_answer_as_the_whole(
             number = int(rng.choice([i for i, chunks in enumerate(waiting) if chunks]))
             outputs[number].append(streams[number].step(sent(waiting[number].pop(0))))
     for values, pieces in zip(recordings, outputs, strict=True):
-        assert_close(np.concatenate(pieces), reference.predict(sent(values)))
+        whole = reference.predict(sent(values))
+        answered = max(0, len(whole) - reference.manifest["look_ahead"])  # the last ones come when the stream ends
+        assert_close(np.concatenate(pieces), whole[:answered])
 
 
 @trained
