@@ -7,5 +7,13 @@ from models.tasks.activity import ACTIVITY
 from models.tasks.task import Task
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (speaker.SPEAKER, speaker.BIDIRECTIONAL, ACTIVITY, sentiment.SENTIMENT)
+    task.name: task
+    for task in (
+        speaker.FRAME,
+        speaker.SPEAKER,
+        speaker.BIDIRECTIONAL,
+        ACTIVITY,
+        sentiment.SENTIMENT,
+        sentiment.BIDIRECTIONAL,
+    )
 }

@@ -79,6 +79,10 @@ class Lesson:
     measure: Measure = accuracy
     look_ahead: int = 0
 
+    def prepared(self, recordings: Sequence[Recording]) -> list[Recording]:
+        """Encoded, and each label as much later as the look-ahead has it."""
+        return delayed(encoded(recordings, self.input_spec), self.input_spec, self.look_ahead)
+
 
 def fit(lesson: Lesson, settings: Settings, seed: int, report: Callable[[Epoch], None] = quiet) -> Fitted:
     """Train a fresh network; the weights kept are those of the lowest validation loss, or the last ones.
@@ -91,16 +95,14 @@ def fit(lesson: Lesson, settings: Settings, seed: int, report: Callable[[Epoch],
     start_orthogonal(network)
     start_shallow(network)
     trainer = Trainer(network, lesson.input_spec, settings)
-    validation = encoded(lesson.validation, lesson.input_spec)
     fitted, lowest = Fitted(network_of(lesson.spec)), math.inf
     for number in range(1, settings.epochs + 1):
-        examples = delayed(encoded(lesson.examples(rng), lesson.input_spec), lesson.input_spec, lesson.look_ahead)
-        train_loss = trainer.run_epoch(number, examples, rng)
+        train_loss = trainer.run_epoch(number, lesson.prepared(lesson.examples(rng)), rng)
         kept = trainer.weights_to_keep()
-        epoch = Epoch(number, train_loss, *validate(kept, lesson, validation))
+        epoch = Epoch(number, train_loss, *validate(kept, lesson))
         fitted.history.append(epoch)
         report(epoch)
-        if not validation or epoch.validation_loss < lowest:
+        if not lesson.validation or epoch.validation_loss < lowest:
             lowest = epoch.validation_loss
             fitted.network, fitted.best_epoch = kept, number
         elif settings.patience and number - fitted.best_epoch >= settings.patience:
@@ -172,18 +174,17 @@ class Trainer:
 
 
 @torch.no_grad()
-def validate(network: RecurrentNetwork, lesson: Lesson, recordings: Sequence[Recording]) -> tuple[float, float]:
-    """Mean loss of an answer about encoded recordings, and their first score; NaN without recordings."""
-    if not recordings:
+def validate(network: RecurrentNetwork, lesson: Lesson) -> tuple[float, float]:
+    """Mean loss of an answer about the validation part, and its first score; NaN where there is none."""
+    if not lesson.validation:
         return math.nan, math.nan
-    input_spec = lesson.input_spec
-    features = input_spec if isinstance(input_spec, FeatureInput) else None
+    features = lesson.input_spec if isinstance(lesson.input_spec, FeatureInput) else None
     total, answers = 0.0, 0
-    for group in batches(delayed(recordings, input_spec, lesson.look_ahead), 128):
+    for group in batches(lesson.prepared(lesson.validation), 128):
         loss, count, _ = loss_of(network, pad(group, features))
         total, answers = total + loss.item(), answers + count
-    predictor = Predictor(network, input_spec, look_ahead=lesson.look_ahead)
-    return total / answers, lesson.measure(PredictorAnswers(predictor), recordings)[0].value
+    predictor = Predictor(network, lesson.input_spec, look_ahead=lesson.look_ahead)
+    return total / answers, lesson.measure(PredictorAnswers(predictor), lesson.validation)[0].value
 
 
 def start_orthogonal(network: RecurrentNetwork) -> None:

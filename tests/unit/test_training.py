@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -9,12 +10,12 @@ from models.beam import END, Decoding
 from models.manifest import FeatureInput, TextInput
 from models.predictor import Predictor
 from models.recurrent import Cell, DecoderSpec, Direction, NetworkSpec, RecurrentNetwork, gru_step
-from models.training.answers import PredictorAnswers, last_answers
+from models.training.answers import Answers, PredictorAnswers, last_answers
 from models.training.fused import FusedStack
 from models.training.loop import Epoch, Fitted, Lesson, Settings, Trainer, fit, start_orthogonal, start_shallow
 from models.training.loss import sequence_loss
 from models.training.measure import accuracy_by_steps, confusions, measure_live
-from models.training.scores import accuracy
+from models.training.scores import Score, accuracy
 from models.training.sequences import NO_LABEL, Batch, Recording, batches, delayed, encoded, pad
 
 INPUT = FeatureInput(feature_names=("x", "y"), mean=(0.0, 0.0), std=(1.0, 1.0))
@@ -238,3 +239,17 @@ def test_a_delayed_recording_asks_for_each_label_so_many_steps_later() -> None:
     assert np.array_equal(late.target, [NO_LABEL, 1, 1])
     with pytest.raises(TypeError):
         delayed(encoded([Recording("ab", 0.5)], spec), spec, 1)
+
+
+def test_what_is_measured_while_a_network_trains_are_the_recordings_as_they_came() -> None:
+    seen: list[object] = []
+
+    def measure(_answers: Answers, recordings: Sequence[Recording]) -> tuple[Score, ...]:
+        seen.extend(recording.values for recording in recordings)
+        return (Score("nothing", 0.0, 1, 0.0, 0.0),)
+
+    spec = NetworkSpec(cell="gru", symbols=3, embedding_size=2, hidden_size=4, outputs=2)
+    texts = [Recording("ab", 0), Recording("cab", 1)]
+    lesson = Lesson(spec, TextInput(symbols=("a", "b", "c")), lambda rng: texts, texts, measure)
+    fit(lesson, replace(SETTINGS, epochs=1), 0)
+    assert seen == ["ab", "cab"]
