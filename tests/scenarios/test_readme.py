@@ -1,4 +1,4 @@
-"""Every shell and Python block of the README runs as it is written, in one server that its own `make serve` started.
+"""Every shell and Python block of the README and the course runs as it is written, in one server of `make serve`.
 
 Only the port is another one, so that a server that runs already is left alone.
 """
@@ -19,7 +19,12 @@ import pytest
 from tests.support.containers import compose_works
 from tests.support.server import ROOT, wait_for_ports
 
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+PAGES = ("README.md", "docs/course.md")
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+]
 SERVE = "make serve\n"
 TIMEOUT_S = 300
 
@@ -44,7 +49,8 @@ class Terminal:
     def run(self, language: str, text: str) -> str:
         text = text.replace("localhost:50051", f"localhost:{self.port}")
         command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-        variables = os.environ | {"RNNSERVE_TARGET": f"localhost:{self.port}"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as `source .venv/bin/activate` makes it
+        variables = os.environ | {"RNNSERVE_TARGET": f"localhost:{self.port}", "PATH": path}
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from typer.testing import CliRunner
 
 from models.__main__ import app
 from models.bundle import load_bundle, write_manifest
+from models.gallery import describe_gallery
 from models.manifest import FeatureInput
 from models.tasks import TASKS
 from models.training import publish
@@ -14,6 +16,7 @@ from models.training.answers import PredictorAnswers
 from models.training.card import describe_heard
 from models.training.measure import accuracy_by_steps
 from models.training.publish import REPOSITORY, measure_again, samples_of
+from tests.support.server import ROOT
 
 FOLDERS = sorted(path.parent for path in REPOSITORY.glob("*/*/manifest.json"))
 NAMES = [folder.parent.name for folder in FOLDERS]
@@ -130,3 +133,15 @@ def test_list_shows_every_bundle_with_its_quality() -> None:
     result = runner.invoke(app, ["list"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert all(name in result.output for name in NAMES)
+
+
+def test_the_gallery_is_up_to_date() -> None:
+    page = ROOT / "docs" / "models.md"
+    assert page.read_text() == describe_gallery(REPOSITORY, page), "`python -m models gallery` writes it again"
+
+
+def test_the_gallery_leads_to_every_card_and_picture() -> None:
+    page = ROOT / "docs" / "models.md"
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    assert len(links) == 2 * len(FOLDERS)
+    assert all((page.parent / link).exists() for link in links)

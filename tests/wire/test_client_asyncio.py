@@ -36,7 +36,7 @@ async def whole(client: AsyncClient, x: Array) -> Array:
 
 
 async def test_models_samples_and_health_are_told(client: AsyncClient) -> None:
-    assert len(await client.models()) == 7
+    assert [model.name for model in await client.models()].count("vanilla") == 2
     assert (await client.model("vanilla", version=1)).version == 1
     assert await client.samples("vanilla") == []
     assert (await client.health(), await client.health("text")) == ("serving", "serving")

@@ -26,9 +26,11 @@ def test_all_models_are_listed(client: Client) -> None:
     listed = [(model.name, model.version) for model in client.models()]
     assert listed == [
         ("accumulator", 1),
+        ("ahead", 1),
         ("bidirectional", 1),
         ("stacked", 1),
         ("text", 1),
+        ("text-ahead", 1),
         ("vanilla", 1),
         ("vanilla", 2),
         ("words", 1),

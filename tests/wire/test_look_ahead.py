@@ -79,7 +79,7 @@ def found(answers: list[Answer]) -> list[tuple[int, tuple[float, ...]]]:
 def test_answers_come_once_the_steps_behind_are_read_and_name_the_step_that_they_are_about(
     channel: grpc.Channel,
 ) -> None:
-    with live_stream(channel, open_("ahead", "late", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "ahead-late", token=TOKEN)) as stream:
         assert (stream.opened.look_ahead, stream.opened.pending_answers) == (LOOK_AHEAD, 0)
         assert send(stream, 0, 2) == (0, [])
         assert send(stream, 2, 3) == (0, [])
@@ -91,7 +91,7 @@ def test_answers_come_once_the_steps_behind_are_read_and_name_the_step_that_they
 def test_a_reset_brings_the_last_answers_and_the_next_sequence_begins_without_any(
     channel: grpc.Channel, count: int
 ) -> None:
-    with live_stream(channel, open_("ahead", f"reset-{count}", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", f"ahead-reset-{count}", token=TOKEN)) as stream:
         send(stream, 0, count)
         wanted = accumulated(VALUES[:count], look_ahead=LOOK_AHEAD)
         ended = stream.ask(reset(count)).reset
@@ -104,7 +104,7 @@ def test_a_reset_brings_the_last_answers_and_the_next_sequence_begins_without_an
 
 
 def test_of_several_answers_the_last_one_alone_comes_where_only_that_is_asked_for(channel: grpc.Channel) -> None:
-    opening = open_("ahead", "last", token=TOKEN, steps=STEP_SELECTION_LAST)
+    opening = open_("ahead", "ahead-last", token=TOKEN, steps=STEP_SELECTION_LAST)
     with live_stream(channel, opening) as stream:
         assert send(stream, 0, 2) == (0, [])
         assert send(stream, 2, 7) == (3, [SUMS[3]])
@@ -113,7 +113,7 @@ def test_of_several_answers_the_last_one_alone_comes_where_only_that_is_asked_fo
 
 
 def test_a_stream_that_was_cut_goes_on_with_the_answers_that_it_missed(channel: grpc.Channel) -> None:
-    opening = open_("ahead", "cut", token=TOKEN)
+    opening = open_("ahead", "ahead-cut", token=TOKEN)
     with live_stream(channel, opening) as stream:
         send(stream, 0, 6)
     with live_stream(channel, resume(opening, answered_step=1)) as stream:
@@ -127,7 +127,7 @@ def test_a_stream_that_was_cut_goes_on_with_the_answers_that_it_missed(channel: 
 def test_a_close_brings_the_last_answers_and_its_session_waits_until_they_are_acknowledged(
     channel: grpc.Channel,
 ) -> None:
-    opening = open_("ahead", "closed", token=TOKEN)
+    opening = open_("ahead", "ahead-closed", token=TOKEN)
     with live_stream(channel, opening) as stream:
         send(stream, 0, 8)
         closed = stream.ask(acknowledged(close(), 5)).closed
@@ -146,14 +146,14 @@ def test_a_close_brings_the_last_answers_and_its_session_waits_until_they_are_ac
 
 
 def test_a_close_that_wants_no_more_answers_erases_the_session_at_once(channel: grpc.Channel) -> None:
-    with live_stream(channel, open_("ahead", "unwanted", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "ahead-unwanted", token=TOKEN)) as stream:
         send(stream, 0, 8)
         closed = stream.ask(acknowledged(close(), 8)).closed
         assert (closed.erased, closed.HasField("last")) == (True, False)
 
 
 def test_a_crash_of_the_server_costs_no_answer_and_repeats_none(repository: Path, tmp_path: Path) -> None:
-    opening = open_("ahead", "crash", token=TOKEN)
+    opening = open_("ahead", "ahead-crash", token=TOKEN)
     with (
         start_server(repository, tmp_path, checkpoint_interval_s=0.01) as server,
         grpc.insecure_channel(server.target) as channel,
@@ -321,7 +321,7 @@ def test_what_a_network_cannot_answer_about_the_end_of_a_sequence_is_refused_and
     channel: grpc.Channel,
 ) -> None:
     huge = 3e38  # one is a number, the sum of the sums of several is none
-    with live_stream(channel, open_("ahead", "huge", token=TOKEN)) as stream:
+    with live_stream(channel, open_("ahead", "ahead-huge", token=TOKEN)) as stream:
         refused: Response = stream.ask(steps(0, [[huge]]))
         assert rows(refused.answer) == (0, [])
         for request in (reset(1), close()):
