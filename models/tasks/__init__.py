@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from models.tasks import sentiment, speaker
+from models.tasks import diacritics, sentiment, speaker
 from models.tasks.activity import ACTIVITY
+from models.tasks.pronunciation import PRONUNCIATION
 from models.tasks.task import Task
 
 TASKS: dict[str, Task] = {
@@ -15,5 +16,9 @@ TASKS: dict[str, Task] = {
         ACTIVITY,
         sentiment.SENTIMENT,
         sentiment.BIDIRECTIONAL,
+        diacritics.DIACRITICS,
+        diacritics.LIVE,
+        diacritics.FORWARD,
+        PRONUNCIATION,
     )
 }

@@ -18,6 +18,7 @@ def client() -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.data  # pronunciations are compared with all ways to say a word
 @pytest.mark.parametrize("name", TASKS)
 def test_a_served_model_gives_the_metric_of_its_card_on_its_samples(client: Client, name: str) -> None:
     task, bundle = TASKS[name], load_bundle(REPOSITORY / name / "1")
