@@ -1,5 +1,6 @@
 """Outputs of one-to-many models, symbol by symbol: the bookkeeping, without I/O, and what a caller iterates over."""
 
+import math
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Output:
         self.symbols: list[str] = []
         self._backoffs_s = retry.backoffs_s()
         self._timeout_s = timeout_s
-        self._deadline: float | None = None
+        self._deadline = math.inf  # until it begins
 
     waiting = True
 
@@ -131,7 +132,6 @@ class Output:
     def _ended(self, error: RnnserveError) -> _Turn:
         backoff_s = next(self._backoffs_s, None) if self.started is None and isinstance(error, TryAgain) else None
         pause_s = None if backoff_s is None else backoff_s + (error.retry_after_s or 0.0)
-        assert self._deadline is not None
         if pause_s is None or time.monotonic() + pause_s >= self._deadline:
             self.failure = error
             return Turn()

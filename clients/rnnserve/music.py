@@ -92,7 +92,8 @@ def midi_library() -> ModuleType:
         import mido
     except ModuleNotFoundError:
         raise ImportError("MIDI files need the library mido: pip install 'rnnserve[music]'") from None
-    return mido  # type: ignore[no-any-return]
+    library: ModuleType = mido
+    return library
 
 
 def _note(word: str, voice: str, place: int) -> int | None:
