@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ class Measured(NamedTuple):
     """What the runs of one variant came to, a value a seed."""
 
     task: Task
+    runs: Sequence[Run]
     results: Sequence[Result]
 
     @property
@@ -41,12 +42,27 @@ Variants = Mapping[str, Task]
 
 def train_variants(variants: Variants, seed: int, processes: int = 2) -> dict[str, Measured]:
     """Each with each seed, the first of their runs, two at a time."""
-    jobs = [Job(task, Run(seed + i, task.runs(0)[0].held_out)) for task in variants.values() for i in range(SEEDS)]
-    found = iter(run_all(jobs, processes))
-    return {name: Measured(task, [next(found) for _ in range(SEEDS)]) for name, task in variants.items()}
+    runs = {name: [Run(seed + i, task.runs(0)[0].held_out) for i in range(SEEDS)] for name, task in variants.items()}
+    found = iter(run_all([Job(task, run) for name, task in variants.items() for run in runs[name]], processes))
+    return {name: Measured(task, runs[name], [next(found) for _ in range(SEEDS)]) for name, task in variants.items()}
 
 
-def write_page(page: Path, introduction: Sequence[str], by_task: Mapping[str, Variants], seed: int) -> Path:
+Further = Callable[[Path, str, Mapping[str, Measured]], Sequence[str]]
+"""What else a page says of a task, given the page and the task's name."""
+
+
+def nothing_further(_page: Path, _task: str, _measured: Mapping[str, Measured]) -> Sequence[str]:
+    """The table and the bars say all."""
+    return ()
+
+
+def write_page(
+    page: Path,
+    introduction: Sequence[str],
+    by_task: Mapping[str, Variants],
+    seed: int,
+    further: Further = nothing_further,
+) -> Path:
     """Train all, and write the page, and beside it a picture for each task."""
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = list(introduction)
@@ -56,6 +72,7 @@ def write_page(page: Path, introduction: Sequence[str], by_task: Mapping[str, Va
         picture = f"{page.stem}-{task}.png"
         draw_bars(page.parent / picture, {name: one.values for name, one in measured.items()}, metric)
         parts += [f"## {task}: {metric}", describe_variants(measured), f"![{page.stem}: {task}]({picture})"]
+        parts += further(page, task, measured)
     page.write_text("\n\n".join(parts) + "\n")
     return page
 

@@ -18,16 +18,22 @@ from models.training.loop import Settings
 from models.training.scores import Score, ratio
 from models.training.sequences import Recording
 
+MOVED_BY = 6  # semitones at most, in training
 START, END = "START", "END"
-RANGES = {"S": (52, 87), "A": (44, 83), "T": (41, 78), "B": (28, 71)}
-"""Of each voice's notes, those of training moved up and down included."""
+STARTS = {by: START if by == 0 else f"{START}{by:+d}" for by in range(-MOVED_BY, MOVED_BY + 1)}
+"""Says by how much a piece of training is moved, so that the key need not be guessed."""
+NOTES = {"S": (55, 84), "A": (49, 79), "T": (45, 74), "B": (31, 67)}
+"""The lowest and the highest of each voice, as the chorales have them."""
 SYMBOLS = (
-    START,
+    *STARTS.values(),
     END,
-    *(f"{voice}{note}" for voice, (low, high) in RANGES.items() for note in ("-", *range(low, high + 1))),
+    *(
+        f"{voice}{note}"
+        for voice, (low, high) in NOTES.items()
+        for note in ("-", *range(low - MOVED_BY, high + MOVED_BY + 1))
+    ),
 )
 TEST_BELOW, VALIDATION_BELOW = 20, 35  # hundredths of the incipits
-MOVED_BY = 2  # semitones at most, in training
 SEEDS = 3
 
 
@@ -40,9 +46,9 @@ def written(frames: tuple[Frame, ...], by: int = 0) -> str:
     )
 
 
-def recording(text: str, name: str) -> Recording:
-    """A piece, to be foretold symbol by symbol from the one before."""
-    return Recording(f"{START} {text}", np.array([SYMBOLS.index(symbol) for symbol in (*text.split(), END)]), name)
+def recording(text: str, name: str, by: int = 0) -> Recording:
+    """A piece, moved by so many semitones, to be foretold symbol by symbol from the one before."""
+    return Recording(f"{STARTS[by]} {text}", np.array([SYMBOLS.index(symbol) for symbol in (*text.split(), END)]), name)
 
 
 def split(_run: Run) -> Split:
@@ -59,7 +65,7 @@ def moved(recordings: Recordings, rng: np.random.Generator) -> Recordings:
     """Each piece some semitones higher or lower."""
     steps = rng.integers(-MOVED_BY, MOVED_BY + 1, len(recordings))
     return [
-        recording(move(str(r.values).removeprefix(f"{START} "), int(by)), r.name)
+        recording(move(str(r.values).removeprefix(f"{START} "), int(by)), r.name, int(by))
         for r, by in zip(recordings, steps, strict=True)
     ]
 
@@ -76,7 +82,7 @@ def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
         labels = np.asarray(r.target)[:-1]  # its notes, without the end
         log_probabilities = outputs.log_softmax(dim=-1).numpy()
         nats.append(-log_probabilities[np.arange(len(labels)), labels].sum())
-        frames.append(len(labels) / len(RANGES))
+        frames.append(len(labels) / len(NOTES))
     return (ratio("nats a frame of four voices", nats, frames),)
 
 

@@ -54,3 +54,13 @@ def draw_bars(path: Path, values: Mapping[str, Sequence[float]], label: str) -> 
         ax.set_yticks(range(len(values)), list(values))
         ax.invert_yaxis()
         ax.set(xlabel=label)
+
+
+def draw_lines(path: Path, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, label: str) -> None:
+    """A line for each name, over the same `x`."""
+    with _picture(path) as (ax,):
+        for name, y in lines.items():
+            ax.plot(x, y, marker=".", label=name)
+        ax.set(xlabel=x_label, ylabel=label)
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)

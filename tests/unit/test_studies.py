@@ -9,15 +9,17 @@ import torch
 from typer.testing import CliRunner
 
 from models.__main__ import app
+from models.manifest import FeatureInput, TextInput
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
-from models.studies import adding, cells, depth, gradients, look_ahead
-from models.studies.adding import Job
+from models.studies import adding, cells, depth, directions, gradients, look_ahead
 from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, layer
-from models.studies.variants import Variants, mean_and_half_width, write_page
+from models.studies.variants import Measured, Variants, mean_and_half_width, write_page
 from models.tasks.activity import ACTIVITY
 from models.tasks.speaker import SPEAKER
+from models.tasks.task import Run
 from models.training.card import parameters_of
-from models.training.runs import run_once
+from models.training.runs import Job, run_once
+from models.training.sequences import Recording
 from tests.support.tasks import small_task
 
 STEPS = 7
@@ -91,17 +93,20 @@ def test_the_adding_problem_asks_for_the_sum_of_one_number_of_each_half() -> Non
 
 
 def test_a_layer_that_has_learned_to_add_is_said_to_have_solved_it() -> None:
-    solved = adding.learn(Job("LSTM, chrono", steps=10, seed=0, updates=1_500))
+    solved = adding.learn(adding.Job("LSTM, chrono", steps=10, seed=0, updates=1_500))
     assert solved.solved_after == len(solved.errors) * adding.CHECK_EVERY
     assert solved.errors[-1] < 0.01 <= min(solved.errors[:-1])
-    short = adding.learn(Job("tanh", steps=10, seed=0, updates=50))
+    short = adding.learn(adding.Job("tanh", steps=10, seed=0, updates=50))
     assert short.solved_after is None
     page = adding.describe({10: {"LSTM, chrono": [solved], "tanh": [short]}}, 50, 0)
     assert f"| LSTM, chrono | {solved.solved_after} | " in page
     assert "| tanh | not | " in page
 
 
-@pytest.mark.parametrize("variants", [cells.cells_of(SPEAKER), depth.depths_of(ACTIVITY), look_ahead.variants()])
+@pytest.mark.parametrize(
+    "variants",
+    [cells.cells_of(SPEAKER), depth.depths_of(ACTIVITY), look_ahead.variants(), *directions.directions().values()],
+)
 def test_variants_have_about_as_many_parameters(variants: Variants) -> None:
     sizes = [parameters_of(task.network) for task in variants.values()]
     assert len({task.network for task in variants.values()}) > 1
@@ -131,3 +136,26 @@ def test_a_page_shows_each_seed_of_each_variant(tmp_path: Path, monkeypatch: pyt
     (one, two) = (line.split(" | ") for line in text.splitlines() if line.startswith(("| one", "| two")))
     assert one[1:] == two[1:]  # the same task with the same seeds
     assert len(set(one[2:5])) > 1
+
+
+def test_the_beginning_of_a_recording_is_a_share_of_its_steps_or_words() -> None:
+    numbers = Recording(np.arange(10, dtype=np.float32).reshape(5, 2), 0)
+    features = FeatureInput(feature_names=("x", "y"), mean=(0, 0), std=(1, 1))
+    assert directions.beginning(numbers, 0.5, features).numbers.tolist() == [[0, 1], [2, 3], [4, 5]]
+    words = Recording("not a good film", 1.0)
+    spec = TextInput(unit="word", symbols=("not", "a", "good", "film"))
+    assert directions.beginning(words, 0.01, spec).values == "not"
+    assert directions.beginning(words, 1.0, spec).values == "not a good film"
+
+
+def test_a_curve_over_the_share_heard_ends_at_what_was_measured_on_the_whole(tmp_path: Path) -> None:
+    task = small_task()
+    runs = [Run(seed) for seed in range(2)]
+    measured = Measured(task, runs, [run_once(Job(task, run)) for run in runs])
+    curve = directions.by_share(measured)
+    assert len(curve) == len(directions.SHARES)
+    assert curve[-1] == pytest.approx(np.mean(measured.values))
+    assert len(set(curve)) > 1
+    _, picture = directions.anytime(tmp_path / "directions.md", "small", {"one": measured})
+    assert "directions-small-anytime.png" in picture
+    assert (tmp_path / "directions-small-anytime.png").exists()
