@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from models.manifest import Output
 from models.training.answers import Answers
@@ -48,17 +50,27 @@ def accuracy_by_steps(answers: Answers, recordings: Sequence[Recording], steps: 
     }
 
 
-def confusions(answers: Answers, recordings: Sequence[Recording]) -> list[Confusion]:
-    """The mistakes, most frequent first."""
-    labels = answers.about_all(recordings).argmax(dim=-1).tolist()
-    pairs = Counter((r.label, label) for r, label in zip(recordings, labels, strict=True) if r.label != label)
-    return [Confusion(*pair, count) for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))]
+def confusion_matrix(answers: Answers, recordings: Sequence[Recording], classes: int) -> NDArray[np.int64]:
+    """(classes, classes): how often recordings of the row's class were taken for the column's."""
+    counts = np.zeros((classes, classes), np.int64)
+    taken_for = answers.about_all(recordings).argmax(dim=-1).tolist()
+    np.add.at(counts, ([recording.label for recording in recordings], taken_for), 1)
+    return counts
+
+
+def confusions(counts: NDArray[np.int64]) -> list[Confusion]:
+    """The mistakes in a matrix of them, most frequent first."""
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = zip(*(column.tolist() for column in wrong.nonzero()), wrong[wrong > 0].tolist(), strict=True)
+    return sorted((Confusion(*pair) for pair in pairs), key=lambda c: (-c.times, c.truth, c.answer))
 
 
 def describe_confusions(answers: Answers, recordings: Sequence[Recording], output: Output) -> str:
     """The classes most often taken for another, in words."""
-    errors, sizes = confusions(answers, recordings), Counter(recording.label for recording in recordings)
-    labels, total = output.labels, sum(error.times for error in errors)
+    labels = output.labels
+    counts = confusion_matrix(answers, recordings, len(labels))
+    errors, sizes = confusions(counts), counts.sum(axis=1)
+    total = sum(error.times for error in errors)
     named = [f"{labels[e.truth]} for {labels[e.answer]} ({e.times} of {sizes[e.truth]})" for e in errors[:4]]
     often = f" Most often it takes {'; '.join(named)}." if named else ""
     return f"{total} of {len(recordings)} wrong.{often}"

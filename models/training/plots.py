@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from models.training.loop import Fitted
 
@@ -43,6 +45,18 @@ def draw_heard(path: Path, accuracy: Mapping[int, float]) -> None:
         ax.plot(list(accuracy), list(accuracy.values()), marker=".")
         ax.set(xlabel="steps heard", ylabel="accuracy, %")
         ax.grid(alpha=0.3)
+
+
+def draw_confusions(path: Path, counts: NDArray[np.int64], labels: Sequence[str]) -> None:
+    """(classes, classes): a row for each class, shaded by the share of its items that were taken for the column's."""
+    with _picture(path) as (ax,):
+        ax.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            color = "white" if row == column else "black"
+            ax.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize="small")
+        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize="small")
+        ax.set_yticks(range(len(labels)), labels, fontsize="small")
+        ax.set(xlabel="taken for", ylabel="is")
 
 
 def draw_bars(path: Path, values: Mapping[str, Sequence[float]], label: str) -> None:

@@ -14,8 +14,8 @@ from models.manifest import FeatureInput, Manifest, Quality, Repeats, Sample
 from models.tasks.task import Recordings, Run, Split, Task
 from models.training.answers import PredictorAnswers
 from models.training.card import write_card
-from models.training.measure import accuracy_by_steps, measure_live
-from models.training.plots import draw_curves, draw_heard
+from models.training.measure import accuracy_by_steps, confusion_matrix, measure_live
+from models.training.plots import draw_confusions, draw_curves, draw_heard
 from models.training.runs import Job, Result, run_all
 from models.training.scores import Score
 from models.training.sequences import Recording
@@ -39,7 +39,12 @@ def train_task(task: Task, seed: int, repository: Path = REPOSITORY, processes: 
     heard = accuracy_by_steps(shipped.answers, split.test, task.heard_steps) if task.heard_steps else {}
     if heard:
         draw_heard(folder / "frames_heard.png", heard)
-    errors = task.errors(shipped.answers, task.items(split.test), task.output)
+    items = task.items(split.test)
+    errors = task.errors(shipped.answers, items, task.output)
+    if isinstance(items[0].target, int):
+        counts = confusion_matrix(shipped.answers, items, len(task.output.labels))
+        draw_confusions(folder / "confusions.png", counts, task.output.labels)
+        errors += "\n\n![which is taken for which](confusions.png)"
     write_card(folder, task, manifest, list(zip(runs, results, strict=True)), errors, heard)
     return manifest
 

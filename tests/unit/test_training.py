@@ -14,7 +14,7 @@ from models.training.answers import Answers, PredictorAnswers, last_answers
 from models.training.fused import FusedStack
 from models.training.loop import Epoch, Fitted, Lesson, Settings, Trainer, fit, start_orthogonal, start_shallow
 from models.training.loss import sequence_loss
-from models.training.measure import accuracy_by_steps, confusions, measure_live
+from models.training.measure import accuracy_by_steps, confusion_matrix, confusions, measure_live
 from models.training.scores import Score, accuracy
 from models.training.sequences import NO_LABEL, Batch, Recording, batches, delayed, encoded, pad
 
@@ -153,7 +153,7 @@ def test_batches_cover_every_recording_once_with_like_lengths_together() -> None
 def test_what_is_measured_agrees_with_the_accuracy() -> None:
     network = train(replace(SETTINGS, epochs=1)).network
     percent, answers = accuracy_percent(network), PredictorAnswers(Predictor(network, INPUT))
-    wrong = sum(error.times for error in confusions(answers, HELD_OUT))
+    wrong = sum(error.times for error in confusions(confusion_matrix(answers, HELD_OUT, classes=2)))
     assert percent == pytest.approx(100 - 100 * wrong / len(HELD_OUT))
     assert measure_live(answers, HELD_OUT).last == pytest.approx(percent)
     assert accuracy_by_steps(answers, HELD_OUT, [99])[99] == pytest.approx(percent)
@@ -253,3 +253,8 @@ def test_what_is_measured_while_a_network_trains_are_the_recordings_as_they_came
     lesson = Lesson(spec, TextInput(symbols=("a", "b", "c")), lambda rng: texts, texts, measure)
     fit(lesson, replace(SETTINGS, epochs=1), 0)
     assert seen == ["ab", "cab"]
+
+
+def test_confusions_are_named_by_frequency() -> None:
+    counts = np.array([[5, 1, 0], [3, 7, 0], [0, 0, 4]])
+    assert confusions(counts) == [(1, 0, 3), (0, 1, 1)]
