@@ -62,7 +62,7 @@ def load_bundle(folder: Path) -> Bundle:
     except SafetensorError as error:
         raise BundleError(folder, WEIGHTS, str(error)) from None
     except KeyError as error:  # a type that safetensors knows and torch does not
-        raise BundleError(folder, WEIGHTS, f"a tensor is {error.args[0]}, not float32") from None
+        raise BundleError(folder, WEIGHTS, f"a tensor is {error.args[0]}, neither float32 nor float16") from None
     with torch.device("meta"):  # shapes alone: what a wrong manifest asks for may be more than there is memory
         wanted = network_of(manifest.network).state_dict()
     _check_weights(folder, tensors, wanted)
@@ -98,15 +98,20 @@ def load_manifest(folder: Path) -> Manifest:
 def save_bundle(repository: Path, manifest: Manifest, network: RecurrentNetwork) -> Path:
     """Write manifest and weights to `<repository>/<name>/<version>/` and return that folder.
 
-    The digests in the manifest are set here, whatever they were.
+    The digests in the manifest are set here, whatever they were. Weights that float16 holds exactly take half the room.
     """
     folder = repository / manifest.name / str(manifest.version)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
+    weights = save({name: _as_small_as_exact(tensor.contiguous()) for name, tensor in network.state_dict().items()})
     manifest = manifest.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
     (folder / WEIGHTS).write_bytes(weights)
     write_manifest(folder, manifest)
     return folder
+
+
+def _as_small_as_exact(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -132,8 +137,8 @@ def _check_weights(folder: Path, found: dict[str, torch.Tensor], wanted: dict[st
         if found[name].shape != wanted[name].shape:
             shapes = f"{tuple(found[name].shape)}, but the manifest asks for {tuple(wanted[name].shape)}"
             raise BundleError(folder, WEIGHTS, f"{name} has the shape {shapes}")
-        if found[name].dtype != torch.float32:
-            raise BundleError(folder, WEIGHTS, f"{name} is {found[name].dtype}, not float32")
+        if found[name].dtype not in (torch.float32, torch.float16):
+            raise BundleError(folder, WEIGHTS, f"{name} is {found[name].dtype}, neither float32 nor float16")
         if not bool(torch.isfinite(found[name]).all()):
             raise BundleError(folder, WEIGHTS, f"{name} holds a value that is not finite")
 

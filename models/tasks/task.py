@@ -113,3 +113,6 @@ class Task:
     heard_steps: tuple[int, ...] = ()  # after how many steps to measure, for a network that streams
     settling_steps: int = 0  # what a live stream is given before its steps are scored; 0 = there are no live streams
     is_long: bool = False  # trained once, by all cores, and its curves are of that: the validation part is left out
+    half_precision: bool = (
+        False  # weights rounded to float16 before they are scored, so that a bundle takes half the room
+    )

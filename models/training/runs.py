@@ -71,10 +71,18 @@ def run_once(job: Job, report: Report = quiet) -> Result:
         rehearsal = rehearse(task, job.run, report) if job.rehearse else None
         lesson = _lesson(task, [*split.train, *split.validation], ())
         fitted = fit(lesson, task.settings, job.run.seed, report)
+    if task.half_precision:
+        round_weights(fitted.network)
     answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec, look_ahead=task.look_ahead))
     live = measure_live(answers, split.test, task.settling_steps) if task.settling_steps else None
     scores = task.measure(answers, task.items(split.test))
     return Result(fitted.network, lesson.input_spec, scores, live, rehearsal, task.look_ahead)
+
+
+def round_weights(network: RecurrentNetwork) -> None:
+    """To what float16 holds, in place; they are float32 as before."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
 
 
 def rehearse(task: Task, run: Run, report: Report = quiet) -> Fitted:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save
 from models.bundle import BundleError, load_bundle, save_bundle
 from models.manifest import Sample, TextInput, manifest_digest
 from models.recurrent import NetworkSpec, RecurrentNetwork
+from models.training.card import parameters_of
+from models.training.runs import round_weights
 from tests.support.bundles import LABELS, features, manifest, write_bundle
 
 Json = dict[str, Any]
@@ -243,7 +245,7 @@ def test_weights_of_a_type_that_torch_does_not_know_are_refused(folder: Path) ->
     header = json.dumps({"output.bias": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
     header += b" " * (-len(header) % 8)
     write_weights(folder, struct.pack("<Q", len(header)) + header + bytes(4))
-    assert_refused(folder, "weights.safetensors", "F4, not float32")
+    assert_refused(folder, "weights.safetensors", "F4, neither float32 nor float16")
 
 
 def test_weights_that_end_too_soon_are_refused(folder: Path) -> None:
@@ -307,3 +309,18 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     found = loaded.predictor.network.state_dict()
     assert found.keys() == network.state_dict().keys()
     assert all(torch.equal(found[name], weight) for name, weight in network.state_dict().items())
+
+
+def test_weights_that_float16_holds_take_half_the_room_and_are_loaded_as_float32(tmp_path: Path) -> None:
+    network = RecurrentNetwork(NetworkSpec(cell="gru", features=3, hidden_size=16, outputs=4))
+    described = manifest("compass", network.spec, features(3), labels=LABELS)
+    exact = save_bundle(tmp_path / "exact", described, network) / "weights.safetensors"
+    round_weights(network)
+    folder = save_bundle(tmp_path / "rounded", described, network)
+    numbers = parameters_of(network.spec)
+    saved_bytes = exact.stat().st_size - (folder / "weights.safetensors").stat().st_size
+    assert saved_bytes == pytest.approx(2 * numbers, abs=64)
+    loaded = load_bundle(folder).predictor.network.state_dict()
+    for name, weights in network.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], weights)
