@@ -154,6 +154,7 @@ class Client:
         steps: StepSelection = "all",
         probabilities: bool = False,
         top_k: int = 0,
+        threshold: float = 0.0,
         resume: ResumePoint | None = None,
         durable: bool = False,
         replay_buffer_bytes: int = REPLAY_BUFFER_BYTES,
@@ -169,6 +170,8 @@ class Client:
             steps: "all" = an answer about each step; "last" = only about the last step of each message.
             probabilities: whether the answers carry the probability of each label.
             top_k: how many of the most probable labels they carry.
+            threshold: labels that are less probable than this, from 0 to 1, are left out; where that is the most
+                probable one, there is None in its place.
             resume: the `resume_point` of an earlier stream, whose session this one goes on with. After opening,
                 `missed` has the answers since then, and `next_step` says which step comes next. Raises
                 SessionNotFound, Evicted or ResumePointLost.
@@ -185,7 +188,7 @@ class Client:
             model,
             version,
             session,
-            output_options(steps, probabilities, top_k),
+            output_options(steps, probabilities, top_k, threshold),
             resume=resume,
             durable=durable,
             replay=Replay(replay_buffer_bytes, when_replay_full),
@@ -208,6 +211,7 @@ class Client:
         version: int = 0,
         probabilities: bool = False,
         top_k: int = 0,
+        threshold: float = 0.0,
         durable: bool = False,
         replay_buffer_bytes: int = REPLAY_BUFFER_BYTES,
         when_replay_full: WhenReplayFull = "wait",
@@ -224,7 +228,7 @@ class Client:
         sessions = Multiplexed(
             model,
             version,
-            output_options("all", probabilities, top_k),
+            output_options("all", probabilities, top_k, threshold),
             durable=durable,
             replay_buffer_bytes=replay_buffer_bytes,
             when_replay_full=when_replay_full,
@@ -299,6 +303,7 @@ class Client:
         steps: StepSelection | None = None,
         probabilities: bool = False,
         top_k: int = 0,
+        threshold: float = 0.0,
         decoding: Decoding | None = None,
     ) -> list[Prediction]:
         """A prediction for each of a few whole sequences, in one message; for many use `predict_many`.
@@ -310,13 +315,15 @@ class Client:
             steps: about which steps; None = the last one for a many-to-one model, all of them otherwise.
             probabilities: whether the predictions carry the probability of each label.
             top_k: how many of the most probable labels they carry.
+            threshold: labels that are less probable than this, from 0 to 1, are left out; where that is the most
+                probable one, there is None in its place.
             decoding: how an encoder-decoder searches for its output; None = greedily. Not for other models.
 
         Raises:
             InvalidArgument: one of the sequences is bad, which refuses them all; `.field` says which.
             TooManySteps, MessageTooLarge: they do not fit into one message.
         """
-        options = output_options(steps, probabilities, top_k, decoding)
+        options = output_options(steps, probabilities, top_k, threshold, decoding)
         return self._run(self._calls.predict(model, version, inputs, options))
 
     @overload
@@ -329,6 +336,7 @@ class Client:
         steps: StepSelection | None = ...,
         probabilities: bool = ...,
         top_k: int = ...,
+        threshold: float = ...,
         decoding: Decoding | None = ...,
         errors: Literal["raise"] = ...,
         ahead: int = ...,
@@ -345,6 +353,7 @@ class Client:
         steps: StepSelection | None = ...,
         probabilities: bool = ...,
         top_k: int = ...,
+        threshold: float = ...,
         decoding: Decoding | None = ...,
         errors: Literal["return"],
         ahead: int = ...,
@@ -360,6 +369,7 @@ class Client:
         steps: StepSelection | None = None,
         probabilities: bool = False,
         top_k: int = 0,
+        threshold: float = 0.0,
         decoding: Decoding | None = None,
         errors: ErrorHandling = "raise",
         ahead: int = 64,
@@ -379,7 +389,7 @@ class Client:
                 a few times a second.
         """
         bulk = Bulk(errors, on_progress)
-        opening = open_bulk(model, version, output_options(steps, probabilities, top_k, decoding))
+        opening = open_bulk(model, version, output_options(steps, probabilities, top_k, threshold, decoding))
         return self._run_bulk(opening, bulk, inputs, ahead)
 
     def close(self) -> None:

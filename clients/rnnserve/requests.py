@@ -62,7 +62,11 @@ def checked_version(version: int) -> int:
 
 
 def output_options(
-    steps: StepSelection | None, probabilities: bool, top_k: int, decoding: Decoding | None = None
+    steps: StepSelection | None,
+    probabilities: bool,
+    top_k: int,
+    threshold: float = 0.0,
+    decoding: Decoding | None = None,
 ) -> prediction_pb2.OutputOptions:
     """`steps` None = as the model's pattern has it; `decoding` None = it is not set."""
     if steps not in _SELECTIONS:
@@ -71,6 +75,7 @@ def output_options(
         steps=_SELECTIONS[steps],
         probabilities=probabilities,
         top_k=top_k,
+        threshold=threshold,
         decoding=None if decoding is None else prediction_pb2.Decoding(**asdict(decoding)),
     )
 

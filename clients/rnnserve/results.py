@@ -45,11 +45,12 @@ class Answer:
     output: Array
     """(outputs,) float32: before any softmax."""
     label: str | None
-    """The most probable label; None for a model without labels."""
+    """The most probable label; None where it is below the threshold, and for a model without labels."""
     probabilities: Array | None
     """(labels,) float32 in the order of `Model.labels`; None unless asked for."""
     top: tuple[TopLabel, ...]
-    """The most probable labels, the most probable one first; empty unless asked for."""
+    """The most probable labels, the most probable one first, without those below the threshold; empty unless asked
+    for."""
 
 
 NO_ANSWER = Answer(step=-1, output=np.zeros(0, np.float32), label=None, probabilities=None, top=())
@@ -80,13 +81,13 @@ class Prediction:
     outputs: Array
     """(steps, outputs) float32: before any softmax. One row where only the last step was asked for. (0, 0) for an
     encoder-decoder."""
-    labels: tuple[str, ...]
-    """The most probable label about each of these steps; empty for a model without labels. Of an encoder-decoder: the
-    labels of its best hypothesis."""
+    labels: tuple[str | None, ...]
+    """The most probable label about each of these steps, None where it is below the threshold; empty for a model
+    without labels. Of an encoder-decoder: the labels of its best hypothesis."""
     probabilities: Array | None
     """(steps, labels) float32 in the order of `Model.labels`; None unless asked for."""
     top: tuple[tuple[TopLabel, ...], ...]
-    """The most probable labels about each of these steps; empty unless asked for."""
+    """The most probable labels about each of these steps, without those below the threshold; empty unless asked for."""
     hypotheses: tuple[Hypothesis, ...] = ()
     """The best first; empty for models that are no encoder-decoders."""
 
@@ -100,7 +101,8 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most probable label about the last step; None for a model without labels and for an encoder-decoder."""
+        """The most probable label about the last step; None where it is below the threshold, for a model without labels
+        and for an encoder-decoder."""
         return self.labels[-1] if self.labels and not self.hypotheses else None
 
 
@@ -119,11 +121,12 @@ class BatchAnswer:
     outputs: Array
     """(rows, outputs) float32: before any softmax. (rows, 0) where there never was an answer."""
     labels: tuple[str | None, ...]
-    """The most probable label of each row; None for a model without labels."""
+    """The most probable label of each row; None where it is below the threshold, and for a model without labels."""
     probabilities: Array | None
     """(rows, labels) float32 in the order of `Model.labels`; None unless asked for."""
     top: tuple[tuple[TopLabel, ...], ...]
-    """The most probable labels of each row, the most probable one first; empty unless asked for."""
+    """The most probable labels of each row, the most probable one first, without those below the threshold; empty
+    unless asked for."""
     errors: dict[str, RnnserveError]
     """Of the sessions whose step was refused or that have ended: why."""
 
@@ -152,7 +155,7 @@ def prediction_from(message: prediction_pb2.Prediction) -> Prediction:
     """A message of the wire -> what the caller gets."""
     return Prediction(
         outputs=array_from(message.outputs),
-        labels=tuple(message.labels),
+        labels=tuple([label or None for label in message.labels]),
         probabilities=array_from(message.probabilities) if message.HasField("probabilities") else None,
         top=tuple(top_from(top) for top in message.top),
         hypotheses=tuple(_hypothesis_from(hypothesis) for hypothesis in message.hypotheses),

@@ -189,12 +189,17 @@ def check_options(options: prediction_pb2.OutputOptions, manifest: Manifest) -> 
             field="options.top_k",
             limit=labels,
         )
+    if options.threshold and not labels:
+        raise FieldInvalid(f"model {manifest.name!r} has no labels", field="options.threshold")
+    if not 0 <= options.threshold <= 1:
+        message = f"threshold is {options.threshold:g}, not 0 to 1"
+        raise FieldInvalid(message, field="options.threshold", limit=1)
     if options.steps not in prediction_pb2.StepSelection.values():
         raise FieldInvalid(f"there is no step selection {options.steps}", field="options.steps")
 
 
 def _check_decoding(options: prediction_pb2.OutputOptions, name: str, decoder: DecoderSpec) -> None:
-    for field in ("steps", "probabilities", "top_k"):
+    for field in ("steps", "probabilities", "top_k", "threshold"):
         if getattr(options, field):
             raise FieldInvalid(
                 f"model {name!r} is an encoder-decoder, which writes hypotheses", field=f"options.{field}"
@@ -301,17 +306,24 @@ def encode_into(
     labels = manifest.output.labels
     if labels:
         prediction.labels.extend(labels[best] for best in outputs.argmax(axis=-1).tolist())
-    if options.probabilities or options.top_k:
+    if options.probabilities or options.top_k or options.threshold:
         probabilities = manifest.output.probabilities(outputs)
+        if options.threshold:
+            for unsure in np.flatnonzero(probabilities.max(axis=-1) < options.threshold).tolist():
+                prediction.labels[unsure] = ""
         if options.probabilities:
             encode_tensor_into(prediction.probabilities, probabilities)
         if options.top_k:
-            prediction.top.extend(top_labels(row, labels, options.top_k) for row in probabilities)
+            prediction.top.extend(top_labels(row, labels, options.top_k, options.threshold) for row in probabilities)
 
 
-def top_labels(probabilities: NDArray[np.floating[Any]], labels: tuple[str, ...], k: int) -> prediction_pb2.TopLabels:
-    """(labels,) -> the k most probable ones."""
+def top_labels(
+    probabilities: NDArray[np.floating[Any]], labels: tuple[str, ...], k: int, threshold: float = 0.0
+) -> prediction_pb2.TopLabels:
+    """(labels,) -> the k most probable ones, without those below the threshold."""
     best = np.argsort(-probabilities, kind="stable")[:k]
+    if threshold:
+        best = best[probabilities[best] >= threshold]
     return prediction_pb2.TopLabels(labels=[labels[i] for i in best], probabilities=probabilities[best].tolist())
 
 

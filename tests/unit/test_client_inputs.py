@@ -12,7 +12,7 @@ from rnnserve import Answer, Hypothesis, Model, Prediction
 from rnnserve.cli.inputs import Recording, at_rate, not_empty, opened, read_sequences, read_steps, write_sample
 from rnnserve.cli.live import StreamView, sparkline
 from rnnserve.cli.outcome import BadInput
-from rnnserve.cli.show import prediction_json, prediction_text
+from rnnserve.cli.show import answer_json, answer_line, prediction_json, prediction_text
 from rnnserve.models import model_from
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.tensor_pb2 import TEXT_UNIT_CHARACTER, TEXT_UNIT_WORD
@@ -226,6 +226,25 @@ def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
     drawn = screen.file.getvalue()  # type: ignore[attr-defined]
     for part in ("pump: [title]", "waiting for the first step", "step 3 · bad", "good", "0.25", "0.75"):
         assert part in drawn
+
+
+def test_a_dash_stands_where_the_model_is_not_sure_enough() -> None:
+    even = np.array([0.5, 0.5], np.float32)
+    answer = Answer(step=3, output=even, label=None, probabilities=even, top=())
+    view, screen = StreamView(NUMERIC, "pump"), Console(file=io.StringIO(), width=100)
+    view.show(answer)
+    screen.print(view)
+    assert "step 3 · —" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert answer_line(answer) == "3\t—\t0.500"
+    assert answer_json(answer, NUMERIC)["label"] is None
+    several = Prediction(np.stack([even, even]), (None, "bad"), np.stack([even, even]), ())
+    assert prediction_text(several) == "— bad"
+    assert prediction_json(several, NUMERIC)["labels"] == [None, "bad"]
+
+
+def test_a_model_without_labels_says_its_numbers() -> None:
+    numbers = np.array([1.0, 2.5], np.float32)
+    assert answer_line(Answer(step=3, output=numbers, label=None, probabilities=None, top=())) == "3\t1 2.5"
 
 
 def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_scripts() -> None:

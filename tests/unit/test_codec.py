@@ -223,6 +223,41 @@ def test_the_top_labels_are_the_most_probable_ones_in_order(outputs: Floats, k: 
         assert probability[label] == max(row)
 
 
+@given(
+    outputs=arrays.arrays(np.float32, (3, 4), elements=floats(min_value=-20, max_value=20)),
+    k=st.integers(0, 4),
+    threshold=floats(min_value=0, max_value=1),
+)
+def test_what_is_less_probable_than_the_threshold_is_left_out_and_nothing_else_changes(
+    outputs: Floats, k: int, threshold: float
+) -> None:
+    whole = encode(outputs, numeric(), OutputOptions(top_k=k, probabilities=True))
+    sure = encode(outputs, numeric(), OutputOptions(top_k=k, probabilities=True, threshold=threshold))
+    assert (sure.outputs, sure.probabilities) == (whole.outputs, whole.probabilities)
+    best = array(whole.probabilities).max(axis=1)
+    labels = [label if p >= threshold else "" for label, p in zip(whole.labels, best, strict=True)]
+    assert list(sure.labels) == labels
+    assert [list(top.labels) for top in sure.top] == [
+        [label for label, p in zip(top.labels, top.probabilities, strict=True) if p >= threshold] for top in whole.top
+    ]
+    assert all(len(top.labels) == len(top.probabilities) for top in sure.top)
+
+
+def test_a_label_just_as_probable_as_the_threshold_is_given() -> None:
+    even = np.zeros((1, 4), np.float32)  # each label has a quarter
+    just = encode(even, numeric(), OutputOptions(top_k=2, threshold=0.25))
+    assert (list(just.labels), list(just.top[0].labels)) == (["north"], ["north", "east"])
+    more = encode(even, numeric(), OutputOptions(top_k=2, threshold=np.nextafter(np.float32(0.25), np.float32(1))))
+    assert (list(more.labels), len(more.top), list(more.top[0].labels)) == ([""], 1, [])
+
+
+def test_a_threshold_alone_asks_for_no_probabilities() -> None:
+    prediction = encode(OUTPUTS, numeric(), OutputOptions(threshold=0.5))
+    assert list(prediction.labels) == ["east", ""]  # 0.64 and, twice, 0.497
+    assert not prediction.HasField("probabilities")
+    assert not prediction.top
+
+
 @pytest.mark.parametrize(
     ("described", "options", "field", "metadata"),
     [
@@ -230,6 +265,11 @@ def test_the_top_labels_are_the_most_probable_ones_in_order(outputs: Floats, k: 
         (numeric(labels=()), {"top_k": 1}, "options.top_k", {"limit": "0"}),
         (numeric(), {"top_k": 5}, "options.top_k", {"limit": "4"}),
         (numeric(), {"steps": 77}, "options.steps", {}),
+        (numeric(labels=()), {"threshold": 0.5}, "options.threshold", {}),
+        (numeric(), {"threshold": -0.1}, "options.threshold", {"limit": "1"}),
+        (numeric(), {"threshold": np.nextafter(np.float32(1), np.float32(2))}, "options.threshold", {"limit": "1"}),
+        (numeric(), {"threshold": INFINITY}, "options.threshold", {"limit": "1"}),
+        (numeric(), {"threshold": NAN}, "options.threshold", {"limit": "1"}),
     ],
 )
 def test_options_that_the_model_cannot_serve_are_refused(
@@ -242,5 +282,5 @@ def test_options_that_the_model_cannot_serve_are_refused(
 
 @pytest.mark.parametrize("steps", StepSelection.values())
 def test_options_that_fit_pass(steps: Any) -> None:
-    check_options(OutputOptions(steps=steps, top_k=4, probabilities=True), numeric())
+    check_options(OutputOptions(steps=steps, top_k=4, probabilities=True, threshold=1), numeric())
     check_options(OutputOptions(steps=steps), numeric(labels=()))

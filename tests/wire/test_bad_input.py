@@ -210,6 +210,12 @@ OPENINGS = {
     "chances of none": Opening(
         open_("stacked", "s", probabilities=True), "FIELD_INVALID", "open.options.probabilities"
     ),
+    "threshold of none": Opening(open_("stacked", "s", threshold=0.5), "FIELD_INVALID", "open.options.threshold"),
+    "threshold above 1": Opening(open_("vanilla", "s", threshold=1.5), "FIELD_INVALID", "open.options.threshold"),
+    "threshold below 0": Opening(open_("vanilla", "s", threshold=-1), "FIELD_INVALID", "open.options.threshold"),
+    "threshold that is no number": Opening(
+        open_("vanilla", "s", threshold=NAN), "FIELD_INVALID", "open.options.threshold"
+    ),
     "bidirectional": Opening(open_("bidirectional", "s"), "MODEL_NOT_STREAMABLE", None, Code.FAILED_PRECONDITION),
 }
 
@@ -389,6 +395,8 @@ WHOLE = {
     "steps of a mean": Whole(unary("bidirectional", steps=1), "FIELD_INVALID", "options.steps"),
     "selection": Whole(unary("vanilla", steps=9), "FIELD_INVALID", "options.steps"),
     "labels": Whole(unary("stacked", top_k=1), "FIELD_INVALID", "options.top_k", {"limit": "0"}),
+    "threshold of none": Whole(unary("stacked", threshold=0.5), "FIELD_INVALID", "options.threshold"),
+    "threshold": Whole(unary("vanilla", threshold=1.5), "FIELD_INVALID", "options.threshold", {"limit": "1"}),
     "too large": Whole(unary("text", sequence("a" * 5_000)), "MESSAGE_TOO_LARGE", "request", {"limit": "4096"}),
 }
 

@@ -141,6 +141,33 @@ def test_a_stream_for_scripts_is_an_object_a_step(run: Run) -> None:
     assert max(probabilities, key=lambda label: probabilities[label]) == first["label"]
 
 
+def test_a_stream_says_a_dash_or_null_where_the_model_is_less_sure_than_the_threshold(
+    run: Run, steps_file: str
+) -> None:
+    plain = [line.split("\t") for line in run("stream", "vanilla", steps_file).stdout.splitlines()]
+    unsure = [line.split("\t") for line in run("stream", "vanilla", steps_file, "--threshold", "1").stdout.splitlines()]
+    assert unsure == [[step, "—", probability] for step, _, probability in plain]
+    assert [
+        line["label"] for line in lines_of_json(run("--json", "stream", "text", "--threshold", "1", stdin="ab"))
+    ] == [
+        None,
+        None,
+    ]
+
+
+def test_a_prediction_says_a_dash_or_null_where_the_model_is_less_sure_than_the_threshold(run: Run) -> None:
+    assert run("predict", "text", "--text", "ab c", "--threshold", "1").stdout == "— — — —\n"
+    (unsure,) = lines_of_json(run("--json", "predict", "text", "--text", "ab c", "--threshold", "1"))
+    assert (unsure["label"], unsure["labels"]) == (None, [None] * 4)
+
+
+@pytest.mark.parametrize("command", ["stream", "predict"])
+def test_a_threshold_is_a_probability_of_a_label(run: Run, steps_file: str, command: str) -> None:
+    assert run(command, "vanilla", steps_file, "--threshold", "1.5").exit_code == 2
+    refused = run(command, "stacked", steps_file, "--threshold", "0.5")
+    assert (refused.exit_code, "has no labels" in refused.stderr) == (1, True)
+
+
 def test_a_stream_can_be_paced(run: Run, steps_file: str) -> None:
     assert len(run("stream", "vanilla", steps_file, "--rate", "1000").stdout.splitlines()) == 2
 

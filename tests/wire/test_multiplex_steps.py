@@ -103,15 +103,17 @@ def test_a_text_model_reads_a_character_of_each(call: MultiplexedCall, repositor
 def test_answers_carry_what_each_session_asked_for(call: MultiplexedCall) -> None:
     call.open(0, "vanilla", "handle-plain")
     call.open(1, "vanilla", "handle-with-more", options=OutputOptions(probabilities=True, top_k=2))
-    call.send(step_each({0: 0, 1: 0}, random_steps(2)))
+    call.open(2, "vanilla", "handle-unsure", options=OutputOptions(threshold=1))
+    call.send(step_each({0: 0, 1: 0, 2: 0}, random_steps(3)))
     found = {}
-    for response in (call.read(), call.read()):
+    for response in (call.read(), call.read(), call.read()):
         (handle,) = response.answer.handles
         found[handle] = response.answer.prediction
     assert not found[0].HasField("probabilities")
     assert array(found[1].probabilities).shape == (1, 4)
     assert len(found[1].top[0].labels) == 2
     assert set(found[0].labels) | set(found[1].labels) <= set(LABELS)
+    assert list(found[2].labels) == [""]
 
 
 TOKEN = b"0123456789abcdef"

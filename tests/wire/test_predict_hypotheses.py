@@ -121,7 +121,12 @@ def test_what_is_out_of_bounds_is_refused_by_its_name_and_limit(
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"steps": "all"}, "steps"), ({"probabilities": True}, "probabilities"), ({"top_k": 1}, "top_k")],
+    [
+        ({"steps": "all"}, "steps"),
+        ({"probabilities": True}, "probabilities"),
+        ({"top_k": 1}, "top_k"),
+        ({"threshold": 0.5}, "threshold"),
+    ],
 )
 def test_what_only_other_models_give_is_refused(client: Client, options: dict[str, Any], field: str) -> None:
     with pytest.raises(FieldInvalid) as refusal:

@@ -112,6 +112,7 @@ def test_what_is_no_sequence_is_answered_and_the_stream_goes_on(
         ([opening("nobody")], "MODEL_NOT_FOUND", "open.model"),
         ([opening("bidirectional", steps=1)], "FIELD_INVALID", "open.options.steps"),
         ([opening("stacked", top_k=1)], "FIELD_INVALID", "open.options.top_k"),
+        ([opening("vanilla", threshold=2)], "FIELD_INVALID", "open.options.threshold"),
     ],
 )
 def test_a_bad_open_ends_the_call(

@@ -25,7 +25,7 @@ from rnnserve.cli.inputs import (
     write_sample,
 )
 from rnnserve.cli.live import StreamView
-from rnnserve.cli.options import Options
+from rnnserve.cli.options import Options, Threshold
 from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
 from rnnserve.stream import Stream
 
@@ -73,6 +73,7 @@ def stream(
         float | None, typer.Option(help="Steps a second; else as fast as they are answered.", min=0.001)
     ] = None,
     real_time: Annotated[bool, typer.Option("--real-time", help="At the rate of the model's recordings.")] = False,
+    threshold: Threshold = 0.0,
 ) -> None:
     """Stream steps, and see a prediction about each of them, after it or as much later as the model looks ahead."""
     options = _options(context)
@@ -87,7 +88,7 @@ def stream(
         paced = at_rate(steps, rate_hz) if rate_hz else steps
         with (
             placed(lambda _: places.of(open_stream.next_step) if places else None),
-            options.stream(client, described) as open_stream,
+            options.stream(client, described, threshold) as open_stream,
             _answer_printer(options, described) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
@@ -142,6 +143,7 @@ def predict(
     length_penalty: Annotated[
         float, typer.Option(help="0 favours short ones, 1 compares them by the mean over their labels.", min=0, max=2)
     ] = 0.0,
+    threshold: Threshold = 0.0,
 ) -> None:
     """Predict whole sequences, of any length. An encoder-decoder's hypotheses are printed with their scores."""
     options = _options(context)
@@ -160,6 +162,7 @@ def predict(
                 model,
                 [recording.value for recording in recordings],
                 probabilities=bool(described.labels) and not described.encoder_decoder,
+                threshold=threshold,
                 decoding=None if decoding == Decoding() else decoding,  # other models refuse it
                 on_progress=bars.show,
             )

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rnnserve.cli.show import NO_LABEL
 from rnnserve.models import Model
 from rnnserve.results import Answer
 from rnnserve.tensors import Array
@@ -53,7 +54,7 @@ class StreamView:
         if self._answer is None:
             return Text("waiting for the first step")
         seconds = f" · {(self._answer.step + 1) / self._rate_hz:5.1f} s" if self._rate_hz else ""
-        label = f" · {self._answer.label}" if self._answer.label else ""
+        label = "" if self._answer.probabilities is None else f" · {self._answer.label or NO_LABEL}"
         return Text(f"step {self._answer.step}{seconds}{label}")
 
     def _bars(self) -> Table:

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+import typer
 
 from rnnserve.channel import TLS
 from rnnserve.cli.outcome import BadInput, tell
@@ -13,6 +16,10 @@ from rnnserve.models import Model
 from rnnserve.stream import Stream
 
 _ERASING_S = 2.0
+
+Threshold = Annotated[
+    float, typer.Option(help="Labels that are less probable than this are left out: a dash.", min=0, max=1)
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Options:
             raise BadInput(str(error)) from None
 
     @contextmanager
-    def stream(self, client: Client, model: Model) -> Iterator[Stream]:
+    def stream(self, client: Client, model: Model, threshold: float = 0.0) -> Iterator[Stream]:
         """A stream that leaves no session behind, however the block ends: nobody but the command could resume it.
 
         Its notices are lines on standard error.
@@ -40,6 +47,7 @@ class Options:
         stream: Stream = client.stream(
             model.name,
             probabilities=bool(model.labels),
+            threshold=threshold,
             on_notice=lambda notice: tell(notice_line(notice, stream.durability)),
         )
         stream.open()

@@ -17,6 +17,9 @@ from rnnserve.snapshots import Snapshot
 from rnnserve.tensors import Array
 from rnnserve.texts import text_steps
 
+NO_LABEL = "—"
+"""Where the model is less sure than the threshold."""
+
 _UNLIMITED = 10_000
 _SHOWN_SYMBOLS = 50
 
@@ -156,7 +159,7 @@ def prediction_text(prediction: Prediction) -> str:
     if prediction.hypotheses:
         return "\n".join(f"{' '.join(each.labels)}\t{each.score:.3f}" for each in prediction.hypotheses)
     if len(prediction.labels) > 1:
-        return " ".join(prediction.labels)
+        return " ".join(label or NO_LABEL for label in prediction.labels)
     probabilities = None if prediction.probabilities is None else prediction.probabilities[-1]
     return _said(prediction.label, prediction.output, probabilities)
 
@@ -171,9 +174,9 @@ def _table(names: str, *headings: str) -> Table:
 
 
 def _said(label: str | None, output: Array, probabilities: Array | None) -> str:
-    if label is None:
+    if probabilities is None:  # the commands ask for them wherever there are labels
         return " ".join(f"{value:.6g}" for value in output)
-    return label if probabilities is None else f"{label}\t{probabilities.max():.3f}"
+    return f"{label or NO_LABEL}\t{probabilities.max():.3f}"
 
 
 def _by_label(probabilities: Array | None, model: Model) -> dict[str, float] | None:

@@ -25,23 +25,23 @@ _sym_db = _symbol_database.Default()
 from rnnserve.v1 import tensor_pb2 as rnnserve_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crnnserve/v1/prediction.proto\x12\x0brnnserve.v1\x1a\x18rnnserve/v1/tensor.proto\"\x89\x01\n\rOutputOptions\x12)\n\x05steps\x18\x01 \x01(\x0e\x32\x1a.rnnserve.v1.StepSelection\x12\x15\n\rprobabilities\x18\x02 \x01(\x08\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\'\n\x08\x64\x65\x63oding\x18\x04 \x01(\x0b\x32\x15.rnnserve.v1.Decoding\"m\n\x08\x44\x65\x63oding\x12\x12\n\nbeam_width\x18\x01 \x01(\r\x12\x0e\n\x06n_best\x18\x02 \x01(\r\x12\x16\n\x0elength_penalty\x18\x03 \x01(\x02\x12\x12\n\nmax_labels\x18\x04 \x01(\r\x12\x11\n\tattention\x18\x05 \x01(\x08\"\xc0\x01\n\nPrediction\x12$\n\x07outputs\x18\x01 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12*\n\rprobabilities\x18\x03 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.rnnserve.v1.TopLabels\x12+\n\nhypotheses\x18\x05 \x03(\x0b\x32\x17.rnnserve.v1.Hypothesis\"c\n\nHypothesis\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12&\n\tattention\x18\x03 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x0e\n\x06is_cut\x18\x04 \x01(\x08\"2\n\tTopLabels\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x02*`\n\rStepSelection\x12\x1e\n\x1aSTEP_SELECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_SELECTION_ALL\x10\x01\x12\x17\n\x13STEP_SELECTION_LAST\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crnnserve/v1/prediction.proto\x12\x0brnnserve.v1\x1a\x18rnnserve/v1/tensor.proto\"\x9c\x01\n\rOutputOptions\x12)\n\x05steps\x18\x01 \x01(\x0e\x32\x1a.rnnserve.v1.StepSelection\x12\x15\n\rprobabilities\x18\x02 \x01(\x08\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\'\n\x08\x64\x65\x63oding\x18\x04 \x01(\x0b\x32\x15.rnnserve.v1.Decoding\x12\x11\n\tthreshold\x18\x05 \x01(\x02\"m\n\x08\x44\x65\x63oding\x12\x12\n\nbeam_width\x18\x01 \x01(\r\x12\x0e\n\x06n_best\x18\x02 \x01(\r\x12\x16\n\x0elength_penalty\x18\x03 \x01(\x02\x12\x12\n\nmax_labels\x18\x04 \x01(\r\x12\x11\n\tattention\x18\x05 \x01(\x08\"\xc0\x01\n\nPrediction\x12$\n\x07outputs\x18\x01 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12*\n\rprobabilities\x18\x03 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.rnnserve.v1.TopLabels\x12+\n\nhypotheses\x18\x05 \x03(\x0b\x32\x17.rnnserve.v1.Hypothesis\"c\n\nHypothesis\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12&\n\tattention\x18\x03 \x01(\x0b\x32\x13.rnnserve.v1.Tensor\x12\x0e\n\x06is_cut\x18\x04 \x01(\x08\"2\n\tTopLabels\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x02*`\n\rStepSelection\x12\x1e\n\x1aSTEP_SELECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_SELECTION_ALL\x10\x01\x12\x17\n\x13STEP_SELECTION_LAST\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rnnserve.v1.prediction_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPSELECTION']._serialized_start=670
-  _globals['_STEPSELECTION']._serialized_end=766
+  _globals['_STEPSELECTION']._serialized_start=689
+  _globals['_STEPSELECTION']._serialized_end=785
   _globals['_OUTPUTOPTIONS']._serialized_start=72
-  _globals['_OUTPUTOPTIONS']._serialized_end=209
-  _globals['_DECODING']._serialized_start=211
-  _globals['_DECODING']._serialized_end=320
-  _globals['_PREDICTION']._serialized_start=323
-  _globals['_PREDICTION']._serialized_end=515
-  _globals['_HYPOTHESIS']._serialized_start=517
-  _globals['_HYPOTHESIS']._serialized_end=616
-  _globals['_TOPLABELS']._serialized_start=618
-  _globals['_TOPLABELS']._serialized_end=668
+  _globals['_OUTPUTOPTIONS']._serialized_end=228
+  _globals['_DECODING']._serialized_start=230
+  _globals['_DECODING']._serialized_end=339
+  _globals['_PREDICTION']._serialized_start=342
+  _globals['_PREDICTION']._serialized_end=534
+  _globals['_HYPOTHESIS']._serialized_start=536
+  _globals['_HYPOTHESIS']._serialized_end=635
+  _globals['_TOPLABELS']._serialized_start=637
+  _globals['_TOPLABELS']._serialized_end=687
 # @@protoc_insertion_point(module_scope)

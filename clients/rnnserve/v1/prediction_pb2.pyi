@@ -54,6 +54,7 @@ class OutputOptions(_message.Message):
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     DECODING_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
     steps: Global___StepSelection.ValueType
     """About which steps."""
     probabilities: _builtins.bool
@@ -62,9 +63,15 @@ class OutputOptions(_message.Message):
     """Also this many of the most probable labels with their probabilities; 0 = none.
     At most the number of labels. Only for models with labels.
     """
+    threshold: _builtins.float
+    """A label that is less probable than this is not given: it is empty in Prediction.labels, and top leaves it out. 0 =
+    all are given; at most 1. Only for models with labels.
+    """
     @_builtins.property
     def decoding(self) -> Global___Decoding:
-        """How the output is searched for. Only for encoder-decoders, whose predictions carry hypotheses and none of the above."""
+        """How the output is searched for. Only for encoder-decoders, whose predictions carry hypotheses and nothing that the
+        other fields ask for.
+        """
 
     def __init__(
         self,
@@ -73,10 +80,11 @@ class OutputOptions(_message.Message):
         probabilities: _builtins.bool = ...,
         top_k: _builtins.int = ...,
         decoding: Global___Decoding | None = ...,
+        threshold: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding", "probabilities", b"probabilities", "steps", b"steps", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding", "probabilities", b"probabilities", "steps", b"steps", "threshold", b"threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -144,7 +152,9 @@ class Prediction(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The most probable label about each of these steps. Empty for a model without labels."""
+        """The most probable label about each of these steps, an empty one where that is below the threshold. None for a model
+        without labels.
+        """
 
     @_builtins.property
     def probabilities(self) -> _tensor_pb2.Tensor:
@@ -217,7 +227,7 @@ Global___Hypothesis: _TypeAlias = Hypothesis  # noqa: Y015
 
 @_typing.final
 class TopLabels(_message.Message):
-    """The most probable labels about one step."""
+    """The most probable labels about one step: as many as were asked for, without those below the threshold; may be empty."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
