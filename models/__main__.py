@@ -16,7 +16,7 @@ from models.manifest import Manifest
 from models.studies import STUDIES
 from models.tasks import TASKS
 from models.tasks.task import Task
-from models.training import ablation, publish
+from models.training import publish
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -48,14 +48,6 @@ def train(
     """Train a task, over all its seeds or folds, and write its bundle."""
     for chosen in TASKS.values() if task == "all" else [task_named(task)]:
         print_numbers(publish.train_task(chosen, seed, repository, processes))
-
-
-@app.command()
-def ablate(
-    task: TaskArgument, seed: Seed = 0, processes: Processes = 2, repository: Repository = publish.REPOSITORY
-) -> None:
-    """Measure what the depth of each block of a task's network brings, and add it to the bundle's card."""
-    typer.echo(ablation.ablate(task, seed, repository, processes).read_text())
 
 
 @app.command()

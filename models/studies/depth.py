@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from models.studies.variants import Variants, as_large_as, shallow, write_page
+from models.studies.variants import Variants, as_large_as, half_as_long, shallow, write_page
 from models.tasks.activity import ACTIVITY
 from models.tasks.speaker import SPEAKER
 from models.tasks.task import Task
 from models.training.card import parameters_of
 
 UNITS = 96  # of the shallow network, to whose size the others are fitted
-TASKS = (SPEAKER, ACTIVITY)
+TASKS = (SPEAKER, half_as_long(ACTIVITY))
 DEEPER: dict[str, dict[str, object]] = {
     "shallow": {},
     "stacked": {"layers": 2},
@@ -37,6 +37,6 @@ def compare(folder: Path, seed: int) -> Path:
         f"`python -m models compare depth --seed {seed}`: networks with about as many parameters, of which one is wide "
         "and the others are deep: two recurrent layers one upon the other, a layer before the recurrence, two cells in "
         "a row within a step, a layer behind the recurrence, or all of them. The settings are those of the task's "
-        "bundle, three seeds; `activity` is one fold (people 9 and 10 held out).",
+        "bundle, three seeds; `activity` is trained for half as long, and is one fold (people 9 and 10 held out).",
     )
     return write_page(folder / "depth.md", introduction, {task.name: depths_of(task) for task in TASKS}, seed)

@@ -11,7 +11,7 @@ import numpy as np
 
 from models.manifest import FeatureInput, TextInput
 from models.recurrent import NetworkSpec
-from models.studies.variants import Measured, Variants, as_large_as, shallow, write_page
+from models.studies.variants import Measured, Variants, as_large_as, half_as_long, shallow, write_page
 from models.tasks import sentiment, speaker
 from models.tasks.activity import ACTIVITY
 from models.tasks.task import Task
@@ -40,8 +40,8 @@ def directions() -> dict[str, Variants]:
     )
     pairs = {
         "speaker": (speaker.SPEAKER, speaker.BIDIRECTIONAL),
-        "sentiment": (sentiment.SENTIMENT, sentiment.BIDIRECTIONAL),
-        "activity": (ACTIVITY, whole),
+        "sentiment": (half_as_long(sentiment.SENTIMENT), half_as_long(sentiment.BIDIRECTIONAL)),
+        "activity": (half_as_long(ACTIVITY), half_as_long(whole)),
     }
     return {
         name: {"forward": forward_beside(task, both.network), "bidirectional": both}
@@ -85,9 +85,10 @@ def compare(folder: Path, seed: int) -> Path:
         f"`python -m models compare directions --seed {seed}`: one layer of the same cell with about as many "
         "parameters, forward and bidirectional, three seeds. The forward network answers after each step and is "
         "trained on all of its answers, the bidirectional one answers once, about the mean over all steps; each is "
-        "trained with the settings of the bundle of its direction. `activity` is one fold (people 9 and 10 held out), "
-        "in windows of 4 s. Where a stream must answer early, the curves count: there the bidirectional network is "
-        "given the beginning as if it were all, anew for each answer, which no stream can afford. For a task with an "
-        "answer about each step see [look-ahead](look_ahead.md).",
+        "trained with the settings of the bundle of its direction, `sentiment` and `activity` for half as long. "
+        "`activity` is one fold (people 9 and 10 held out), in windows of 4 s. Where a stream must answer early, the "
+        "curves count: there the bidirectional network is given the beginning as if it were all, anew for each "
+        "answer, which no stream can afford. For a task with an answer about each step see "
+        "[look-ahead](look_ahead.md).",
     )
     return write_page(folder / "directions.md", introduction, directions(), seed, anytime)

@@ -15,12 +15,12 @@ from models.training.card import parameters_of
 
 DELAYS = (0, 1, 2, 3, 5, 8, 13)  # characters
 WHOLE = "∞ (bidirectional)"
-UNITS, EPOCHS = 128, 8
+UNITS, EPOCHS = 128, 9
 
 
 def variants(epochs: int = EPOCHS) -> dict[str, Task]:
     """One forward LSTM layer for each delay, and a bidirectional one with about as many parameters."""
-    settings = replace(DIACRITICS.settings, epochs=epochs)
+    settings = replace(LIVE.settings, epochs=epochs, dropout=0.3)
     forward = LIVE.network.model_copy(update={"hidden_size": UNITS, "layers": 1})
     both_ways = as_large_as(forward.model_copy(update={"direction": "bidirectional"}), parameters_of(forward))
     live = replace(LIVE, network=forward, settings=settings, is_long=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +103,11 @@ def as_large_as(spec: NetworkSpec, parameters: int) -> NetworkSpec:
     """With the width at which it comes closest to so many parameters."""
     specs = (spec.model_copy(update={"hidden_size": width}) for width in range(8, 513))
     return min(specs, key=lambda candidate: abs(parameters_of(candidate) - parameters))
+
+
+def half_as_long(task: Task) -> Task:
+    """Trained for half of the epochs, so that many variants of it can be."""
+    return replace(task, settings=replace(task.settings, epochs=math.ceil(task.settings.epochs / 2)))
 
 
 def shallow(spec: NetworkSpec) -> NetworkSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.tasks import diacritics, sentiment, speaker
+from models.tasks import chorale, diacritics, sentiment, speaker
 from models.tasks.activity import ACTIVITY
 from models.tasks.pronunciation import PRONUNCIATION
 from models.tasks.task import Task
@@ -11,6 +11,8 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         speaker.FRAME,
+        chorale.CHORALE,
+        chorale.VANILLA,
         speaker.SPEAKER,
         speaker.BIDIRECTIONAL,
         ACTIVITY,

@@ -160,11 +160,13 @@ DIACRITICS = Task(
         direction="bidirectional",
         symbols=len(SYMBOLS),
         embedding_size=32,
-        hidden_size=128,
+        hidden_size=160,
         layers=2,
         outputs=len(LABELS),
     ),
-    settings=Settings(epochs=8, batch_size=32, learning_rate=4e-3, dropout=0.3, average_decay=0.995),
+    settings=Settings(
+        epochs=12, batch_size=16, learning_rate=3e-3, dropout=0.5, average_decay=0.998, label_smoothing=0.1
+    ),
     input=Alphabet(CHARACTERS),
     output=Output(activation="softmax", labels=LABELS),
     source=SOURCE,
@@ -189,14 +191,17 @@ behind, and `diacritics-forward` at once: the three are the same task, data and 
 )
 
 FORWARD_NETWORK = NetworkSpec(
-    cell="lstm", symbols=len(SYMBOLS), embedding_size=32, hidden_size=192, layers=2, outputs=len(LABELS)
+    cell="lstm", symbols=len(SYMBOLS), embedding_size=32, hidden_size=256, layers=2, outputs=len(LABELS)
 )
+FORWARD_SETTINGS = replace(DIACRITICS.settings, epochs=20, learning_rate=4e-3)
 
 FORWARD = replace(
     DIACRITICS,
     name="diacritics-forward",
     summary="Finds the marks that letters of a Turkish text have lost, at once, as it is typed: the control.",
     network=FORWARD_NETWORK,
+    settings=FORWARD_SETTINGS,
+    half_precision=True,
     words=replace(
         DIACRITICS.words,
         purpose="""\
@@ -210,6 +215,8 @@ LIVE = replace(
     name="diacritics-live",
     summary="Finds the marks that letters of a Turkish text have lost, as it is typed, five characters behind.",
     network=FORWARD_NETWORK,
+    settings=FORWARD_SETTINGS,
+    half_precision=True,
     input=Alphabet(CHARACTERS.model_copy(update={"padding": PADDING})),
     look_ahead=LOOK_AHEAD,
     words=replace(

@@ -13,8 +13,6 @@ from models.training.measure import Live
 from models.training.runs import Result
 
 CARD = "README.md"
-ABLATION = "ablation.md"
-DEPTH_TITLE = "## What depth brings\n"
 HEARD = (
     "How often the answer after so many steps is right; a recording that is already over counts with its last answer."
 )
@@ -34,7 +32,7 @@ def write_card(
     errors: str,
     heard: Mapping[int, float],
 ) -> None:
-    """Write README.md from what was measured and the task's words; an ablation there is kept."""
+    """Write README.md from what was measured and the task's words."""
     quality = f"{_quality(manifest, runs[0][1])}\n\n{_repeats(task, runs)}"
     sections = [
         f"# {manifest.name}\n\n{manifest.summary}",
@@ -49,14 +47,6 @@ def write_card(
         f"python -m models evaluate {task.name}\n```",
     ]
     (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n")
-    add_ablation(folder)
-
-
-def add_ablation(folder: Path) -> None:
-    """Put `ablation.md`, where there is one, at the end of the card."""
-    if (folder / ABLATION).exists():
-        card = (folder / CARD).read_text().partition(DEPTH_TITLE)[0].rstrip()
-        (folder / CARD).write_text(f"{card}\n\n{DEPTH_TITLE}\n{(folder / ABLATION).read_text()}")
 
 
 def describe(spec: NetworkSpec) -> str:

@@ -119,7 +119,7 @@ def test_evaluate_fails_where_the_manifest_claims_another_number(tmp_path: Path)
     assert "99.9" in result.output
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "ablate"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_an_unknown_task_is_named_beside_the_known_ones(command: str) -> None:
     result = runner.invoke(app, [command, "sonnets"])
     assert result.exit_code == 2

@@ -3,12 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from models.tasks import TASKS
 from models.tasks.task import Run, Split
-from models.training import ablation, publish
-from models.training.ablation import comparisons, variants, verdict
-from models.training.card import add_ablation
+from models.training import publish
 from models.training.runs import Job, Result, run_once
 from tests.support.tasks import TEST, TRAIN, VALIDATION, small_task
 
@@ -56,37 +54,14 @@ def test_training_a_task_writes_a_bundle_that_gives_its_number_again(
     }
 
 
-def test_an_ablation_is_kept_when_the_card_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_half_precision_are_rounded_before_they_are_scored_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(publish, "run_all", run_here)
-    monkeypatch.setattr(ablation, "run_all", run_here)
-    publish.train_task(small_task(), 0, tmp_path)
-    text = ablation.ablate(small_task(), 0, tmp_path).read_text()
-    card = tmp_path / "small" / "1" / "README.md"
-    add_ablation(card.parent)
-    assert card.read_text().count(text) == 1
-    publish.train_task(small_task(), 0, tmp_path)
-    assert card.read_text().count(text) == 1
-
-
-def test_an_ablation_deepens_one_block_at_a_time() -> None:
-    deep = TASKS["activity"].network
-    shallow, stacked, *one_block, every = variants(deep).values()
-    assert (shallow.layers, shallow.input_layers, shallow.transition_layers, shallow.output_layers) == (1, (), 1, ())
-    assert stacked == shallow.model_copy(update={"layers": deep.layers})
-    assert every == deep
-    for spec in one_block:
-        differing = [name for name in type(spec).model_fields if getattr(spec, name) != getattr(stacked, name)]
-        assert len(differing) == 1
-
-
-def test_every_variant_is_compared_with_the_one_that_it_deepens() -> None:
-    assert comparisons("abcd") == [("b", "a"), ("c", "b"), ("d", "b"), ("d", "a")]
-
-
-@pytest.mark.parametrize(
-    ("values", "reading"),
-    [([80.0, 85.0, 90.0], "no clear difference"), ([75.0, 76.1, 80.0], "better"), ([60.0, 61.0, 65.5], "worse")],
-)
-def test_a_difference_counts_only_beyond_twice_its_standard_error(values: list[float], reading: str) -> None:
-    base = [70.0, 71.0, 75.0] if reading != "no clear difference" else [70.0, 95.0, 85.0]
-    assert reading in verdict(values, base)
+    task = replace(small_task(), half_precision=True)
+    result = run_once(Job(task, RUN))
+    for weights in result.network.state_dict().values():
+        assert torch.equal(weights, weights.half().float())
+    manifest = publish.train_task(task, 0, tmp_path)
+    assert publish.measure_again(task, tmp_path)[0] == manifest.quality.value == result.scores[0].value
+    assert load_file(tmp_path / "small" / "1" / "weights.safetensors")["output.weight"].dtype == torch.float16
