@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,6 @@ def draw_lines(path: Path, x: Sequence[float], lines: Mapping[str, Sequence[floa
     with _picture(path) as (ax,):
         for name, y in lines.items():
             ax.plot(x, y, marker=".", label=name)
-        ax.set(xlabel=x_label, ylabel=label)
+        ax.set(xlabel=x_label, ylabel=textwrap.fill(label, 30))
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)
