@@ -123,7 +123,9 @@ CHORALE = Task(
     summary="Writes chorales for four voices, a note at a time, or says how surprising one is.",
     pattern="one-to-many",
     network=NetworkSpec(cell="lstm", symbols=len(SYMBOLS), embedding_size=48, hidden_size=512, outputs=len(SYMBOLS)),
-    settings=Settings(epochs=100, batch_size=4, learning_rate=3e-3, dropout=0.3, average_decay=0.99, weight_decay=0.01),
+    settings=Settings(
+        epochs=100, batch_size=4, learning_rate=3e-3, dropout=0.55, average_decay=0.99, weight_decay=0.02
+    ),
     input=Alphabet(TextInput(unit="word", symbols=SYMBOLS)),
     output=Output(activation="softmax", labels=SYMBOLS),
     generation=Generation(start=START, end=END, max_symbols=4_000),
@@ -178,5 +180,5 @@ VANILLA = replace(
         purpose=f"{CHORALE.words.purpose} The same task with the vanilla cell, as wide as the LSTM of `chorale`.",
     ),
     network=CHORALE.network.model_copy(update={"cell": "tanh"}),
-    settings=replace(CHORALE.settings, epochs=60, learning_rate=1e-3),
+    settings=replace(CHORALE.settings, epochs=60, learning_rate=1e-3, dropout=0.3, weight_decay=0.01),
 )
