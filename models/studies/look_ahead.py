@@ -60,7 +60,10 @@ def describe(measured: Mapping[str, Measured], seed: int) -> str:
         f"`python -m models compare look-ahead --seed {seed}`: Turkish letters that have lost their marks, as in the "
         f"bundle `diacritics-live`, here with one LSTM layer of {UNITS} units and {EPOCHS} epochs. A forward network "
         "that answers about a character after so many more, and a bidirectional one with about as many parameters, "
-        "which needs the whole text.",
+        "which needs the whole text. A delay must be learned, too: the state has to hold the characters that are still "
+        "to be answered about, for which so small a network has little room and so few epochs little time. That is why "
+        "the curve falls again; `diacritics-live` waits for 5 characters with two layers of twice the units, trained "
+        "for longer.",
         "![quality against delay](look_ahead.png)",
         describe_variants(measured),
     )
