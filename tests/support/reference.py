@@ -197,7 +197,8 @@ class Reference:
 
     def __init__(self, folder: Path) -> None:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        self.weights: dict[str, Array] = load_file(folder / "weights.safetensors")
+        kept = load_file(folder / "weights.safetensors")  # float32 or float16, of which nothing is lost
+        self.weights: dict[str, Array] = {name: weights.astype(np.float32) for name, weights in kept.items()}
 
     def predict(self, values: Array | str) -> Array:
         """(steps, features) or a text -> (steps, outputs), or (1, outputs) where the network answers about the mean."""
