@@ -34,7 +34,7 @@ STEPS = 25
 
 
 def test_live_steps_are_answered_while_whole_sequences_are_computed(server: RunningServer, repository: Path) -> None:
-    values = random_steps(200)
+    values = random_steps(50)
     with grpc.insecure_channel(server.target) as channel, live_stream(channel, open_("stacked", "beside")) as stream:
         long = SequenceServiceStub(channel).Predict.future(
             predict("bidirectional", [random_steps(20_000)] * 16), timeout=600
