@@ -231,10 +231,10 @@ def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
 def test_a_dash_stands_where_the_model_is_not_sure_enough() -> None:
     even = np.array([0.5, 0.5], np.float32)
     answer = Answer(step=3, output=even, label=None, probabilities=even, top=())
-    view, screen = StreamView(NUMERIC, "pump"), Console(file=io.StringIO(), width=100)
+    view, screen = StreamView(NUMERIC, "pump"), io.StringIO()
     view.show(answer)
-    screen.print(view)
-    assert "step 3 · —" in screen.file.getvalue()  # type: ignore[attr-defined]
+    Console(file=screen, width=100).print(view)
+    assert "step 3 · —" in screen.getvalue()
     assert answer_line(answer) == "3\t—\t0.500"
     assert answer_json(answer, NUMERIC)["label"] is None
     several = Prediction(np.stack([even, even]), (None, "bad"), np.stack([even, even]), ())
