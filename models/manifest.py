@@ -223,11 +223,17 @@ class Output(_Part):
     labels: Annotated[tuple[Text, ...], AfterValidator(_differing)] = Field(
         (), description="one for each output of a classifier; empty otherwise"
     )
+    rewrites: dict[Text, Text] = Field(
+        default_factory=dict,
+        description="what a character of the input becomes where the label about it is any but the first",
+    )
 
     @model_validator(mode="after")
     def _classes_have_labels(self) -> Self:
         if (self.activation == "softmax") != bool(self.labels):
             raise ValueError("labels go with the activation softmax, and softmax with labels")
+        if self.rewrites and not self.labels:
+            raise ValueError("rewrites go with labels")
         return self
 
     def probabilities(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -319,6 +325,12 @@ class Manifest(_Part):
     def _is_unknown(self, label: str) -> bool:
         return bool(label and self.output.labels) and label not in self.output.labels
 
+    def _check_rewrites(self, rewrites: dict[str, str]) -> None:
+        if self.pattern != "many-to-many aligned" or not isinstance(self.input, TextInput):
+            raise ValueError('output.rewrites goes with a text and the pattern "many-to-many aligned"')
+        if self.input.unit != "character" or any(len(each) != 1 for each in rewrites):
+            raise ValueError("output.rewrites has a character for each character that it names")
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         if isinstance(self.input, FeatureInput):
@@ -348,6 +360,8 @@ class Manifest(_Part):
             raise ValueError(f"look_ahead is for networks that stream: {reason}")
         if isinstance(self.input, TextInput) and (self.input.padding is None) == (self.look_ahead > 0):
             raise ValueError("input.padding of a text model goes with look_ahead")
+        if self.output.rewrites:
+            self._check_rewrites(self.output.rewrites)
         for number, sample in enumerate(self.samples):
             if self.pattern in ("one-to-one", "many-to-one") and self._is_unknown(sample.label):
                 raise ValueError(f"samples.{number}.label is {sample.label!r}, which is none of output.labels")

@@ -1,7 +1,7 @@
 """What the server says about the models that it serves."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rnnserve.tensors import Array, array_from
@@ -80,6 +80,8 @@ class Model:
     """How many symbols there are."""
     look_ahead: int = 0
     """How many steps beyond the one that it answers about it reads: a stream answers about a step so much later."""
+    rewrites: Mapping[str, str] = field(default_factory=dict)
+    """What a character of a text becomes where the label about it is any but the first; see `rewritten`."""
 
     max_symbols: int = 0
     """Of an output of a one-to-many model; 0 for other models."""
@@ -92,6 +94,17 @@ class Model:
     def encoder_decoder(self) -> bool:
         """Whether it writes a sequence of another length, so that its predictions are hypotheses."""
         return self.pattern == "many-to-many-unaligned"
+
+    def rewritten(self, text: str, labels: Iterable[str | None]) -> str:
+        """The text that the labels about its characters mean. A label that is left out (None) changes nothing.
+
+        Raises ValueError if there are not as many labels as characters.
+        """
+        unchanged = (None, *self.labels[:1])
+        return "".join(
+            each if label in unchanged else self.rewrites.get(each, each)
+            for each, label in zip(text, labels, strict=True)
+        )
 
     def __str__(self) -> str:
         kind = f"{self.pattern}, {self.cell}, {self.layers} layer{'s' * (self.layers != 1)}, {self.direction}"
@@ -144,6 +157,7 @@ def model_from(message: pb.Model) -> Model:
         start_symbol=message.generation.start,
         end_symbol=message.generation.end if message.generation.HasField("end") else None,
         look_ahead=message.look_ahead,
+        rewrites=dict(message.rewrites),
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from models.tasks import chorale, diacritics, sentiment, speaker
+from models.tasks import chorale, diacritics, pronunciation, sentiment, speaker
 from models.tasks.activity import ACTIVITY
-from models.tasks.pronunciation import PRONUNCIATION
 from models.tasks.task import Task
 
 TASKS: dict[str, Task] = {
@@ -14,6 +13,7 @@ TASKS: dict[str, Task] = {
         chorale.CHORALE,
         chorale.VANILLA,
         speaker.SPEAKER,
+        speaker.DEEP,
         speaker.BIDIRECTIONAL,
         ACTIVITY,
         sentiment.SENTIMENT,
@@ -21,6 +21,9 @@ TASKS: dict[str, Task] = {
         diacritics.DIACRITICS,
         diacritics.LIVE,
         diacritics.FORWARD,
-        PRONUNCIATION,
+        pronunciation.PRONUNCIATION,
     )
 }
+
+LONGER: dict[str, Task] = {pronunciation.LONGER.name: pronunciation.LONGER}
+"""What more time brings; known by name alone: `all` does not train it, and no bundle of it is shipped."""

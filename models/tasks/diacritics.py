@@ -168,7 +168,7 @@ DIACRITICS = Task(
         epochs=12, batch_size=16, learning_rate=3e-3, dropout=0.5, average_decay=0.998, label_smoothing=0.1
     ),
     input=Alphabet(CHARACTERS),
-    output=Output(activation="softmax", labels=LABELS),
+    output=Output(activation="softmax", labels=LABELS, rewrites=MARK),
     source=SOURCE,
     split=split,
     runs=runs,

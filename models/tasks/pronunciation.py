@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -151,4 +152,12 @@ Names and words from other languages are most of what it gets wrong: the diction
 rule gives. Words longer than those of the dictionary are out of its experience. No stress, no context: *read* has one
 answer.""",
     ),
+)
+
+LONGER = replace(
+    PRONUNCIATION,
+    name="pronunciation-longer",
+    network=PRONUNCIATION.network.model_copy(update={"hidden_size": 192}),
+    settings=replace(PRONUNCIATION.settings, epochs=24, learning_rate=3e-3, dropout=0.2),
+    half_precision=True,
 )

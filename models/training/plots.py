@@ -25,9 +25,9 @@ def _picture(path: Path, plots: int = 1) -> Iterator[Sequence[Axes]]:
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def draw_curves(path: Path, rehearsal: Fitted, metric: str) -> None:
+def draw_curves(path: Path, fitted: Fitted, metric: str) -> None:
     """Losses and what is measured on the validation part by epoch, and which epoch was the best."""
-    history = rehearsal.history
+    history = fitted.history
     numbers = [epoch.number for epoch in history]
     with _picture(path, plots=2) as (left, right):
         left.plot(numbers, [epoch.train_loss for epoch in history], label="training")
@@ -36,7 +36,7 @@ def draw_curves(path: Path, rehearsal: Fitted, metric: str) -> None:
         right.plot(numbers, [epoch.validation_score for epoch in history], color="C1", label="validation")
         right.set(xlabel="epoch", ylabel=metric)
         for ax in (left, right):
-            ax.axvline(rehearsal.best_epoch, color="grey", linestyle=":", label="lowest validation loss")
+            ax.axvline(fitted.best_epoch, color="grey", linestyle=":", label="lowest validation loss")
             ax.legend(frameon=False)
 
 

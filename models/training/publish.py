@@ -28,14 +28,19 @@ VERSION = 1
 def train_task(task: Task, seed: int, repository: Path = REPOSITORY, processes: int = 2) -> Manifest:
     """Run all seeds or folds of a task and write the bundle of the first."""
     runs = task.runs(seed)
-    at_once, threads = (1, processes) if task.is_long else (processes, 1)
-    results = run_all([Job(task, run, run == runs[0], threads) for run in runs], at_once)
+    if task.is_long:
+        results = run_all([Job(task, run, threads=processes) for run in runs], processes=1)
+        curves = results[0].fitted
+    else:
+        rehearsal, *results = run_all(
+            [Job(task, runs[0], is_rehearsal=True), *(Job(task, run) for run in runs)], processes
+        )
+        curves = rehearsal.fitted
     shipped, split = results[0], task.split(runs[0])
     manifest = describe(task, split, results)
     folder = save_bundle(repository, manifest, shipped.network)
     _write_samples(folder, task, split)
-    if shipped.rehearsal:
-        draw_curves(folder / "curves.png", shipped.rehearsal, manifest.quality.metric)
+    draw_curves(folder / "curves.png", curves, manifest.quality.metric)
     heard = accuracy_by_steps(shipped.answers, split.test, task.heard_steps) if task.heard_steps else {}
     if heard:
         draw_heard(folder / "frames_heard.png", heard)

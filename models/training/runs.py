@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, Queue
 from typing import NamedTuple
@@ -26,29 +26,37 @@ Report = Callable[[Epoch], None]
 
 
 class Job(NamedTuple):
-    """One run to do. A rehearsal, before it, shows on the validation part how training goes."""
+    """One training: a run, or its rehearsal, which shows on the validation part how the run goes."""
 
     task: Task
     run: Run
-    rehearse: bool = False
+    is_rehearsal: bool = False
     threads: int = 1
 
     @property
-    def epochs(self) -> int:
-        """At most."""
-        return self.task.settings.epochs * (1 + (self.rehearse and not self.task.is_long))
+    def holds_out_validation(self) -> bool:
+        """A long task has no rehearsal: it is trained once, without its validation part."""
+        return self.is_rehearsal or self.task.is_long
+
+    def __str__(self) -> str:
+        """`speaker, seed 0`."""
+        return f"{self.task.name}, {self.run}{', rehearsal' if self.is_rehearsal else ''}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run."""
+    """What a job came to."""
 
-    network: RecurrentNetwork
+    fitted: Fitted
     input_spec: FeatureInput | TextInput
-    scores: tuple[Score, ...]  # on the test; the first is what the task is about
-    live: Live | None  # where pieces of recordings are scored: how it does on whole ones
-    rehearsal: Fitted | None  # of a long task the run itself
     look_ahead: int = 0
+    scores: tuple[Score, ...] = ()  # on the test, at which a rehearsal never looks; the first is what the task is about
+    live: Live | None = None  # where pieces of recordings are scored: how it does on whole ones
+
+    @property
+    def network(self) -> RecurrentNetwork:
+        """With the weights that are kept."""
+        return self.fitted.network
 
     @property
     def answers(self) -> PredictorAnswers:
@@ -57,43 +65,38 @@ class Result:
 
 
 def run_once(job: Job, report: Report = quiet) -> Result:
-    """Train, then score the test, once.
+    """Train on all but the test for the epochs of the settings, then score the test, once.
 
-    On all but the test for the number of epochs of the settings; a long task without its validation part, too.
+    Where the validation part is held out, it may end the training early, and chooses the weights that are kept.
     """
     torch.set_num_threads(job.threads)
-    rehearsal: Fitted | None
     task, split = job.task, job.task.split(job.run)
-    if task.is_long:
-        lesson = _lesson(task, split.train, split.validation)
-        fitted = rehearsal = fit(lesson, task.settings, job.run.seed, report)
-    else:
-        rehearsal = rehearse(task, job.run, report) if job.rehearse else None
-        lesson = _lesson(task, [*split.train, *split.validation], ())
-        fitted = fit(lesson, task.settings, job.run.seed, report)
+    known = split.train if job.holds_out_validation else [*split.train, *split.validation]
+    lesson = Lesson(
+        task.network,
+        task.input(known),
+        partial(task.examples, known),
+        task.items(split.validation) if job.holds_out_validation else (),
+        task.measure,
+        task.look_ahead,
+    )
+    fitted = fit(lesson, task.settings, job.run.seed, report)
     if task.half_precision:
         round_weights(fitted.network)
-    answers = PredictorAnswers(Predictor(fitted.network, lesson.input_spec, look_ahead=task.look_ahead))
-    live = measure_live(answers, split.test, task.settling_steps) if task.settling_steps else None
-    scores = task.measure(answers, task.items(split.test))
-    return Result(fitted.network, lesson.input_spec, scores, live, rehearsal, task.look_ahead)
+    result = Result(fitted, lesson.input_spec, task.look_ahead)
+    return result if job.is_rehearsal else scored(result, task, split.test)
+
+
+def scored(result: Result, task: Task, test: Recordings) -> Result:
+    """With what the network does on the test."""
+    live = measure_live(result.answers, test, task.settling_steps) if task.settling_steps else None
+    return replace(result, scores=task.measure(result.answers, task.items(test)), live=live)
 
 
 def round_weights(network: RecurrentNetwork) -> None:
     """To what float16 holds, in place; they are float32 as before."""
     for parameter in network.parameters():
         parameter.data = parameter.data.half().float()
-
-
-def rehearse(task: Task, run: Run, report: Report = quiet) -> Fitted:
-    """Train on the training part alone, with early stopping on the validation part. Never looks at the test."""
-    split = task.split(run)
-    return fit(_lesson(task, split.train, task.items(split.validation)), task.settings, run.seed, report)
-
-
-def _lesson(task: Task, known: Recordings, validation: Recordings) -> Lesson:
-    examples = partial(task.examples, known)
-    return Lesson(task.network, task.input(known), examples, validation, task.measure, task.look_ahead)
 
 
 def run_all(jobs: Sequence[Job], processes: int = 2) -> list[Result]:
@@ -117,14 +120,14 @@ def _work(number: int, job: Job, reports: Queue[tuple[int, Epoch]]) -> Result:
 def _show_progress(jobs: Sequence[Job], futures: list[Future[Result]], reports: Queue[tuple[int, Epoch]]) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn()
     with Progress(*columns) as progress:
-        bars = [progress.add_task(_name(job), total=job.epochs, now="") for job in jobs]
+        bars = [progress.add_task(str(job), total=job.task.settings.epochs, now="") for job in jobs]
         waiting: set[Future[Result]] = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()  # raises where the run failed
                 number = futures.index(future)
-                progress.update(bars[number], completed=jobs[number].epochs)
+                progress.update(bars[number], completed=jobs[number].task.settings.epochs)
             _take_reports(progress, bars, reports)
 
 
@@ -135,7 +138,3 @@ def _take_reports(progress: Progress, bars: list[TaskID], reports: Queue[tuple[i
         except Empty:
             return
         progress.update(bars[number], advance=1, now=f"loss {epoch.train_loss:.3f}")
-
-
-def _name(job: Job) -> str:
-    return f"{job.task.name}, {job.run}"

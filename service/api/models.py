@@ -112,6 +112,7 @@ def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
         why_not_streamable=network.why_not_streamable or "",
         outputs=network.outputs,
         labels=manifest.output.labels,
+        rewrites=manifest.output.rewrites,
         parameters=sum(parameter.numel() for parameter in bundle.predictor.network.parameters()),
         quality=pb.Quality(**manifest.quality.model_dump()),
         training_data=pb.TrainingData(

@@ -171,6 +171,11 @@ WRONG_MANIFESTS: dict[str, tuple[Callable[[Json], object], str, str]] = {
         "manifest.json",
         "look_ahead is for networks that stream: a bidirectional network reads the sequence from both ends",
     ),
+    "rewrites of numbers": (
+        lambda it: it["output"].update(rewrites={"c": "ç"}),
+        "manifest.json",
+        'output.rewrites goes with a text and the pattern "many-to-many aligned"',
+    ),
     "digest": (lambda it: it.update(weights_sha256="0" * 64), "weights_sha256", "another digest"),
     "digest form": (lambda it: it.update(weights_sha256="xyz"), "weights_sha256", "pattern"),
     "sample outside": (lambda it: it["samples"][0].update(file="../secret.csv"), "samples.0.file", "pattern"),

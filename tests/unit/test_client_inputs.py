@@ -1,5 +1,6 @@
 """What the command line reads from files, and what it draws."""
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -238,8 +239,18 @@ def test_a_dash_stands_where_the_model_is_not_sure_enough() -> None:
     assert answer_line(answer) == "3\t—\t0.500"
     assert answer_json(answer, NUMERIC)["label"] is None
     several = Prediction(np.stack([even, even]), (None, "bad"), np.stack([even, even]), ())
-    assert prediction_text(several) == "— bad"
-    assert prediction_json(several, NUMERIC)["labels"] == [None, "bad"]
+    assert prediction_text(several, NUMERIC, even) == "— bad"
+    assert prediction_json(several, NUMERIC, even)["labels"] == [None, "bad"]
+
+
+def test_labels_become_the_text_that_they_mean_where_a_model_rewrites_what_it_reads() -> None:
+    model = dataclasses.replace(TEXT, labels=("=", "ç", "ğ"), rewrites={"c": "ç", "g": "ğ"})
+    labels = ("ç", "=", None, "ğ", "ç")
+    prediction = Prediction(np.zeros((5, 3), np.float32), labels, np.full((5, 3), 1 / 3, np.float32), ())
+    assert prediction_text(prediction, model, "ccc g") == "çcc ğ"
+    assert prediction_json(prediction, model, "ccc g")["text"] == "çcc ğ"
+    with pytest.raises(ValueError, match="zip"):
+        model.rewritten("ccc", labels)
 
 
 def test_a_model_without_labels_says_its_numbers() -> None:
@@ -250,8 +261,9 @@ def test_a_model_without_labels_says_its_numbers() -> None:
 def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_scripts() -> None:
     hypotheses = (Hypothesis(("HH", "AH0"), -0.25, None), Hypothesis((), -1.5, None, is_cut=True))
     prediction = Prediction(np.zeros((0, 0), np.float32), ("HH", "AH0"), None, (), hypotheses)
-    assert prediction_text(prediction) == "HH AH0\t-0.250\n\t-1.500"
-    assert prediction_json(prediction, TEXT) == {
+    assert prediction_text(prediction, TEXT, "ah") == "HH AH0\t-0.250\n\t-1.500"
+    assert prediction_json(prediction, TEXT, "ah") == {
+        "text": None,
         "label": None,
         "labels": ["HH", "AH0"],
         "outputs": [],

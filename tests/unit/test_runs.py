@@ -15,7 +15,7 @@ RUN = Run(0)
 
 def test_the_test_part_changes_nothing_in_the_weights_or_the_normalisation() -> None:
     poisoned = [replace(recording, values=recording.numbers * 1e6, target=0) for recording in TEST]
-    first, second = (run_once(Job(small_task(test), RUN, rehearse=True)) for test in (TEST, poisoned))
+    first, second = (run_once(Job(small_task(test), RUN)) for test in (TEST, poisoned))
     assert first.input_spec == second.input_spec
     assert torch.equal(first.network.output.weight, second.network.output.weight)
     assert first.scores != second.scores
@@ -27,12 +27,18 @@ def test_the_shipped_weights_come_from_training_and_validation_part_together() -
     assert torch.equal(whole.network.output.weight, other.network.output.weight)
 
 
-def test_a_rehearsal_is_shown_but_does_not_change_the_run() -> None:
-    rehearsed, plain = run_once(Job(small_task(), RUN, rehearse=True)), run_once(Job(small_task(), RUN))
-    assert torch.equal(rehearsed.network.output.weight, plain.network.output.weight)
-    assert plain.rehearsal is None
-    assert rehearsed.rehearsal is not None
-    assert len(rehearsed.rehearsal.history) == 3
+def test_a_rehearsal_validates_after_each_epoch_and_never_looks_at_the_test() -> None:
+    rehearsal = run_once(Job(small_task(test=()), RUN, is_rehearsal=True))
+    assert rehearsal.scores == ()
+    assert [epoch.number for epoch in rehearsal.fitted.history] == [1, 2, 3]
+    assert all(epoch.validation_loss > 0 for epoch in rehearsal.fitted.history)
+
+
+def test_a_long_task_is_trained_without_its_validation_part_and_scored() -> None:
+    long = run_once(Job(replace(small_task(), is_long=True), RUN))
+    rehearsal = run_once(Job(small_task(), RUN, is_rehearsal=True))
+    assert torch.equal(long.network.output.weight, rehearsal.network.output.weight)
+    assert len(long.scores) == 1
 
 
 def run_here(jobs: list[Job], _processes: int) -> list[Result]:

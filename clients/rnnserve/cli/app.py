@@ -1,7 +1,8 @@
 """The commands."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options, Threshold
 from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
 from rnnserve.stream import Stream
+from rnnserve.tensors import Input
 
 app = typer.Typer(
     help="Stream steps and sequences to an rnnserve server. Exit codes: 0 good, 1 refused, 2 usage, 3 unreachable.",
@@ -80,16 +82,17 @@ def stream(
     with exit_codes(), options.client() as client, opened(file) as lines:
         described = client.model(model)
         rate_hz = _rate_hz(described, rate, real_time)
+        read: Read | None = deque() if described.rewrites and not options.json else None
         located = read_steps(lines, described, shown(file))
         if described.streamable:  # otherwise opening the stream says why not
             located = not_empty(located, shown(file))
         places = Places(shown(file))
         steps = places.noted(located)
-        paced = at_rate(steps, rate_hz) if rate_hz else steps
+        paced = _kept(at_rate(steps, rate_hz) if rate_hz else steps, read)
         with (
             placed(lambda _: places.of(open_stream.next_step) if places else None),
             options.stream(client, described, threshold) as open_stream,
-            _answer_printer(options, described) as print_answer,
+            _answer_printer(options, described, read) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
             answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
@@ -97,6 +100,17 @@ def stream(
                 places.drop_until(answer.step)
                 if answer.step >= 0:
                     print_answer(answer)
+
+
+Read = deque[Input]
+"""The steps about which no answer was printed yet, the oldest first."""
+
+
+def _kept(steps: Iterable[Input], read: Read | None) -> Iterator[Input]:
+    for step in steps:
+        if read is not None:
+            read.append(step)
+        yield step
 
 
 def _last_ones(stream: Stream, model: Model) -> Iterator[Answer]:
@@ -114,9 +128,12 @@ def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | No
 
 
 @contextmanager
-def _answer_printer(options: Options, model: Model) -> Iterator[Callable[[Answer], None]]:
-    """Draws on a terminal, else prints a line for each answer."""
-    if options.json:
+def _answer_printer(options: Options, model: Model, read: Read | None) -> Iterator[Callable[[Answer], None]]:
+    """Draws on a terminal, else prints a line for each answer; or the text, where the model rewrites what it `read`."""
+    if read is not None:
+        yield lambda answer: print(model.rewritten(str(read.popleft()), (answer.label,)), end="", flush=True)
+        print()
+    elif options.json:
         yield lambda answer: show.print_json(show.answer_json(answer, model))
     elif stdout.is_terminal:
         view = StreamView(model, f"{model.name}: {model.summary}")
@@ -166,11 +183,11 @@ def predict(
                 decoding=None if decoding == Decoding() else decoding,  # other models refuse it
                 on_progress=bars.show,
             )
-            for prediction in bars.counted(predictions):
+            for recording, prediction in zip(recordings, bars.counted(predictions), strict=True):
                 if options.json:
-                    show.print_json(show.prediction_json(prediction, described))
+                    show.print_json(show.prediction_json(prediction, described, recording.value))
                 else:
-                    print(show.prediction_text(prediction), flush=True)
+                    print(show.prediction_text(prediction, described, recording.value), flush=True)
 
 
 def _step_of(refusal: RnnserveError) -> int | None:

@@ -14,7 +14,7 @@ from rnnserve.results import Answer, Notice, Prediction
 from rnnserve.session import Durability
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot
-from rnnserve.tensors import Array
+from rnnserve.tensors import Array, Input
 from rnnserve.texts import text_steps
 
 NO_LABEL = "—"
@@ -140,10 +140,11 @@ def notice_line(notice: Notice, durability: Durability) -> str:
     return notice.message
 
 
-def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:
-    """For scripts."""
+def prediction_json(prediction: Prediction, model: Model, value: Input) -> dict[str, Any]:
+    """For scripts; `value` is what it is about."""
     rows = prediction.probabilities
     return {
+        "text": rewritten(prediction, model, value),
         "label": prediction.label,
         "labels": list(prediction.labels),
         "outputs": prediction.outputs.tolist(),
@@ -154,8 +155,19 @@ def prediction_json(prediction: Prediction, model: Model) -> dict[str, Any]:
     }
 
 
-def prediction_text(prediction: Prediction) -> str:
-    """About the last step, or the only one; all labels where there are more. A line for each hypothesis."""
+def rewritten(prediction: Prediction, model: Model, value: Input) -> str | None:
+    """The text that the labels make of this one; None where they make none."""
+    return model.rewritten(value, prediction.labels) if model.rewrites and isinstance(value, str) else None
+
+
+def prediction_text(prediction: Prediction, model: Model, value: Input) -> str:
+    """About the last step, or the only one; where there are more all labels, or the text that they make of this one.
+
+    A line for each hypothesis.
+    """
+    text = rewritten(prediction, model, value)
+    if text is not None:
+        return text
     if prediction.hypotheses:
         return "\n".join(f"{' '.join(each.labels)}\t{each.score:.3f}" for each in prediction.hypotheses)
     if len(prediction.labels) > 1:

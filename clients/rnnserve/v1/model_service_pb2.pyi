@@ -446,6 +446,26 @@ class Model(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RewritesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
@@ -474,6 +494,7 @@ class Model(_message.Message):
     SYMBOL_COUNT_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     LOOK_AHEAD_FIELD_NUMBER: _builtins.int
+    REWRITES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that requests use."""
     version: _builtins.int
@@ -548,6 +569,12 @@ class Model(_message.Message):
     def generation(self) -> Global___Generation:
         """How it writes. Only of a one-to-many model, whose labels are its symbols."""
 
+    @_builtins.property
+    def rewrites(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the labels make of a text: the character to put in the place of one of the text's, where the label about it is any
+        but the first. Only of a model that rewrites what it reads.
+        """
+
     def __init__(
         self,
         *,
@@ -579,10 +606,11 @@ class Model(_message.Message):
         symbol_count: _builtins.int = ...,
         generation: Global___Generation | None = ...,
         look_ahead: _builtins.int = ...,
+        rewrites: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "decoder", b"decoder", "generation", b"generation", "quality", b"quality", "training_data", b"training_data", "unknown_symbol", b"unknown_symbol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "look_ahead", b"look_ahead", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol", "cell", b"cell", "decoder", b"decoder", "direction", b"direction", "features", b"features", "fold_case", b"fold_case", "generation", b"generation", "hidden_size", b"hidden_size", "labels", b"labels", "layers", b"layers", "look_ahead", b"look_ahead", "missing_values", b"missing_values", "name", b"name", "outputs", b"outputs", "parameters", b"parameters", "pattern", b"pattern", "quality", b"quality", "rewrites", b"rewrites", "steps_per_second", b"steps_per_second", "streamable", b"streamable", "summary", b"summary", "symbol_count", b"symbol_count", "symbols", b"symbols", "text_unit", b"text_unit", "training_data", b"training_data", "transition_layers", b"transition_layers", "unknown_symbol", b"unknown_symbol", "version", b"version", "weights_sha256", b"weights_sha256", "why_not_streamable", b"why_not_streamable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__unknown_symbol: _TypeAlias = _typing.Literal["unknown_symbol"]  # noqa: Y015
     _WhichOneofArgType__unknown_symbol: _TypeAlias = _typing.Literal["_unknown_symbol", b"_unknown_symbol"]  # noqa: Y015
