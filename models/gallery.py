@@ -26,7 +26,7 @@ def describe_gallery(repository: Path, page: Path) -> str:
     parts = [
         "# The models",
         "Trained networks that come with the project, by pattern. This page is written by `python -m models gallery`; "
-        "each name leads to a card with data, licence, split, intervals, curves and known failures. "
+        "each name leads to a card with data, licence, split, curves and known failures. In brackets: 95 % intervals. "
         f"{len(folders)} bundles, {size_bytes / 1e6:.1f} MB in all.",
     ]
     for pattern, title in PATTERNS.items():
@@ -44,15 +44,17 @@ def _link(folder: Path, page: Path) -> str:
 def _entry(manifest: Manifest, link: str) -> str:
     spec, quality = manifest.network, manifest.quality
     shape = f"{spec.layers} × {spec.cell}, {spec.direction}, {spec.hidden_size} units"
+    interval = " ({:.2f} to {:.2f})".format(*quality.interval_95) if quality.interval_95 else ""
     decoder = ", and a decoder with attention" if spec.decoder and spec.decoder.attention else ""
     rows = [
         ["network", f"{shape}{decoder}; {parameters_of(spec):,} parameters"],
-        ["held-out data", f"**{quality.value:.2f}** {quality.metric} ({quality.items:,} items)"],
+        ["held-out data", f"**{quality.value:.2f}**{interval} {quality.metric} ({quality.items:,} items)"],
         ["streams", _streams(manifest)],
         ["data", f"{manifest.data.name}; {manifest.data.licence}"],
     ]
     if manifest.repeats and len(manifest.repeats.values) > 1:
-        rows.insert(2, [f"mean over {manifest.repeats.over}", f"{manifest.repeats.mean:.2f}"])
+        values = ", ".join(f"{value:.2f}" for value in manifest.repeats.values)
+        rows.insert(2, [manifest.repeats.over, f"mean **{manifest.repeats.mean:.2f}** ({values})"])
     return (
         f"### [{manifest.name}]({link}/README.md)\n\n{manifest.summary}\n\n{table(['', ''], rows)}\n\n"
         f"```\n{_try(manifest)}\n```\n\n![{manifest.name}: training curves]({link}/curves.png)"

@@ -259,6 +259,15 @@ class Quality(_Part):
     value: Annotated[float, AfterValidator(_of_its_unit)]
     split: Text
     items: Count = Field(description="how many predictions were scored")
+    interval_95: tuple[float, float] | None = Field(
+        None, description="low and high end: what other held-out data of the kind might give, 95 times in a hundred"
+    )
+
+    @model_validator(mode="after")
+    def _within_its_interval(self) -> Self:
+        if self.interval_95 and not self.interval_95[0] <= self.value <= self.interval_95[1]:
+            raise ValueError("value is not within interval_95")
+        return self
 
 
 class Repeats(_Part):

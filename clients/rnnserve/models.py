@@ -18,6 +18,8 @@ class Quality:
     split: str
     items: int
     """How many predictions were scored."""
+    interval_95: tuple[float, float] | None = None
+    """What other held-out data of the kind might give, 95 times in a hundred."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ def samples_from(messages: Iterable[pb.Sample]) -> list[Sample]:
 
 
 def _quality_from(message: pb.Quality) -> Quality:
-    return Quality(message.metric, message.value, message.split, message.items)
+    interval = (message.interval_95.low, message.interval_95.high) if message.HasField("interval_95") else None
+    return Quality(message.metric, message.value, message.split, message.items, interval)
 
 
 def _training_data_from(message: pb.TrainingData) -> TrainingData:

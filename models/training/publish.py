@@ -81,7 +81,9 @@ def describe(task: Task, split: Split, results: list[Result]) -> Manifest:
 
 
 def _quality(score: Score, split: str) -> Quality:
-    return Quality(metric=score.metric, value=score.value, split=split, items=score.items)
+    return Quality(
+        metric=score.metric, value=score.value, split=split, items=score.items, interval_95=(score.low, score.high)
+    )
 
 
 def measure_again(task: Task, repository: Path = REPOSITORY) -> tuple[float, Manifest]:

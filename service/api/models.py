@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from models.bundle import Bundle
-from models.manifest import FeatureInput, Manifest, TextInput
+from models.manifest import FeatureInput, Manifest, Quality, TextInput
 from rnnserve.v1 import model_service_pb2 as pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceServicer
 from service.api.codec import encode_tensor_into, text_unit
@@ -114,7 +114,7 @@ def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
         labels=manifest.output.labels,
         rewrites=manifest.output.rewrites,
         parameters=sum(parameter.numel() for parameter in bundle.predictor.network.parameters()),
-        quality=pb.Quality(**manifest.quality.model_dump()),
+        quality=_quality(manifest.quality),
         training_data=pb.TrainingData(
             name=manifest.data.name, licence=manifest.data.licence, credit=manifest.data.credit
         ),
@@ -124,6 +124,13 @@ def describe(bundle: Bundle, max_symbols: int | None = None) -> pb.Model:
         generation=pb.Generation(**manifest.generation.model_dump()) if manifest.generation else None,
         **_input_fields(manifest, max_symbols),
     )
+
+
+def _quality(quality: Quality) -> pb.Quality:
+    message = pb.Quality(**quality.model_dump(exclude={"interval_95"}))
+    if quality.interval_95:
+        message.interval_95.low, message.interval_95.high = quality.interval_95
+    return message
 
 
 def _input_fields(manifest: Manifest, max_symbols: int | None) -> dict[str, Any]:

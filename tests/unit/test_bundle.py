@@ -157,6 +157,11 @@ WRONG_MANIFESTS: dict[str, tuple[Callable[[Json], object], str, str]] = {
         "quality.value",
         "-1 percent is not between 0 and 100",
     ),
+    "interval beside the value": (
+        lambda it: it["quality"].update(interval_95=[0.1, 0.9]),
+        "quality",
+        "value is not within interval_95",
+    ),
     "percentage of a repeat": (with_repeats("2 seeds", 95.0, 195.0), "repeats.values.1", "195 percent is not between"),
     "number of repeats": (with_repeats("5 folds by person", 95.0, 96.0), "repeats.values", "2, but repeats.over says"),
     "label of a sample": (

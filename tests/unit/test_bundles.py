@@ -112,11 +112,11 @@ def test_evaluate_fails_where_the_manifest_claims_another_number(tmp_path: Path)
     manifest = load_bundle(folder).manifest
     command = ["evaluate", "speaker", "--repository", str(tmp_path)]
     assert runner.invoke(app, command).exit_code == 0
-    claim = manifest.quality.model_copy(update={"value": 99.9})
+    claim = manifest.quality.model_copy(update={"value": 97.0})
     write_manifest(folder, manifest.model_copy(update={"quality": claim}))
     result = runner.invoke(app, command)
     assert result.exit_code == 1
-    assert "99.9" in result.output
+    assert "97.000000" in result.output
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -224,4 +224,7 @@ def _writes(model: Model) -> str:
 
 def _quality(model: Model) -> str:
     quality = model.quality
-    return f"{quality.metric} {quality.value:.4g} ({quality.split}, {quality.items} items)" if quality else ""
+    if quality is None:
+        return ""
+    interval = "{:.4g} to {:.4g}; ".format(*quality.interval_95) if quality.interval_95 else ""
+    return f"{quality.metric} {quality.value:.4g} ({interval}{quality.split}, {quality.items} items)"

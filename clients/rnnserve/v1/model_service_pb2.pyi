@@ -686,6 +686,7 @@ class Quality(_message.Message):
     VALUE_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    INTERVAL_95_FIELD_NUMBER: _builtins.int
     metric: _builtins.str
     """Its name."""
     value: _builtins.float
@@ -694,6 +695,10 @@ class Quality(_message.Message):
     """Which data."""
     items: _builtins.int
     """How many predictions were scored."""
+    @_builtins.property
+    def interval_95(self) -> Global___Interval:
+        """What other held-out data of the kind might give, 95 times in a hundred. Not set if the bundle does not say."""
+
     def __init__(
         self,
         *,
@@ -701,14 +706,41 @@ class Quality(_message.Message):
         value: _builtins.float = ...,
         split: _builtins.str = ...,
         items: _builtins.int = ...,
+        interval_95: Global___Interval | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval_95", b"interval_95"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "metric", b"metric", "split", b"split", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_95", b"interval_95", "items", b"items", "metric", b"metric", "split", b"split", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Quality: _TypeAlias = Quality  # noqa: Y015
+
+@_typing.final
+class Interval(_message.Message):
+    """From one number to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    low: _builtins.float
+    """The smaller one."""
+    high: _builtins.float
+    """The greater one."""
+    def __init__(
+        self,
+        *,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Interval: _TypeAlias = Interval  # noqa: Y015
 
 @_typing.final
 class TrainingData(_message.Message):
