@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.bundle import load_manifest
 from models.manifest import Manifest, Pattern
-from models.training.card import parameters_of, table
+from models.training.card import parameters_of, streams, table
 
 PATTERNS: dict[Pattern, str] = {
     "one-to-one": "One-to-one: a step in, an answer out",
@@ -49,7 +49,7 @@ def _entry(manifest: Manifest, link: str) -> str:
     rows = [
         ["network", f"{shape}{decoder}; {parameters_of(spec):,} parameters"],
         ["held-out data", f"**{quality.value:.2f}**{interval} {quality.metric} ({quality.items:,} items)"],
-        ["streams", _streams(manifest)],
+        ["streams", streams(manifest)],
         ["data", f"{manifest.data.name}; {manifest.data.licence}"],
     ]
     if manifest.repeats and len(manifest.repeats.values) > 1:
@@ -59,12 +59,6 @@ def _entry(manifest: Manifest, link: str) -> str:
         f"### [{manifest.name}]({link}/README.md)\n\n{manifest.summary}\n\n{table(['', ''], rows)}\n\n"
         f"```\n{_try(manifest)}\n```\n\n![{manifest.name}: training curves]({link}/curves.png)"
     )
-
-
-def _streams(manifest: Manifest) -> str:
-    if why_not := manifest.network.why_not_streamable:
-        return f"no: {why_not}"
-    return f"yes, {manifest.look_ahead} steps behind" if manifest.look_ahead else "yes"
 
 
 def _try(manifest: Manifest) -> str:

@@ -182,7 +182,7 @@ DIACRITICS = Task(
         purpose="""\
 A label for each character, for which what follows counts as much as what came before: endings follow the vowels of
 their stem, and the stem is often told by its ending. `diacritics-live` does it on a live stream, five characters
-behind, and `diacritics-forward` at once: the three are the same task, data and training.""",
+behind, and `diacritics-forward` at once: the three are the same task and data.""",
         data=DATA_IN_WORDS,
         training="Only characters that may have lost a mark count in the loss.",
         references=REFERENCES,

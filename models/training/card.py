@@ -37,7 +37,7 @@ def write_card(
     sections = [
         f"# {manifest.name}\n\n{manifest.summary}",
         task.words.purpose,
-        "## Network\n\n" + describe(manifest.network),
+        "## Network\n\n" + describe(manifest),
         f"## Quality\n\n{quality}\n\nFor comparison:\n\n{task.words.references}",
         describe_heard(manifest, heard),
         f"## Where it errs\n\n{errors}\n\n{task.words.limits}",
@@ -49,8 +49,9 @@ def write_card(
     (folder / CARD).write_text("\n\n".join(section for section in sections if section) + "\n")
 
 
-def describe(spec: NetworkSpec) -> str:
+def describe(manifest: Manifest) -> str:
     """The three blocks of a network and its size, in words."""
+    spec = manifest.network
     rows = [
         ("input to hidden", _layers(spec.input_layers, "straight into the cell")),
         (
@@ -61,10 +62,17 @@ def describe(spec: NetworkSpec) -> str:
         ("hidden to output", _layers(spec.output_layers, "one linear layer") + f", {spec.outputs} outputs"),
         ("answers about", "each step" if spec.readout == "each_step" else "the mean over all steps"),
         *([("writes", _decoder(spec.decoder))] if spec.decoder else []),
-        ("streams", spec.why_not_streamable or "yes"),
+        ("streams", streams(manifest)),
         ("parameters", f"{parameters_of(spec):,}"),
     ]
     return table(["", ""], rows)
+
+
+def streams(manifest: Manifest) -> str:
+    """Whether it does, and how far behind, or why not."""
+    if why_not := manifest.network.why_not_streamable:
+        return f"no: {why_not}"
+    return f"yes, {manifest.look_ahead} steps behind" if manifest.look_ahead else "yes"
 
 
 def parameters_of(spec: NetworkSpec) -> int:

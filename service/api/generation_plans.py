@@ -90,4 +90,4 @@ def _decoded(text: str, spec: TextInput, field: str, max_symbols: int) -> NDArra
     try:
         return spec.numbers_of(symbols)
     except UnknownSymbolError as error:
-        raise UnknownSymbol(str(error), field=field, symbol=error.symbol, place=error.place) from None
+        raise UnknownSymbol(f"{field}: {error}", field=field, symbol=error.symbol, place=error.place) from None

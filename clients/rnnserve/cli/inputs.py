@@ -134,8 +134,9 @@ def _json_sequences(text: str, model: Model, file: Path) -> list[Recording]:
 
 
 def _whole(text: str, model: Model, file: Path) -> Recording:
-    """The file as one sequence."""
+    """The file as one sequence; the line feed at the end of a text ends its last line, and is no step."""
     if model.symbols:
+        text = text.removesuffix("\n")
         steps = list(_text_steps(text, model))
         blank = " " if model.unit == "word" else ""
         return Recording(blank.join(each for _, each in steps), str(file), [number for number, _ in steps])

@@ -33,8 +33,11 @@ def models_table(models: Iterable[Model]) -> Table:
     """One line for each model."""
     table = _table("model", "serves", "network", "held-out quality", "what it does")
     for model in models:
-        serves = "streams" if model.streamable else "sequences"
-        table.add_row(f"{model.name} v{model.version}", serves, _network(model), _quality(model), model.summary)
+        quality = f"{model.quality.value:.4g} {model.quality.metric}" if model.quality else ""
+        serves = (
+            "sequences" if not model.streamable else "streams" + f", {model.look_ahead} behind" * bool(model.look_ahead)
+        )
+        table.add_row(f"{model.name} v{model.version}", serves, _network(model), quality, model.summary)
     return table
 
 
