@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from models.studies.variants import Measured, as_large_as, describe_variants, mean_and_half_width, train_variants
+from models.studies.variants import Measured, as_large_as, describe_variants, spread_of, train_variants
 from models.tasks.diacritics import DIACRITICS, LIVE
 from models.tasks.task import Task
 from models.training.card import parameters_of
@@ -42,9 +42,9 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     """The mean of each delay with its interval, and that of the bidirectional network as a band."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    means = [mean_and_half_width(measured[f"{k}"].values) for k in DELAYS]
-    axes.errorbar(DELAYS, [mean for mean, _ in means], [half for _, half in means], marker="o", capsize=3)
-    mean, half = mean_and_half_width(measured[WHOLE].values)
+    delayed = [spread_of(measured[f"{k}"].values) for k in DELAYS]
+    axes.errorbar(DELAYS, [one.mean for one in delayed], [one.half_width for one in delayed], marker="o", capsize=3)
+    _, mean, half = spread_of(measured[WHOLE].values)
     axes.axhspan(mean - half, mean + half, color="C1", alpha=0.3, label="bidirectional, 95 % interval")
     axes.set(xlabel="delay, characters", ylabel=measured[WHOLE].metric)
     axes.legend(frameon=False, loc="lower right")

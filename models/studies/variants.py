@@ -13,7 +13,7 @@ import numpy as np
 from models.recurrent import NetworkSpec
 from models.tasks.task import Run, Task
 from models.training.card import parameters_of, table
-from models.training.plots import draw_bars
+from models.training.plots import Spread, draw_spreads
 from models.training.runs import Job, Result, run_all
 
 SEEDS = 3
@@ -72,7 +72,7 @@ def write_page(
         measured = train_variants(variants, seed)
         metric = next(iter(measured.values())).metric
         picture = f"{page.stem}-{task}.png"
-        draw_bars(page.parent / picture, {name: one.values for name, one in measured.items()}, metric)
+        draw_spreads(page.parent / picture, {name: spread_of(one.values) for name, one in measured.items()}, metric)
         parts += [f"## {task}: {metric}", describe_variants(measured), f"![{page.stem}: {task}]({picture})"]
         parts += further(page, task, measured)
     page.write_text("\n\n".join(parts) + "\n")
@@ -87,16 +87,16 @@ def describe_variants(measured: Mapping[str, Measured]) -> str:
             name,
             f"{parameters_of(one.task.network):,}",
             *(f"{value:.2f}" for value in one.values),
-            "{:.2f} ± {:.2f}".format(*mean_and_half_width(one.values)),
+            "{1:.2f} ± {2:.2f}".format(*spread_of(one.values)),
         ]
         for name, one in measured.items()
     ]
     return table(header, rows)
 
 
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+def spread_of(values: Sequence[float]) -> Spread:
     """Of three values; the interval is Student's."""
-    return float(np.mean(values)), STUDENT_95 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return Spread(values, float(np.mean(values)), STUDENT_95 * float(np.std(values, ddof=1)) / len(values) ** 0.5)
 
 
 def as_large_as(spec: NetworkSpec, parameters: int) -> NetworkSpec:

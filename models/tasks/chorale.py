@@ -19,6 +19,7 @@ from models.training.scores import Score, ratio
 from models.training.sequences import Recording
 
 MOVED_BY = 6  # semitones at most, in training
+UNMOVED = 0.15  # of the pieces, besides those that are moved by 0
 START, END = "START", "END"
 STARTS = {by: START if by == 0 else f"{START}{by:+d}" for by in range(-MOVED_BY, MOVED_BY + 1)}
 """Says by how much a piece of training is moved, so that the key need not be guessed."""
@@ -61,8 +62,9 @@ def split(_run: Run) -> Split:
 
 
 def moved(recordings: Recordings, rng: np.random.Generator) -> Recordings:
-    """Each piece some semitones higher or lower."""
+    """Each piece some semitones higher or lower, but for some, since the test pieces are where they are."""
     steps = rng.integers(-MOVED_BY, MOVED_BY + 1, len(recordings))
+    steps[rng.random(len(recordings)) < UNMOVED] = 0
     return [
         recording(move(str(r.values).removeprefix(f"{START} "), int(by)), r.name, int(by))
         for r, by in zip(recordings, steps, strict=True)
@@ -88,9 +90,10 @@ def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
 def errors(_answers: Answers, _recordings: Recordings, _output: Output) -> str:
     """What the number does not tell."""
     return """\
-Frame by frame it keeps to the harmony, but it has no plan: phrases end where they happen to end, a tune is not taken
-up again, and over a minute it wanders. Each quarter note is struck anew, for the data does not tell what is held.
-Nothing keeps voices from crossing or from moving in parallel fifths but that the chorales seldom do."""
+Frame by frame it keeps to the harmony, but it has no plan: phrases end where they happen to end, and some pieces
+after a few chords; a tune is not taken up again, and over a minute it wanders. Each quarter note is struck anew,
+for the data does not tell what is held. Nothing keeps voices from crossing or from moving in parallel fifths but
+that the chorales seldom do."""
 
 
 OWN_FRAMES: tuple[Frame, ...] = (
@@ -123,7 +126,7 @@ CHORALE = Task(
     summary="Writes chorales for four voices, a note at a time, or says how surprising one is.",
     pattern="one-to-many",
     network=NetworkSpec(cell="lstm", symbols=len(SYMBOLS), embedding_size=48, hidden_size=512, outputs=len(SYMBOLS)),
-    settings=Settings(epochs=85, batch_size=4, learning_rate=3e-3, dropout=0.55, average_decay=0.99, weight_decay=0.02),
+    settings=Settings(epochs=80, batch_size=4, learning_rate=3e-3, dropout=0.55, average_decay=0.99, weight_decay=0.02),
     input=Alphabet(TextInput(unit="word", symbols=SYMBOLS)),
     output=Output(activation="softmax", labels=SYMBOLS),
     generation=Generation(start=START, end=END, max_symbols=4_000),
@@ -157,8 +160,11 @@ file, a third of the test tunes would be in training. The licence is weaker than
 weights were trained on scores from the package as anybody installs it, and neither a score nor a sample of one is in
 this bundle.""",
         training=f"""\
-In each epoch each piece is moved by up to {MOVED_BY} semitones, and foretold note by note. Its first symbol says by how
-much (`START-1`, `START+4`), else the network would have to guess the key. The test pieces are not moved.""",
+In each epoch each piece is moved by up to {MOVED_BY} semitones, more than a fifth of them by none, and foretold note by
+note. Its first symbol says by how much (`START-1`, `START+4`), else the network would have to guess the key. The test
+pieces are not moved. Settings were chosen on the validation part, where other shares of unmoved pieces, more epochs and
+dropout of recurrent weights ended between 4.57 and 4.68 nats. The test was looked at three times: 4.70 without the
+validation part in training, 4.64 with it, then these weights.""",
         references="""\
 - Boulanger-Lewandowski, Bengio and Vincent (2012), on another split of 382 chorales: 8.71 nats a frame with an RNN,
   6.27 with their RNN-RBM (from memory). Theirs is the loss of a frame's set of notes. That of its four voices in order

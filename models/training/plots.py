@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ def _picture(path: Path, plots: int = 1) -> Iterator[Sequence[Axes]]:
     yield axes
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
+        ax.set_ylabel(textwrap.fill(ax.get_ylabel(), 30))
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
@@ -60,15 +62,24 @@ def draw_confusions(path: Path, counts: NDArray[np.int64], labels: Sequence[str]
         ax.set(xlabel="taken for", ylabel="is")
 
 
-def draw_bars(path: Path, values: Mapping[str, Sequence[float]], label: str) -> None:
-    """For each name the mean as a bar and the single values as dots."""
+class Spread(NamedTuple):
+    """Some values, their mean, and how far its interval reaches to each side."""
+
+    values: Sequence[float]
+    mean: float
+    half_width: float
+
+
+def draw_spreads(path: Path, spreads: Mapping[str, Spread], label: str) -> None:
+    """For each name the mean with its interval, and the single values as dots."""
     with _picture(path) as (ax,):
-        for i, (name, single) in enumerate(values.items()):
-            ax.barh(i, sum(single) / len(single), color="C0", alpha=0.5, label=name)
-            ax.plot(single, [i] * len(single), "k.", markersize=4)
-        ax.set_yticks(range(len(values)), list(values))
+        for i, spread in enumerate(spreads.values()):
+            ax.errorbar(spread.mean, i, xerr=spread.half_width, fmt="o", color="C0", capsize=4, markersize=7)
+            ax.plot(spread.values, [i] * len(spread.values), "k.", markersize=4)
+        ax.set_yticks(range(len(spreads)), list(spreads))
         ax.invert_yaxis()
         ax.set(xlabel=label)
+        ax.grid(axis="x", alpha=0.3)
 
 
 def draw_lines(path: Path, x: Sequence[float], lines: Mapping[str, Sequence[float]], x_label: str, label: str) -> None:
@@ -76,6 +87,6 @@ def draw_lines(path: Path, x: Sequence[float], lines: Mapping[str, Sequence[floa
     with _picture(path) as (ax,):
         for name, y in lines.items():
             ax.plot(x, y, marker=".", label=name)
-        ax.set(xlabel=x_label, ylabel=textwrap.fill(label, 30))
+        ax.set(xlabel=x_label, ylabel=label)
         ax.grid(alpha=0.3)
         ax.legend(frameon=False)

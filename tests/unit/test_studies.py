@@ -13,7 +13,7 @@ from models.manifest import FeatureInput, TextInput
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
 from models.studies import adding, cells, depth, directions, gradients, look_ahead
 from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, layer
-from models.studies.variants import Measured, Variants, mean_and_half_width, write_page
+from models.studies.variants import Measured, Variants, spread_of, write_page
 from models.tasks.activity import ACTIVITY
 from models.tasks.speaker import SPEAKER
 from models.tasks.task import Run
@@ -122,7 +122,7 @@ def test_depth_is_added_to_one_block_at_a_time() -> None:
 
 
 def test_an_interval_of_three_seeds_is_students() -> None:
-    mean, half = mean_and_half_width([1.0, 2.0, 3.0])
+    _, mean, half = spread_of([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(2.484, abs=1e-3)  # 4.303 / √3
 

@@ -115,6 +115,9 @@ def test_a_file_that_could_not_be_written_is_refused_before_anything_is(run: Run
     done = run("chorale", "--abc", str(tmp_path / "nowhere" / "tune.abc"))
     assert (done.exit_code, done.stdout) == (2, "")
     assert "there is no such folder" in done.stderr
+    done = run("chorale", "--midi", str(tmp_path))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "this is a folder" in done.stderr
 
 
 def test_without_the_library_midi_is_refused_before_anything_is_written(

@@ -63,6 +63,8 @@ def _check_files(midi: Path | None, abc: Path | None) -> None:
     for file in (midi, abc):
         if file is not None and not file.parent.is_dir():
             raise BadInput(f"{file}: there is no such folder")
+        if file is not None and file.is_dir():
+            raise BadInput(f"{file}: this is a folder")
     if midi is not None:
         try:
             midi_library()
