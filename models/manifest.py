@@ -338,7 +338,7 @@ class Manifest(_Part):
         if self.pattern != "many-to-many aligned" or not isinstance(self.input, TextInput):
             raise ValueError('output.rewrites goes with a text and the pattern "many-to-many aligned"')
         if self.input.unit != "character" or any(len(each) != 1 for each in rewrites):
-            raise ValueError("output.rewrites has a character for each character that it names")
+            raise ValueError("output.rewrites names single characters of a text that is read character by character")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

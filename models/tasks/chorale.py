@@ -162,10 +162,9 @@ this bundle.""",
         training=f"""\
 In each epoch each piece is moved by up to {MOVED_BY} semitones, more than a fifth of them by none, and foretold note by
 note. Its first symbol says by how much (`START-1`, `START+4`), else the network would have to guess the key. The test
-pieces are not moved. Settings of the LSTM were chosen on the validation part, where other shares of unmoved
-pieces, more epochs and dropout of recurrent weights ended between 4.57 and
-4.68 nats. Its test was looked at three times: 4.70 without the validation
-part in training, 4.64 with it, then the weights of now.""",
+pieces are not moved. Settings of the LSTM were chosen on the validation part, where other shares of unmoved pieces,
+more epochs and dropout of recurrent weights ended between 4.57 and 4.68 nats. Its test was looked at three times:
+4.70 without the validation part in training, 4.64 with it, then the weights of now.""",
         references="""\
 - Boulanger-Lewandowski, Bengio and Vincent (2012), on another split of 382 chorales: 8.71 nats a frame with an RNN,
   6.27 with their RNN-RBM (from memory). Theirs is the loss of a frame's set of notes. That of its four voices in order

@@ -34,9 +34,8 @@ def models_table(models: Iterable[Model]) -> Table:
     table = _table("model", "serves", "network", "held-out quality", "what it does")
     for model in models:
         quality = f"{model.quality.value:.4g} {model.quality.metric}" if model.quality else ""
-        serves = (
-            "sequences" if not model.streamable else "streams" + f", {model.look_ahead} behind" * bool(model.look_ahead)
-        )
+        behind = f", {model.look_ahead} behind" if model.look_ahead else ""
+        serves = f"streams{behind}" if model.streamable else "sequences"
         table.add_row(f"{model.name} v{model.version}", serves, _network(model), quality, model.summary)
     return table
 
