@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,9 @@ def train(
 ) -> None:
     """Train a task, over all its seeds or folds, and write its bundle."""
     for chosen in TASKS.values() if task == "all" else [task_named(task)]:
+        start_s = time.monotonic()
         print_numbers(publish.train_task(chosen, seed, repository, processes))
+        console.print(f"trained and measured in {(time.monotonic() - start_s) / 60:.1f} minutes")
 
 
 @app.command()

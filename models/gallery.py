@@ -7,7 +7,8 @@ from pathlib import Path
 
 from models.bundle import load_manifest
 from models.manifest import Manifest, Pattern
-from models.training.card import parameters_of, streams, table
+from models.markdown import table
+from models.training.card import parameters_of, streams
 
 PATTERNS: dict[Pattern, str] = {
     "one-to-one": "One-to-one: a step in, an answer out",

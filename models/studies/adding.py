@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from models.markdown import table
 from models.recurrent import Cell
 from models.studies.gradients import SEEDS, SEQUENCES, Floats, gradient_norms, layer, relative_reach
-from models.training.card import table
 
 STARTS_BY_STEPS = {
     200: ("tanh", "ReLU, identity", "GRU", "LSTM", "GRU, chrono", "LSTM, chrono"),

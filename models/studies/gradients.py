@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from models.markdown import table
 from models.recurrent import CELL_STEPS, Cell, NetworkSpec, RecurrentStack, Values, linear
-from models.training.card import table
 
 UNITS, SEQUENCES, SEEDS = 128, 8, 3
 LENGTHS = (1_000, 10_000)

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.markdown import table
 from models.recurrent import NetworkSpec
 from models.tasks.task import Run, Task
-from models.training.card import parameters_of, table
+from models.training.card import parameters_of
 from models.training.plots import Spread, draw_spreads
 from models.training.runs import Job, Result, run_all
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.generation import Generation
 from models.manifest import DataSource, Output, TextInput
+from models.markdown import table
 from models.recurrent import NetworkSpec
 from models.tasks.chorales import ARCHIVE, FOLDER, REST, Frame, chorales
 from models.tasks.splits import hundredth
@@ -78,23 +81,32 @@ def move(text: str, by: int) -> str:
 
 def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
     """Nats that the four notes of a frame take, given all before them."""
-    nats, frames = [], []
+    pieces = [nats for nats, _ in _notes(answers, recordings)]
+    return (ratio("nats a frame of four voices", [nats.sum() for nats in pieces], [len(nats) for nats in pieces]),)
+
+
+def _notes(answers: Answers, recordings: Recordings) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+    """For each piece (frames, voices): the nats of each note, and whether the network would have chosen it."""
     for r, outputs in zip(recordings, answers.about_steps(recordings), strict=True):
         labels = np.asarray(r.target)[:-1]  # its notes, without the end
-        log_probabilities = outputs.log_softmax(dim=-1).numpy()
-        nats.append(-log_probabilities[np.arange(len(labels)), labels].sum())
-        frames.append(len(labels) / len(NOTES))
-    return (ratio("nats a frame of four voices", nats, frames),)
+        log_probabilities = outputs.log_softmax(dim=-1).numpy()[: len(labels)]
+        nats, right = -log_probabilities[np.arange(len(labels)), labels], log_probabilities.argmax(axis=-1) == labels
+        yield nats.reshape(-1, len(NOTES)), right.reshape(-1, len(NOTES))
 
 
-def errors(_answers: Answers, _recordings: Recordings, _output: Output) -> str:
-    """What the number does not tell."""
-    return """\
+def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
+    """How well it foretells each voice, and what the numbers do not tell."""
+    nats, right = (np.concatenate(each).mean(axis=0) for each in zip(*_notes(answers, recordings), strict=True))
+    voices = zip(("soprano", "alto", "tenor", "bass"), nats, right, strict=True)
+    rows = [[voice, f"{n:.2f}", f"{100 * r:.1f} %"] for voice, n, r in voices]
+    return f"{table(['voice', 'nats a note', 'its most probable note is the one'], rows)}\n\n{UNTOLD}"
+
+
+UNTOLD = """\
 Frame by frame it keeps to the harmony, but it has no plan: phrases end where they happen to end, and some pieces
 after a few chords; a tune is not taken up again, and over a minute it wanders. Each quarter note is struck anew,
 for the data does not tell what is held. Nothing keeps voices from crossing or from moving in parallel fifths but
 that the chorales seldom do."""
-
 
 OWN_FRAMES: tuple[Frame, ...] = (
     (72, 67, 64, 48),

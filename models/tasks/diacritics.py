@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.manifest import DataSource, Output, TextInput
+from models.markdown import table
 from models.recurrent import NetworkSpec
 from models.tasks.splits import hundredth
 from models.tasks.task import Alphabet, Recordings, Run, Split, Task, Words
@@ -89,8 +91,28 @@ def _counts(meant: str, found: str) -> tuple[int, ...]:
     return tuple(count for pairs in (words, unsure, letters) for count in (sum(a == b for a, b in pairs), len(pairs)))
 
 
-def errors(answers: Answers, _recordings: Recordings, _output: Output) -> str:
-    """What becomes of sentences written for it; the word that it gets wrong is marked."""
+def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
+    """Which letters it takes for which, and what becomes of sentences written for this."""
+    return f"{_mistaken_letters(answers, recordings)}\n\n{_own_sentences_restored(answers)}"
+
+
+def _mistaken_letters(answers: Answers, recordings: Recordings) -> str:
+    pairs = _meant_and_found(answers, recordings)
+    times = Counter(letters for texts in pairs for letters in zip(*texts, strict=True) if letters[0] in AMBIGUOUS)
+    rows = [
+        [f"{plain}, {marked}", *_mistaken(times, plain, marked), *_mistaken(times, marked, plain)]
+        for plain, marked in MARK.items()
+    ]
+    return table(["letters", "without a mark", "of these given one", "with a mark", "of these left without"], rows)
+
+
+def _mistaken(times: Counter[tuple[str, str]], meant: str, other: str) -> tuple[str, str]:
+    """How often a letter was meant, and how often it was taken for the other."""
+    return f"{times[meant, meant] + times[meant, other]:,}", f"{times[meant, other]:,}"
+
+
+def _own_sentences_restored(answers: Answers) -> str:
+    """A word that it gets wrong is marked."""
     pairs = _meant_and_found(answers, own_sentences(()))
     lines = [
         " ".join(f"**{f}** (not {m})" if f != m else f for m, f in zip(meant.split(), found.split(), strict=True))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 
 import numpy as np
 
 from models.beam import END, Decoding
 from models.manifest import DataSource, Output, TextInput
+from models.markdown import table
 from models.recurrent import DecoderSpec, NetworkSpec
 from models.tasks.pronouncing_dictionary import ARCHIVE, LABELS, LETTERS, MEMBER, Pronunciation, pronunciations
 from models.tasks.splits import hundredth
@@ -43,16 +46,24 @@ def recording(word: str, spoken: Pronunciation) -> Recording:
 
 def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
     """Errors in the sounds and in whole words, by beam search, against the closest way to say a word."""
-    distances, lengths = zip(*(closest(w, word.name) for w, word in _written(answers, recordings)), strict=True)
+    pairs = [(w, closest(w, word.name)) for w, word in _written(answers, recordings)]
+    distances, lengths = [edit_distance(*pair) for pair in pairs], [len(meant) for _, meant in pairs]
     return (
         ratio("phoneme error rate, percent", distances, lengths, 100),
         ratio("word error rate, percent", [distance > 0 for distance in distances], [1] * len(distances), 100),
     )
 
 
-def closest(written: Pronunciation, word: str) -> tuple[int, int]:
-    """The least edit distance to a way to say the word, and the number of sounds of that."""
-    return min((edit_distance(written, one), len(one)) for one in pronunciations()[word])
+def closest(written: Pronunciation, word: str) -> Pronunciation:
+    """The way to say the word with the least edit distance, and of those the shortest."""
+    return min(pronunciations()[word], key=lambda one: (edit_distance(written, one), len(one)))
+
+
+def mistaken(written: Pronunciation, meant: Pronunciation) -> Iterator[tuple[int, int]]:
+    """What was meant and what was written, where a stretch of sounds was taken for another of the same length."""
+    for kind, start, end, first, last in SequenceMatcher(None, meant, written, autojunk=False).get_opcodes():
+        if kind == "replace" and end - start == last - first:
+            yield from zip(meant[start:end], written[first:last], strict=True)
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
@@ -66,14 +77,18 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
-    """Words that it says wrongly, the first in the order of the alphabet after each hundredth of them."""
-    wrong = [(word.name, w) for w, word in _written(answers, recordings) if closest(w, word.name)[0]]
+    """Which sounds it takes for which, and words that it says wrongly, evenly from the list."""
+    wrong = [(word.name, w) for w, word in _written(answers, recordings) if closest(w, word.name) != w]
+    sounds = Counter(pair for word, said in wrong for pair in mistaken(said, closest(said, word)))
+    rows = [[LABELS[meant], LABELS[said], f"{times:,}"] for (meant, said), times in sounds.most_common(10)]
     lines = [
         f"- {word}: /{_in_words(said)}/, not /{_in_words(pronunciations()[word][0])}/"
         for word, said in sorted(wrong)[:: max(1, len(wrong) // 12)]
     ]
-    return f"{len(wrong):,} of {len(recordings):,} words have an error. Some, evenly from the list:\n\n" + "\n".join(
-        lines
+    return (
+        f"{len(wrong):,} of {len(recordings):,} words have an error. The sounds most often taken for another:\n\n"
+        f"{table(['meant', 'written', 'times'], rows)}\n\nSome of the words, evenly from the list:\n\n"
+        + "\n".join(lines)
     )
 
 

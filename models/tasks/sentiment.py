@@ -7,8 +7,10 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.manifest import DataSource, Output, TextInput
+from models.markdown import table
 from models.recurrent import NetworkSpec
 from models.tasks import rated_texts
 from models.tasks.rated_texts import ARCHIVE, INNER, LEXICON, rated_words
@@ -23,6 +25,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 UNKNOWN_SHARE = 0.1  # of the words of a sentence, at random, so that the network learns to do without some
 WORDS_AN_EPOCH = 3_000  # of the lexicon
 SEEDS = 3
+BANDS = ("-2 and below", "-1", "0", "1", "2 and above")
 
 
 def vocabulary(recordings: Recordings) -> TextInput:
@@ -49,8 +52,7 @@ def with_gaps(text: str, rng: np.random.Generator) -> str:
 
 def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
     """How the answers about whole sentences go with the ratings, and how often they are on the same side of 0."""
-    found = answers.about_all(recordings).squeeze(-1).numpy()
-    truth = np.array([recording.target for recording in recordings], np.float32)
+    found, truth = _found_and_truth(answers, recordings)
     sources = np.array([recording.name.partition(":")[0] for recording in recordings])
     scores: list[Score] = []
     for source, of in (("film", "film reviews"), ("tweet", "tweets"), ("product", "product reviews")):
@@ -64,8 +66,26 @@ def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
     return tuple(scores)
 
 
-def errors(answers: Answers, _recordings: Recordings, _output: Output) -> str:
-    """What it says of sentences that were made to show what it cannot do."""
+def _found_and_truth(answers: Answers, recordings: Recordings) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(recordings,) each."""
+    truth = np.array([recording.target for recording in recordings], np.float32)
+    return answers.about_all(recordings).squeeze(-1).numpy(), truth
+
+
+def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
+    """Which ratings it takes for which, and what it says of sentences that were made to show what it cannot do."""
+    return f"{_mistaken_ratings(answers, recordings)}\n\n{_probed(answers)}"
+
+
+def _mistaken_ratings(answers: Answers, recordings: Recordings) -> str:
+    found, truth = (np.clip(np.rint(each), -2, 2).astype(int) + 2 for each in _found_and_truth(answers, recordings))
+    counts = np.zeros((len(BANDS), len(BANDS)), int)
+    np.add.at(counts, (truth, found), 1)
+    rows = [[band, *(f"{count:,}" for count in row)] for band, row in zip(BANDS, counts.tolist(), strict=True)]
+    return "All test sentences by their ratings and its own, rounded:\n\n" + table(["rated, and by it", *BANDS], rows)
+
+
+def _probed(answers: Answers) -> str:
     recordings = [Recording(text, 0.0) for text in PROBES]
     found = answers.about_all(recordings).squeeze(-1).tolist()
     rows = "\n".join(f"- {rating:+.1f}: *{text}*" for text, rating in zip(PROBES, found, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from models.manifest import FeatureInput, Manifest
+from models.markdown import table
 from models.recurrent import DecoderSpec, NetworkSpec
 from models.seq2seq import network_of
 from models.tasks.task import Run, Task
@@ -16,12 +17,6 @@ CARD = "README.md"
 HEARD = (
     "How often the answer after so many steps is right; a recording that is already over counts with its last answer."
 )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_card(
