@@ -81,6 +81,16 @@ class Settings(BaseSettings):
         description="folder of one server's own: sessions.sqlite, and server.json with its ports while it serves",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json = an object a line; auto = text on a terminal, else json"
+    )
+    trace_sample_ratio: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the steps and of the calls other than streams that have a span of OpenTelemetry, if the "
+        "caller does not decide; spans go to where OTEL_EXPORTER_OTLP_ENDPOINT says; 0 = no spans at all",
+    )
 
     max_message_bytes: int = Field(
         4 * 2**20, ge=2**10, le=64 * 2**20, description="bytes of one message; a larger one is MESSAGE_TOO_LARGE"
