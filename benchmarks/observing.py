@@ -1,8 +1,8 @@
 """`python -m benchmarks.observing`: what it costs to be seen.
 
-The same load on three servers in turns: one that counts nothing, one with its metrics, scraped every five seconds, and one
-that also sends spans of 1 % of the steps to a collector of OpenTelemetry. A ratio is that of the steps per second, the
-median over the turns; where a client is the bottleneck, that of the processor time says more.
+The same load on three servers in turns: one that counts nothing, one with its metrics, scraped every five seconds, and
+one that also sends spans of 1 % of the steps to a collector of OpenTelemetry. A ratio is that of the steps per second,
+the median over the turns; where a client is the bottleneck, that of the processor time says more.
 
     python -m benchmarks.observing --into docs/operations
 """
@@ -89,13 +89,16 @@ def scraped(server: RunningServer) -> Iterator[None]:
 def all_servers(repository: Path) -> Iterator[Mapping[str, Server]]:
     """By name."""
     weights = weights_file(repository)
-    kinds: dict[str, dict[str, object]] = {
-        NOTHING: {"module": "benchmarks.unobserved"}, METRICS: {}, SPANS: {"trace_sample_ratio": SAMPLED}
-    }  # fmt: skip
+    kinds = (
+        (NOTHING, "benchmarks.unobserved", 0.0),
+        (METRICS, "service", 0.0),
+        (SPANS, "service", SAMPLED),
+    )
     with ExitStack() as stack:
         servers = {}
-        for name, given in kinds.items():
-            server = stack.enter_context(pinned_server(repository, session_store="memory", **given))
+        for name, module, sampled in kinds:
+            started = pinned_server(repository, session_store="memory", module=module, trace_sample_ratio=sampled)
+            server = stack.enter_context(started)
             if name != NOTHING:
                 stack.enter_context(scraped(server))
             servers[name] = Server(server.target, server.process.pid, weights=weights)
