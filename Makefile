@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
-	$(PIP_INSTALL) --editable '.[service,training,music,dev]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev]'
 	@touch $(READY)
 
 serve: $(READY)  ## the server, on localhost:50051, until Ctrl-C
@@ -55,11 +55,11 @@ bench-quick: $(READY)  ## the first of these in two minutes, nothing written
 	$(BIN)/python -m benchmarks --quick
 
 bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed in build/peers; twenty minutes; docs/benchmarks/
-	$(PIP_INSTALL) --editable '.[service,training,music,dev,peers]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.peers --into docs/benchmarks
 
 bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches and on these peers; an hour; docs/benchmarks/
-	$(PIP_INSTALL) --editable '.[service,training,music,dev,peers]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.sequences --peers --into docs/benchmarks
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
