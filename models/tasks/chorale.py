@@ -182,8 +182,8 @@ looks five times must expect the last number to flatter a little.""",
         references="""\
 - Boulanger-Lewandowski, Bengio and Vincent (2012), on another split of 382 chorales: 8.71 nats a frame with an RNN,
   6.27 with their RNN-RBM, 5.56 with their RNN-NADE (all from memory). Theirs is the loss of a frame's set of notes.
-  That of its four voices in order is at least as great, since a set follows from the voices, so the number here is on the
-  safe side of the comparison; but the pieces differ.""",
+  That of its four voices in order is at least as great, since a set follows from the voices, so the number here is on
+  the safe side of the comparison; but the pieces differ.""",
         limits="Bach's chorales and nothing else: no other style, no rhythm within a quarter note, no words.",
     ),
 )
