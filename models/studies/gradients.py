@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.markdown import table
 from models.recurrent import CELL_STEPS, Cell, NetworkSpec, RecurrentStack, Values, linear
+from models.studies.variants import STUDENT_95
 
 UNITS, SEQUENCES, SEEDS = 128, 8, 3
 LENGTHS = (1_000, 10_000)
@@ -141,16 +142,18 @@ def compare(folder: Path, seed: int) -> Path:
 
 
 def draw(path: Path, relative: Mapping[int, Mapping[str, Floats]]) -> None:
-    """A plot for each length; a line for each start, a band from the least to the most of the seeds."""
+    """A plot for each length; a line for each start, and its interval over the seeds as a band."""
     figure = Figure(figsize=(5.2 * len(relative), 4), layout="constrained")
     plots = figure.subplots(1, len(relative), squeeze=False)[0]
     for axes, (steps, by_name) in zip(plots, relative.items(), strict=True):
         for name, rows in by_name.items():
             shown = np.where(rows > 0, rows, np.nan)[:, 1:]  # what has underflowed is not drawn
             distances = np.arange(1, steps)
-            (line,) = axes.plot(distances, _geometric_mean(shown), label=name)
-            axes.fill_between(distances, shown.min(axis=0), shown.max(axis=0), color=line.get_color(), alpha=0.2)
-        axes.set(xscale="log", yscale="log", ylim=(1e-20, 1e3), xlabel="distance T − t, steps", title=f"T = {steps:,}")
+            mean, low, high = interval(shown)
+            dashes = "--" if name == "LSTM, chrono" else "-"  # for it lies upon the GRU's
+            (line,) = axes.plot(distances, mean, dashes, label=name)
+            axes.fill_between(distances, low, high, color=line.get_color(), alpha=0.2)
+        axes.set(xscale="log", yscale="log", ylim=(1e-20, 10), xlabel="distance T − t, steps", title=f"T = {steps:,}")
         axes.set_ylabel("‖∂L_T/∂a⟨t⟩‖, relative to distance 1")
         axes.grid(alpha=0.3)
     plots[-1].legend(frameon=False, fontsize="small")
@@ -164,7 +167,7 @@ def describe(relative: Mapping[int, Mapping[str, Floats]], seed: int) -> str:
         f"`python -m models compare gradients --seed {seed}`: one layer of {UNITS} units with random weights, "
         f"{SEQUENCES} sequences of random numbers in [0, 1]. The norm of the gradient of the loss at the last step T "
         "with respect to the state d steps before, relative to that at d = 1: geometric mean over "
-        f"{SEEDS} seeds (least – most). 0 means that float32 cannot hold it any more.",
+        f"{SEEDS} seeds, and Student's 95 % interval of its logarithm. 0 means that float32 cannot hold it any more.",
         "![gradients](gradients.png)",
     ]
     for steps, by_name in relative.items():
@@ -175,12 +178,14 @@ def describe(relative: Mapping[int, Mapping[str, Floats]], seed: int) -> str:
 
 
 def _cell(values: Floats) -> str:
-    mean = float(_geometric_mean(values[:, None])[0])
-    return f"{mean:.2g} ({values.min():.2g} – {values.max():.2g})" if values.max() > 0 else "0"
+    if values.min() <= 0:
+        return "0" if values.max() <= 0 else f"0 to {values.max():.2g}"
+    mean, low, high = (float(end[0]) for end in interval(values[:, None]))
+    return f"{mean:.2g} ({low:.2g} – {high:.2g})"
 
 
-def _geometric_mean(rows: Floats) -> Floats:
-    """(seeds, n) -> (n,); 0 or NaN where any is."""
-    with np.errstate(divide="ignore"):
-        mean: Floats = np.exp(np.log(rows).mean(axis=0))
-    return mean
+def interval(rows: Floats) -> tuple[Floats, Floats, Floats]:
+    """(seeds, n), above 0 or NaN -> each (n,): the geometric mean, and the ends of its interval."""
+    logs = np.log(rows)
+    mean, half = logs.mean(axis=0), STUDENT_95 * logs.std(axis=0, ddof=1) / len(rows) ** 0.5
+    return np.exp(mean), np.exp(mean - half), np.exp(mean + half)

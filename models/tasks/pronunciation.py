@@ -127,7 +127,7 @@ PRONUNCIATION = Task(
     settings=Settings(
         epochs=11, batch_size=256, learning_rate=4e-3, dropout=0.1, average_decay=0.998, label_smoothing=0.05
     ),
-    input=Alphabet(TextInput(symbols=LETTERS)),
+    input=Alphabet(TextInput(symbols=LETTERS, fold_case=True)),
     output=Output(activation="softmax", labels=LABELS),
     source=DataSource(
         name="CMU Pronouncing Dictionary",

@@ -91,7 +91,9 @@ def _quality(manifest: Manifest, shipped: Result) -> str:
         for score in shipped.scores
     ]
     own = manifest.on_samples
-    of_own = f"\n\nOn the samples beside this card: {own.value:.2f} {own.metric}." if own else ""
+    of_own = (
+        f"\n\nOn the {own.items} items of the samples beside this card: {own.value:.2f} {own.metric}." if own else ""
+    )
     return (
         f"**{quality.value:.2f}** {quality.metric}, on {quality.items:,} items: {quality.split}.\n\n"
         f"{table(['measured', 'value', '95 % interval', 'items'], rows)}{of_own}"
@@ -110,6 +112,8 @@ def _repeats(task: Task, runs: Sequence[tuple[Run, Result]]) -> str:
         header += ["whole recordings, last answer", "whole recordings, mean answer", "steps after the first 4 s"]
         lives.append(Live(*(sum(column) / len(lives) for column in zip(*lives, strict=True))))
         rows = [[*row, *(f"{value:.1f}" for value in live)] for row, live in zip(rows, lives, strict=True)]
+    if len(runs) == 1:
+        return f"Trained once ({runs[0][0]})."
     return f"The same over {task.repeats_over}; the weights here are the first one's:\n\n{table(header, rows)}"
 
 

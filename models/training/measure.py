@@ -12,6 +12,8 @@ from models.manifest import Output
 from models.training.answers import Answers
 from models.training.sequences import Recording
 
+EXAMPLES = 4
+
 
 class Live(NamedTuple):
     """Whole recordings streamed from their start, in percent."""
@@ -73,7 +75,16 @@ def describe_confusions(answers: Answers, recordings: Sequence[Recording], outpu
     total = sum(error.times for error in errors)
     named = [f"{labels[e.truth]} for {labels[e.answer]} ({e.times} of {sizes[e.truth]})" for e in errors[:4]]
     often = f" Most often it takes {'; '.join(named)}." if named else ""
-    return f"{total} of {len(recordings)} wrong.{often}"
+    return f"{total} of {len(recordings)} wrong.{often}{_examples(answers, recordings, labels)}"
+
+
+def _examples(answers: Answers, recordings: Sequence[Recording], labels: Sequence[str]) -> str:
+    """Some of those that are taken for another, evenly from the list."""
+    taken_for = answers.about_all(recordings).argmax(dim=-1).tolist()
+    wrong = [(r, answer) for r, answer in zip(recordings, taken_for, strict=True) if r.label != answer]
+    some = wrong[:: max(1, len(wrong) // EXAMPLES)][:EXAMPLES]
+    lines = [f"- {r.name}, {len(r.values)} steps: {labels[r.label]}, taken for {labels[answer]}" for r, answer in some]
+    return "\n\nSome of them:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _percent(right: Sequence[bool]) -> float:

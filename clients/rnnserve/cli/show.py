@@ -93,7 +93,7 @@ def model_details(model: Model) -> Table:
         "missing values": model.missing_values,
         "steps a second": f"{model.steps_per_second:g}" if model.steps_per_second else "",
         "writes": _writes(model),
-        "answers": ", ".join(model.labels) or f"{model.outputs} numbers",
+        "answers": _labels(model),
         "quality": _quality(model),
         "trained on": f"{data.name} ({data.licence}; {data.credit})" if data else "",
         "weights": model.weights_sha256,
@@ -206,6 +206,13 @@ def _step(model: Model) -> str:
     symbols = model.symbols[:_SHOWN_SYMBOLS]
     shown = " ".join(symbols) if model.unit == "word" else repr("".join(symbols))
     return f"a {model.unit} of {model.symbol_count:,}: {shown}{' …' * (len(symbols) < model.symbol_count)}"
+
+
+def _labels(model: Model) -> str:
+    """What it answers with."""
+    if not model.labels:
+        return f"{model.outputs} numbers"
+    return ", ".join(model.labels[:_SHOWN_SYMBOLS]) + ", …" * (len(model.labels) > _SHOWN_SYMBOLS)
 
 
 def _network(model: Model) -> str:
