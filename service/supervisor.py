@@ -151,6 +151,7 @@ class Supervisor:
             raise
         self._changes.models = child.models
         self._children[name] = child
+        self._metrics.began(name)
         self._bury()
 
     @property

@@ -25,5 +25,10 @@ class SupervisorMetrics:
         declarations.gauge("rnnserve_workers", "Workers that serve.").set_function(serving)
         ProcessCollector(registry=self.registry)
 
+    def began(self, process: str) -> None:
+        """From 0 on, so that its first restart shows as a rise."""
+        for why in ("died", "stuck", "rolled"):
+            self._restarts.labels(process, why)
+
     def restarted(self, process: str, why: str) -> None:
         self._restarts.labels(process, why).inc()
