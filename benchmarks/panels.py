@@ -65,7 +65,8 @@ def main() -> None:
 
 `python -m benchmarks.panels --seconds {given.seconds:g}` on {machine()}: streams, multiplexed sessions, whole
 sequences and outputs of the trained bundles, some refused, left, resumed and evicted, scraped each second. How many
-series each query gives, and one of them; then the rules, whether they can be evaluated, and which alerts fire: none may.
+series each query gives, and one of them; then the rules, whether they can be evaluated, and which alerts fire: none
+may.
 
 {markdown(HEAD, measure(given.seconds))}
 """
