@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
+.PHONY: setup serve demo train test secrets compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
 
 setup: $(READY)
 
@@ -35,6 +35,9 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+secrets:  ## random ones for containers, in secrets/, where there are none yet
+	sh deploy/make-secrets.sh secrets
 
 compose-test: $(READY)  ## containers killed and drained under streams; needs Docker with compose, and root
 	docker build --quiet --tag rnnserve:0.1.0 --build-arg TORCH_INDEX=$(TORCH_INDEX) $(if $(WHEELS_IMAGE),--build-arg WHEELS_IMAGE=$(WHEELS_IMAGE)) .
@@ -70,6 +73,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@! [ -x $(BIN)/hadolint ] || $(BIN)/hadolint Dockerfile  # there is one for Linux
 	@mkdir -p build/stubs
 	$(PROTOC) -I protos --include_imports --include_source_info -o build/rnnserve.binpb $(PROTOS)
 	$(BIN)/buf lint build/rnnserve.binpb --config buf.yaml
