@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
+.PHONY: setup serve demo train test secrets compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
 
 setup: $(READY)
 
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) --retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX) torch
-	$(PIP_INSTALL) --editable '.[service,training,music,dev]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev]'
 	@touch $(READY)
 
 serve: $(READY)  ## the server, on localhost:50051, until Ctrl-C
@@ -35,6 +35,9 @@ train: $(READY)  ## `make train TASK=speaker`, or all of them
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto
+
+secrets:  ## random ones for containers, in secrets/, where there are none yet
+	sh deploy/make-secrets.sh secrets
 
 compose-test: $(READY)  ## containers killed and drained under streams; needs Docker with compose, and root
 	docker build --quiet --tag rnnserve:0.1.0 --build-arg TORCH_INDEX=$(TORCH_INDEX) $(if $(WHEELS_IMAGE),--build-arg WHEELS_IMAGE=$(WHEELS_IMAGE)) .
@@ -55,11 +58,11 @@ bench-quick: $(READY)  ## the first of these in two minutes, nothing written
 	$(BIN)/python -m benchmarks --quick
 
 bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed in build/peers; twenty minutes; docs/benchmarks/
-	$(PIP_INSTALL) --editable '.[service,training,music,dev,peers]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.peers --into docs/benchmarks
 
 bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches and on these peers; an hour; docs/benchmarks/
-	$(PIP_INSTALL) --editable '.[service,training,music,dev,peers]'
+	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.sequences --peers --into docs/benchmarks
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
@@ -70,6 +73,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@! [ -x $(BIN)/hadolint ] || $(BIN)/hadolint Dockerfile  # there is one for Linux
 	@mkdir -p build/stubs
 	$(PROTOC) -I protos --include_imports --include_source_info -o build/rnnserve.binpb $(PROTOS)
 	$(BIN)/buf lint build/rnnserve.binpb --config buf.yaml

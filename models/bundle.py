@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,13 @@ class Bundle:
     predictor: Predictor
     samples: tuple[NDArray[np.float32] | str, ...]
     """The values of each of the manifest's samples, in their order: (steps, features), or a text."""
+    load_s: float = 0.0
+    """How long it took to read and verify."""
+
+    @property
+    def weights_bytes(self) -> int:
+        """In memory."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.predictor.network.parameters())
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -51,6 +59,7 @@ def load_bundle(folder: Path) -> Bundle:
     Raises BundleError if a file is missing or unreadable, the manifest does not fit its schema, its folder or its
     digest, the weights do not fit theirs or the network, or a sample is none that the network reads.
     """
+    start_s = time.perf_counter()
     manifest = load_manifest(folder)
     weights = _read(folder, WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != manifest.weights_sha256:
@@ -69,7 +78,8 @@ def load_bundle(folder: Path) -> Bundle:
     network = network_of(manifest.network)
     network.load_state_dict(tensors)
     samples = tuple(_read_sample(folder, sample, manifest) for sample in manifest.samples)
-    return Bundle(folder, manifest, Predictor(network.eval(), manifest.input, look_ahead=manifest.look_ahead), samples)
+    predictor = Predictor(network.eval(), manifest.input, look_ahead=manifest.look_ahead)
+    return Bundle(folder, manifest, predictor, samples, time.perf_counter() - start_s)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -40,15 +40,13 @@ def main() -> int:
     """Exit code 0 once a signal has ended it, 2 if the service could not start."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until what runs here hears of them: imports take seconds
         signal.signal(number, lambda *_: os._exit(0))  # nothing has begun yet
+    from service import logs
+    from service.logs import LogSettings
     from service.settings import SettingsError, read_settings
 
     try:
         settings = read_settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        logs.configure(LogSettings(settings.log_level, settings.log_format))
         run, errors = _of_processes(settings)
     except SettingsError as error:
         print(f"rnnserve: {error}", file=sys.stderr)

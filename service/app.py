@@ -29,7 +29,7 @@ from rnnserve.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_serve
 from rnnserve.v1.real_time_service_pb2_grpc import add_RealTimeServiceServicer_to_server
 from rnnserve.v1.sequence_service_pb2_grpc import add_SequenceServiceServicer_to_server
 from rnnserve.v1.session_service_pb2_grpc import add_SessionServiceServicer_to_server
-from service import spill_dir, state_dir
+from service import logs, spill_dir, state_dir
 from service.addresses import StartError, check_address, why_not_bound
 from service.api.calls import CallInterceptor, Refusals
 from service.api.drain import RETRY_ALONE_S, RETRY_AMONG_OTHERS_S, Drain
@@ -45,13 +45,14 @@ from service.engine.executor import TorchExecutor, usable_device
 from service.engine.sequence_lane import Lane, SequenceLane
 from service.engine.sequence_worker import LoadBundle, ProcessWorker, Worker
 from service.engine.step_engine import StepEngine
-from service.metrics import Metrics
+from service.metrics import Metrics, running_version
 from service.sessions.checkpoints import Checkpointer
 from service.sessions.copies import SessionCopies
 from service.sessions.limits import SessionLimits
 from service.sessions.registry import SessionRegistry
 from service.sessions.shared import Sharing
 from service.sessions.snapshots import SnapshotKeys
+from service.sessions.stores.daemon_thread import DaemonThread
 from service.sessions.stores.memory import MemoryStore
 from service.sessions.stores.redis import RedisStore
 from service.sessions.stores.shared import SharedStore
@@ -60,6 +61,7 @@ from service.sessions.stores.sqlite import SqliteStore
 from service.sessions.stores.store import SessionStore, StoreError
 from service.settings import Settings
 from service.stopping import finished_before
+from service.tracing import exporter
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ SERVICES = [
 PENDING_CALLS = 1_000  # besides streams
 TRANSPORT_SLACK_BYTES = 2**20  # a message this far above our limit still reaches us, so that it gets a reason
 SHUTDOWN_S = 0.25
+OBSERVE_EVERY_S = 1.0
+FLUSH_S = 1.0  # for the last spans, wherever they go
 ENDING_S = 2.0  # of the time for a drain: for last words, the sessions' last checkpoint and the end itself
 REDIS_SLACK_S = 600.0  # a service that is down for so long still finds what was parked
 STORE_HEALTH = "session-store"
@@ -102,6 +106,7 @@ class Service:
         self.catalog = catalog
         self._shares_port = lane is not None
         self.metrics = Metrics()
+        self.metrics.session_limit(settings.max_streams)
         self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()
         self._device = _device(settings)
@@ -119,6 +124,8 @@ class Service:
         self.lane = lane or sequence_lane(settings, self.metrics, partial(ProcessWorker, niceness=niceness))
         self.loader = Loader(catalog, self.lane, self)
         refusals = Refusals(self.metrics)
+        self._spans = exporter(settings.trace_sample_ratio, running_version("rnnserve"))
+        tracing = self._spans.tracing
         limits = Limits(
             max_message_bytes=settings.max_message_bytes,
             max_steps_per_message=settings.max_steps_per_message,
@@ -153,9 +160,9 @@ class Service:
         copies = SessionCopies(self.sessions, _snapshot_keys(settings), lifetime_s=settings.snapshot_lifetime_s)
         self.generations = Generations(settings.max_generations, self.metrics)
         self.real_time = RealTimeService(
-            catalog, self.sessions, self.engine, self.generations, limits, refusals, self.metrics, self.drain
+            catalog, self.sessions, self.engine, self.generations, limits, refusals, self.metrics, self.drain, tracing
         )
-        self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain))
+        self.server = self._server(CallInterceptor(self.metrics, refusals, self.drain, tracing))
         add_RealTimeServiceServicer_to_server(self.real_time, self.server)
         add_SequenceServiceServicer_to_server(
             SequenceService(catalog, self.lane, limits, refusals, self.metrics), self.server
@@ -196,6 +203,7 @@ class Service:
         loops = [asyncio.create_task(part.run()) for part in (self.lane, self.sessions)]
         for name, part in ((STORE_HEALTH, self.sessions.checkpoints), (SEQUENCE_SERVICE, self.lane)):
             loops.append(asyncio.create_task(self._report_health(name, part)))
+        loops.append(asyncio.create_task(self._observe()))
         try:
             if not await finished_before(stop, self.lane.warm_up([bundle.folder for bundle in self.catalog])):
                 return
@@ -213,6 +221,9 @@ class Service:
             self.engine.close()
             self.lane.close()
             await self.sessions.stop(SHUTDOWN_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await DaemonThread("spans").do(self._spans.flush)
 
     def _bind(self) -> int:
         host, port = self.settings.host, self.settings.port
@@ -249,7 +260,11 @@ class Service:
 
     async def _report_model(self, model: ModelKey) -> None:
         """To the metrics and to whoever asks for its health, which is one for all its versions."""
-        self.metrics.model_loaded(model, model in self.catalog)
+        if model in self.catalog:
+            bundle = self.catalog.find(*model)
+            self.metrics.model_loaded(model, bundle.weights_bytes, bundle.load_s)
+        else:
+            self.metrics.model_unloaded(model)
         names = {bundle.manifest.name for bundle in self.catalog}
         await self.health.set(f"models/{model.name}", SERVING if model.name in names else NOT_SERVING)
 
@@ -284,6 +299,17 @@ class Service:
             await self.sessions.start()
         except StoreError as error:
             raise StartError(f"session_store: {error}") from None
+
+    async def _observe(self) -> None:
+        """What is counted by looking at it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + OBSERVE_EVERY_S
+            await asyncio.sleep(OBSERVE_EVERY_S)
+            self.metrics.loop_lag(loop.time() - due_s)
+            self.metrics.step_queue(*self.engine.queue())
+            self.metrics.sequence_queue_age(self.lane.queue_age_s())
+            self.metrics.durable_lag(*self.sessions.checkpoints.lag())
 
     async def _report_health(self, name: str, part: Lane | Checkpointer) -> None:
         """Of what is down at times."""
@@ -398,6 +424,7 @@ async def serve(settings: Settings) -> None:
     """Build and run the service in this process, until SIGTERM or SIGINT. Raises StartError and CatalogError."""
     prepare_threads(settings)
     stop = stop_on_signals()
+    logs.change_level_on_signals(logs.set_level)
     spill_dir.check(settings.spill_dir)
     bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
     catalog = load_catalog(settings.model_repository, bfloat16=bfloat16)

@@ -1,26 +1,27 @@
 """`python -m service.healthcheck`: exit code 0 while the server of this container serves.
 
-It is run every few seconds, so it loads gRPC alone: a fifth of the time that `rnnserve health` takes.
+It asks as any client would, with ours.
 """
 
 import os
 import sys
 
-import grpc
+from rnnserve import Client, RetryPolicy, RnnserveError
 
 TIMEOUT_S = 3.0
-SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse(status=SERVING)
 
 
 def main() -> bool:
     """Whether it serves."""
-    with grpc.insecure_channel(f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', '50051')}") as channel:
-        check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/grpc.health.v1.Health/Check")
+    target = f"127.0.0.1:{os.environ.get('RNNSERVE_PORT', '50051')}"
+    with Client(target, timeout_s=TIMEOUT_S, retry=RetryPolicy(attempts=1)) as client:
         try:
-            return check(b"", timeout=TIMEOUT_S) == SERVING
-        except grpc.RpcError as error:
-            print(error.code().name, file=sys.stderr)
-            return False
+            status = client.health()
+        except RnnserveError as error:
+            status = error.code
+    if status != "serving":
+        print(status, file=sys.stderr)
+    return status == "serving"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from prometheus_client import generate_latest
 
 from models.bundle import Bundle
 from models.manifest import ModelKey
-from service.app import sequence_lane, stop_on_signals
+from service import logs
+from service.app import OBSERVE_EVERY_S, sequence_lane, stop_on_signals
 from service.catalog.catalog import Catalog, CatalogError
 from service.catalog.loading import Change, Loader
 from service.control import Message
@@ -52,6 +53,7 @@ class LaneProcess:
         """Until SIGTERM, or the end of the supervisor."""
         stop, catalog = stop_on_signals(), self._member.catalog
         running = asyncio.create_task(self._lane.run())
+        self._tasks.begin(self._observe())
         try:
             await self._lane.warm_up([bundle.folder for bundle in catalog])
             async with await LaneServer(self._lane, catalog.find).serve(self._member.lane):
@@ -61,6 +63,11 @@ class LaneProcess:
         finally:
             running.cancel()
             self._lane.close()
+
+    async def _observe(self) -> None:
+        while True:
+            await asyncio.sleep(OBSERVE_EVERY_S)
+            self._metrics.sequence_queue_age(self._lane.queue_age_s())
 
     async def _listen(self) -> None:
         while message := await self._member.channel.receive():
@@ -73,6 +80,8 @@ class LaneProcess:
                 channel.send(alive=True, live=[0, 0])
             case {"ask": "metrics"}:
                 channel.send(metrics=generate_latest(self._metrics.registry).decode())
+            case {"log_level": str(level)}:
+                logs.set_level(level)
             case {"change": dict(fields), "do": str(step)}:
                 self._tasks.begin(self._member.take_part(self._loader, Change(**fields), step))
 

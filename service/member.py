@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
-import os
 import signal
 import socket
 import sys
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from models.manifest import ModelKey
+from service import logs
 from service.catalog.catalog import Bfloat16, Catalog, load_catalog
 from service.catalog.loading import Change, Loader
 from service.control import Channel
 from service.errors import Internal, ServingError, packed
+from service.logs import LogSettings
 from service.settings import Settings, unpacked
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,7 @@ class Member:
         if begin is None:
             sys.exit(1)  # there is no supervisor any more
         settings = unpacked(begin["settings"])
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        logs.configure(LogSettings(settings.log_level, settings.log_format))
         only = begin["models"] and [ModelKey(*model) for model in begin["models"]]
         bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
         catalog = load_catalog(settings.model_repository, only, bfloat16)

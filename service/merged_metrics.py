@@ -10,8 +10,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 SUMMED = ("counter", "histogram", "summary")
-SAME_EVERYWHERE = ("rnnserve_parked_sessions", "rnnserve_parked_bytes", "rnnserve_models")  # each counts all
+SAME_EVERYWHERE = (  # each knows of all
+    "rnnserve_parked_sessions", "rnnserve_parked_bytes", "rnnserve_models", "rnnserve_session_limit",
+)  # fmt: skip
 FLAGS = ("rnnserve_store_up",)  # down for one is down for all
+LARGEST = (
+    "rnnserve_step_queue_age_seconds", "rnnserve_sequence_queue_age_seconds", "rnnserve_durable_lag_seconds",
+    "rnnserve_loop_lag_seconds", "rnnserve_model_load_seconds",
+)  # fmt: skip
 
 Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 """A sample's name and labels."""
@@ -79,7 +85,7 @@ def _merged(same: list[Metric], of_dead: Values) -> Metric:
 def _rule(family: Metric) -> Callable[[float, float], float]:
     if family.name in FLAGS:
         return min
-    if family.name in SAME_EVERYWHERE or family.name.endswith("_info"):
+    if family.name in (*SAME_EVERYWHERE, *LARGEST) or family.name.endswith("_info"):
         return max
     return _sum
 

@@ -1,97 +1,145 @@
-"""Every Prometheus metric of the service. The parts that count are handed small Protocols of their own."""
+"""Every Prometheus metric of a process that serves. The parts that count are handed small Protocols of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import ProcessCollector
 
 from models.manifest import ModelKey
+from service.declarations import COUNT_BUCKETS, Declarations
 from service.errors import reasons
 from service.sessions.limits import EVICTING
-from service.tallies import TallyCounter, TallyHistogram
 
-DURATION_BUCKETS_S = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600,
-)  # fmt: skip
-COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
 MODEL = ("model", "version")
 
 
 class Metrics:
-    """All metrics in one registry. Labels are bounded: never a session id."""
+    """All metrics in one registry. Labels are bounded: never a session id, never anything that a client chose."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._declare_calls()
-        self._declare_work()
-        ProcessCollector(registry=self.registry)  # memory, processor time, file handles
-        self._tasks = Gauge("rnnserve_tasks", "Tasks of the event loop.", registry=self.registry)
+        declarations = Declarations()
+        self.registry = declarations.registry
+        self.declared = declarations.declared
+        self._declare_calls(declarations)
+        self._declare_steps(declarations)
+        self._declare_sessions(declarations)
+        self._declare_store(declarations)
+        self._declare_sequences(declarations)
+        self._declare_generations(declarations)
+        self._declare_models(declarations)
+        self._declare_process(declarations)
 
-    def _declare_calls(self) -> None:
-        r = self.registry
-        self._started = Counter("grpc_server_started_total", "Calls begun.", METHOD, registry=r)
-        self._handled = Counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"), registry=r)
-        self._received = TallyCounter("grpc_server_msg_received_total", "Messages received.", METHOD, r)
-        self._sent = TallyCounter("grpc_server_msg_sent_total", "Messages sent.", METHOD, r)
-        self._handling = Histogram(
-            "grpc_server_handling_seconds", "Duration of calls.", METHOD, registry=r, buckets=DURATION_BUCKETS_S
-        )
-        self._refusals = Counter("rnnserve_refusals_total", "Calls and messages refused.", ("reason",), registry=r)
+    def _declare_calls(self, d: Declarations) -> None:
+        d.section = "Calls"
+        self._started = d.counter("grpc_server_started_total", "Calls begun.", METHOD)
+        self._handled = d.counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"))
+        self._received = d.tally("grpc_server_msg_received_total", "Messages received.", METHOD)
+        self._sent = d.tally("grpc_server_msg_sent_total", "Messages sent.", METHOD)
+        self._handling = d.histogram("grpc_server_handling_seconds", "Duration of calls.", METHOD)
+        self._refusals = d.counter("rnnserve_refusals_total", "Calls and messages refused.", ("reason",))
         for reason in reasons():
             self._refusals.labels(reason)  # from 0 on, so that the first one shows as a rise
-        self._build = Info("rnnserve_build", "The running version.", registry=r)
-        self._build.info({"version": _version()})
 
-    def _declare_work(self) -> None:
-        r = self.registry
-        self._steps = TallyCounter("rnnserve_steps_total", "Steps applied to a session.", MODEL, r)
-        self._step_s = TallyHistogram(
-            "rnnserve_step_seconds", "From a message of steps to its answer.", MODEL, r, DURATION_BUCKETS_S
+    def _declare_steps(self, d: Declarations) -> None:
+        d.section = "Steps of streams"
+        self._steps = d.tally("rnnserve_steps_total", "Steps applied to a session.", MODEL)
+        self._step_s = d.tally_histogram("rnnserve_step_seconds", "From a message of steps to its answer, sent.", MODEL)
+        self._step_queue_s = d.tally_histogram(
+            "rnnserve_step_queue_seconds", "Of that: the wait for a tick, for each tick that a message takes.", MODEL
         )
-        self._sessions = Gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL, registry=r)
-        self._opened = Counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL, registry=r)
-        self._resumed = Counter(
-            "rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL, registry=r
+        self._tick_s = d.tally_histogram("rnnserve_tick_seconds", "Of that: computing, for each tick.", MODEL)
+        self._step_send_s = d.tally_histogram("rnnserve_step_send_seconds", "Of that: sending the answer.", MODEL)
+        self._tick_sessions = d.tally_histogram(
+            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, COUNT_BUCKETS
         )
-        self._parked = Gauge("rnnserve_parked_sessions", "Sessions kept without a stream.", registry=r)
-        self._parked_bytes = Gauge("rnnserve_parked_bytes", "Their states and answers.", registry=r)
-        self._evictions = Counter("rnnserve_evictions_total", "Sessions that met a limit.", ("limit",), registry=r)
+        self._queued_steps = d.gauge("rnnserve_queued_steps", "Steps that wait for a tick.")
+        self._queue_age_s = d.gauge("rnnserve_step_queue_age_seconds", "How long the first of them has waited.")
+
+    def _declare_sessions(self, d: Declarations) -> None:
+        d.section = "Sessions"
+        self._sessions = d.gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL)
+        self._parked = d.gauge(
+            "rnnserve_parked_sessions",
+            "Sessions kept without a stream. Where processes share a store: of all models together, named `all`.",
+            MODEL,
+        )
+        self._parked_bytes = d.gauge("rnnserve_parked_bytes", "Their states and answers.")
+        self._session_limit = d.gauge("rnnserve_session_limit", "As many may have a stream: max_streams.")
+        self._opened = d.counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL)
+        self._resumed = d.counter("rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL)
+        self._streams_ended = d.counter(
+            "rnnserve_streams_ended_total",
+            "Streams of a session that are over: CLOSED and CLIENT_GONE are the client's doing, the rest refusals.",
+            (*MODEL, "reason"),
+        )
+        self._evictions = d.counter("rnnserve_evictions_total", "Sessions that met a limit.", ("limit",))
         for limit in EVICTING:
             self._evictions.labels(limit)
-        self._store_up = Gauge("rnnserve_store_up", "1 while the session store answers.", registry=r)
+
+    def _declare_store(self, d: Declarations) -> None:
+        d.section = "Session store"
+        self._store_up = d.gauge("rnnserve_store_up", "1 while the session store answers.")
         self._store_up.set(1)
-        self._checkpoint_sessions = Histogram(
-            "rnnserve_checkpoint_sessions", "Sessions written at a time.", registry=r, buckets=COUNT_BUCKETS
+        self._store_s = d.histogram("rnnserve_store_seconds", "Duration of what the store was asked.", ("operation",))
+        self._store_errors = d.counter(
+            "rnnserve_store_errors_total", "What it did not do, or not in time.", ("operation",)
         )
-        self._checkpoint_s = Histogram(
-            "rnnserve_checkpoint_seconds", "Duration of such a write.", registry=r, buckets=DURATION_BUCKETS_S
+        self._durable_lag_s = d.gauge(
+            "rnnserve_durable_lag_seconds", "All that is older is durable; 0 while nothing waits to be written."
         )
-        self._tick_sessions = TallyHistogram(
-            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, r, COUNT_BUCKETS
+        self._unwritten = d.gauge("rnnserve_unwritten_sessions", "Sessions that wait to be written.")
+        self._checkpoint_sessions = d.histogram(
+            "rnnserve_checkpoint_sessions", "Sessions written at a time.", buckets=COUNT_BUCKETS
         )
-        self._tick_s = TallyHistogram("rnnserve_tick_seconds", "Duration of a tick.", MODEL, r, DURATION_BUCKETS_S)
-        self._sequences = Counter("rnnserve_sequences_total", "Whole sequences computed.", MODEL, registry=r)
-        self._sequence_s = Histogram(
-            "rnnserve_sequence_seconds", "From whole sequences to their answers.", MODEL, registry=r,
-            buckets=DURATION_BUCKETS_S,
-        )  # fmt: skip
-        self._batch_sequences = Histogram(
-            "rnnserve_batch_sequences", "Sequences that shared a tick.", MODEL, registry=r, buckets=COUNT_BUCKETS
+        self._checkpoint_s = d.histogram("rnnserve_checkpoint_seconds", "Duration of such a write.")
+
+    def _declare_sequences(self, d: Declarations) -> None:
+        d.section = "Whole sequences"
+        self._sequences = d.counter("rnnserve_sequences_total", "Whole sequences computed.", MODEL)
+        self._sequence_s = d.histogram("rnnserve_sequence_seconds", "From whole sequences to their answers.", MODEL)
+        self._sequence_queue_s = d.histogram(
+            "rnnserve_sequence_queue_seconds", "Of that: the wait until one is computed.", MODEL
         )
-        self._batch_s = Histogram(
-            "rnnserve_batch_seconds", "Duration of such a tick.", MODEL, registry=r, buckets=DURATION_BUCKETS_S
+        self._queued = d.gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.")
+        self._sequence_age_s = d.gauge(
+            "rnnserve_sequence_queue_age_seconds", "How long the first of those has waited that do not run yet."
         )
-        self._queued = Gauge("rnnserve_queued_sequences", "Whole sequences that wait or run.", registry=r)
-        self._recordings = Gauge("rnnserve_recordings", "Sequences in parts of which something is kept.", registry=r)
-        self._generations = Gauge("rnnserve_generations", "Outputs being written.", MODEL, registry=r)
-        self._generations_ended = Counter(
-            "rnnserve_generations_ended_total", "Outputs that are over, and why.", (*MODEL, "finish"), registry=r
+        self._batch_sequences = d.histogram(
+            "rnnserve_batch_sequences", "Sequences that shared a tick.", MODEL, COUNT_BUCKETS
         )
-        self._symbols = TallyCounter("rnnserve_generated_symbols_total", "Symbols of outputs.", MODEL, r)
-        self._models = Gauge("rnnserve_models", "Models served, always 1.", MODEL, registry=r)
+        self._batch_s = d.histogram("rnnserve_batch_seconds", "Duration of such a tick.", MODEL)
+        self._batch_steps = d.counter("rnnserve_batch_steps_total", "Steps that such ticks have computed.", MODEL)
+        self._batch_padding = d.counter("rnnserve_batch_padding_total", "Of these, in vain: behind an end.", MODEL)
+        self._abandoned = d.counter(
+            "rnnserve_sequences_abandoned_total", "Sequences that were computed when their caller left.", MODEL
+        )
+        self._recordings = d.gauge("rnnserve_recordings", "Sequences in parts of which something is kept.")
+
+    def _declare_generations(self, d: Declarations) -> None:
+        d.section = "Outputs that are written"
+        self._generations = d.gauge("rnnserve_generations", "Outputs being written.", MODEL)
+        self._generations_ended = d.counter(
+            "rnnserve_generations_ended_total", "Outputs that are over, and why.", (*MODEL, "finish")
+        )
+        self._symbols = d.tally("rnnserve_generated_symbols_total", "Symbols of outputs.", MODEL)
+
+    def _declare_models(self, d: Declarations) -> None:
+        d.section = "Models"
+        self._models = d.gauge("rnnserve_models", "Models served, always 1.", MODEL)
+        self._model_bytes = d.gauge("rnnserve_model_bytes", "Memory of the weights, in each process.", MODEL)
+        self._model_load_s = d.gauge("rnnserve_model_load_seconds", "How long it took to load and verify.", MODEL)
+
+    def _declare_process(self, d: Declarations) -> None:
+        d.section = "Processes"
+        running = {name: running_version(package) for name, package in (("version", "rnnserve"), ("torch", "torch"))}
+        d.info("rnnserve_build", "What is running.", running | {"python": platform.python_version()})
+        self._tasks = d.gauge("rnnserve_tasks", "Tasks of the event loop.")
+        self._loop_lag_s = d.gauge("rnnserve_loop_lag_seconds", "How late the event loop was, of late.")
+        ProcessCollector(registry=d.registry)  # memory, processor time, file handles
 
     def call_started(self, method: tuple[str, str, str]) -> None:
         self._started.labels(*method).inc()
@@ -109,11 +157,17 @@ class Metrics:
     def refused(self, reason: str) -> None:
         self._refusals.labels(reason).inc()
 
-    def model_loaded(self, model: ModelKey, loaded: bool) -> None:
-        if loaded:
-            self._models.labels(*model).set(1)
-        else:
-            self._models.remove(*model)
+    def model_loaded(self, model: ModelKey, size_bytes: int, load_s: float) -> None:
+        self._models.labels(*model).set(1)
+        self._model_bytes.labels(*model).set(size_bytes)
+        self._model_load_s.labels(*model).set(load_s)
+
+    def model_unloaded(self, model: ModelKey) -> None:
+        for gauge in (self._models, self._model_bytes, self._model_load_s):
+            gauge.remove(*model)
+
+    def session_limit(self, sessions: int) -> None:
+        self._session_limit.set(sessions)
 
     def session_opened(self, model: ModelKey) -> None:
         self._opened.labels(*model).inc()
@@ -121,11 +175,15 @@ class Metrics:
     def session_resumed(self, model: ModelKey) -> None:
         self._resumed.labels(*model).inc()
 
+    def stream_ended(self, model: ModelKey, reason: str) -> None:
+        self._streams_ended.labels(*model, reason).inc()
+
     def live_sessions(self, model: ModelKey, sessions: int) -> None:
         self._sessions.labels(*model).set(sessions)
 
-    def parked(self, sessions: int, size_bytes: int) -> None:
-        self._parked.set(sessions)
+    def parked(self, sessions: Mapping[ModelKey, int], size_bytes: int) -> None:
+        for model, count in sessions.items():
+            self._parked.labels(*model).set(count)
         self._parked_bytes.set(size_bytes)
 
     def evicted(self, limit: str) -> None:
@@ -134,6 +192,16 @@ class Metrics:
     def store_available(self, available: bool) -> None:
         self._store_up.set(available)
 
+    def store_asked(self, operation: str, duration_s: float) -> None:
+        self._store_s.labels(operation).observe(duration_s)
+
+    def store_failed(self, operation: str) -> None:
+        self._store_errors.labels(operation).inc()
+
+    def durable_lag(self, sessions: int, lag_s: float) -> None:
+        self._unwritten.set(sessions)
+        self._durable_lag_s.set(lag_s)
+
     def checkpoint(self, sessions: int, duration_s: float) -> None:
         self._checkpoint_sessions.observe(sessions)
         self._checkpoint_s.observe(duration_s)
@@ -141,12 +209,20 @@ class Metrics:
     def steps(self, model: ModelKey, applied: int) -> None:
         self._steps.inc(model, applied)
 
-    def steps_answered(self, model: ModelKey, duration_s: float) -> None:
+    def steps_answered(self, model: ModelKey, duration_s: float, send_s: float) -> None:
         self._step_s.observe(model, duration_s)
+        self._step_send_s.observe(model, send_s)
+
+    def waited(self, model: ModelKey, duration_s: float) -> None:
+        self._step_queue_s.observe(model, duration_s)
 
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
         self._tick_sessions.observe(model, sessions)
         self._tick_s.observe(model, duration_s)
+
+    def step_queue(self, steps: int, age_s: float) -> None:
+        self._queued_steps.set(steps)
+        self._queue_age_s.set(age_s)
 
     def generations(self, model: ModelKey, running: int) -> None:
         self._generations.labels(*model).set(running)
@@ -161,15 +237,29 @@ class Metrics:
         """Ask there at each scrape."""
         self._tasks.set_function(count)
 
+    def loop_lag(self, lag_s: float) -> None:
+        self._loop_lag_s.set(lag_s)
+
     def queued(self, sequences: int) -> None:
         self._queued.set(sequences)
+
+    def sequence_queue_age(self, age_s: float) -> None:
+        self._sequence_age_s.set(age_s)
 
     def recordings(self, count: int) -> None:
         self._recordings.set(count)
 
-    def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
+    def sequence_begun(self, model: ModelKey, queued_s: float) -> None:
+        self._sequence_queue_s.labels(*model).observe(queued_s)
+
+    def sequence_abandoned(self, model: ModelKey) -> None:
+        self._abandoned.labels(*model).inc()
+
+    def batch(self, model: ModelKey, sequences: int, duration_s: float, steps: int, padding: int) -> None:
         self._batch_sequences.labels(*model).observe(sequences)
         self._batch_s.labels(*model).observe(duration_s)
+        self._batch_steps.labels(*model).inc(steps)
+        self._batch_padding.labels(*model).inc(padding)
 
     def sequence(self, model: ModelKey) -> None:
         self._sequences.labels(*model).inc()
@@ -178,8 +268,9 @@ class Metrics:
         self._sequence_s.labels(*model).observe(duration_s)
 
 
-def _version() -> str:
+def running_version(package: str) -> str:
+    """Of an installed package."""
     try:
-        return version("rnnserve")
+        return version(package)
     except PackageNotFoundError:
         return "unknown"

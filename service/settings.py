@@ -1,6 +1,8 @@
 """All settings of the service: by variable (RNNSERVE_PORT), flag (--port) or a TOML file (port = …).
 
 A flag wins over a variable, a variable over the file, the file over the default.
+
+Secrets may stand in files instead, which only the service can read: `redis_url_file` and `snapshot_key_file` name them.
 """
 
 from __future__ import annotations
@@ -81,6 +83,16 @@ class Settings(BaseSettings):
         description="folder of one server's own: sessions.sqlite, and server.json with its ports while it serves",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json = an object a line; auto = text on a terminal, else json"
+    )
+    trace_sample_ratio: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the steps and of the calls other than streams that have a span of OpenTelemetry, if the "
+        "caller does not decide; spans go to where OTEL_EXPORTER_OTLP_ENDPOINT says; 0 = no spans at all",
+    )
 
     max_message_bytes: int = Field(
         4 * 2**20, ge=2**10, le=64 * 2**20, description="bytes of one message; a larger one is MESSAGE_TOO_LARGE"
@@ -114,6 +126,11 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"), description="redis://[:password@]host:port/database, rediss:// for TLS"
+    )
+    redis_url_file: Path | None = Field(
+        None,
+        description="file whose only line is redis_url, instead of it: a secret in a variable or a flag is seen by "
+        "whoever may look at the container or the process",
     )
     redis_prefix: str = Field("rnnserve:", description="how all names begin that are used in Redis")
     power_loss_safe: bool = Field(
@@ -249,7 +266,25 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         raise SettingsError(f"{FILE_VARIABLE}: {os.environ.get(FILE_VARIABLE)} cannot be read: {error}") from None
     if problems:
         raise SettingsError("; ".join(problems))
-    return settings
+    return _with_secrets(settings)
+
+
+def _with_secrets(settings: Settings) -> Settings:
+    """Those that stand in files. Raises SettingsError, which never says what stands there."""
+    file = settings.redis_url_file
+    if file is None:
+        return settings
+    if "redis_url" in settings.model_fields_set:
+        raise SettingsError("redis_url, redis_url_file: only one of them can be given")
+    try:
+        lines = file.read_text("utf-8").split()
+    except OSError as error:
+        raise SettingsError(f"redis_url_file: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"redis_url_file: {file} is not text") from None
+    if len(lines) != 1:
+        raise SettingsError(f"redis_url_file: {file} must have one line, which is the URL")
+    return settings.model_copy(update={"redis_url": SecretStr(lines[0])})
 
 
 def _flags(given: list[str]) -> CliSettingsSource[Settings]:

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest, start_http_server
+from prometheus_client import generate_latest, start_http_server
 
-from service import spill_dir, state_dir
+from service import logs, spill_dir, state_dir
 from service.addresses import StartError, reserve_shared_port, why_not_bound
 from service.changes import Changes
 from service.child import LANE, Change, Child
@@ -28,6 +28,7 @@ from service.errors import Draining
 from service.merged_metrics import MergedMetrics, Snapshot, Values, counted, registry_of
 from service.settings import Settings, SettingsError, packed, read_settings
 from service.stopping import finished_before
+from service.supervisor_metrics import SupervisorMetrics
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +65,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._changes = Changes(lambda: [child for child in self._children.values() if child.serves])
         self._of_dead: Values = {}
-        self._declare_metrics()
-
-    def _declare_metrics(self) -> None:
-        self._own = CollectorRegistry()
-        ProcessCollector(registry=self._own)
-        self._restarts = Counter(
-            "rnnserve_process_restarts_total", "Processes started again.", ["process", "why"], registry=self._own
-        )
-        serving = Gauge("rnnserve_workers", "Workers that serve.", registry=self._own)
-        serving.set_function(lambda: sum(worker.serves for worker in self._workers))
+        self._metrics = SupervisorMetrics(lambda: sum(worker.serves for worker in self._workers))
 
     @property
     def _workers(self) -> list[Child]:
@@ -87,6 +79,7 @@ class Supervisor:
         """Until SIGTERM or SIGINT, then drain. Raises StartError, and whatever fails here that should not."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop_or_kill)
+        logs.change_level_on_signals(self._set_log_level)
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._begin(self._roll()))
         self._unburied = state_dir.former_owners(self._settings.state_dir)
         try:
@@ -123,6 +116,13 @@ class Supervisor:
             self._failure = error
             self._stopping.set()
 
+    def _set_log_level(self, level: Any) -> None:
+        """In all processes, and in those that are begun from now on."""
+        logs.set_level(level)
+        self._settings = self._settings.model_copy(update={"log_level": level})
+        for child in self._all:
+            child.channel.send(log_level=level)
+
     def _stop_or_kill(self) -> None:
         if self._stopping.is_set():
             for child in self._all:
@@ -151,6 +151,7 @@ class Supervisor:
             raise
         self._changes.models = child.models
         self._children[name] = child
+        self._metrics.began(name)
         self._bury()
 
     @property
@@ -170,7 +171,7 @@ class Supervisor:
                 if time.monotonic() - child.started_s > CALM_AFTER_S:
                     pause_s = FIRST_PAUSE_S
                 log.error("%s has died; starting it again in %g s", name, pause_s)
-                self._restarts.labels(name, "stuck" if child.killed else "died").inc()
+                self._metrics.restarted(name, "stuck" if child.killed else "died")
                 pause_s = await self._start_after(name, pause_s)
 
     async def _start_after(self, name: str, pause_s: float = 0.0) -> float:
@@ -260,7 +261,7 @@ class Supervisor:
         async with self._places[name]:
             former = self._children[name]
             await start(name)
-            self._restarts.labels(name, "rolled").inc()
+            self._metrics.restarted(name, "rolled")
             self._leaving.append(former)
             return former
 
@@ -298,7 +299,7 @@ class Supervisor:
 
     async def _snapshot(self) -> Snapshot:
         await self._ask_for_metrics()
-        pages = {"supervisor": generate_latest(self._own).decode()}
+        pages = {"supervisor": generate_latest(self._metrics.registry).decode()}
         pages |= {f"{child.name}-former": child.page for child in self._leaving if child.page}
         pages |= {child.name: child.page for child in self._children.values() if child.page}
         return Snapshot(pages, self._of_dead)

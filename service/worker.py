@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
+from service import logs
 from service.addresses import StartError
 from service.app import Service, prepare_threads, stop_on_signals
 from service.catalog.catalog import CatalogError
@@ -62,6 +63,8 @@ class Worker:
                 self._channel.send(alive=True, live=[self._service.sessions.live, self._service.generations.running])
             case {"ask": "metrics"}:
                 self._send_metrics()
+            case {"log_level": str(level)}:
+                logs.set_level(level)
             case {"dead": [*owners]}:
                 self._tasks.begin(self._service.sessions.bury(owners))
             case {"change": dict(fields), "do": str(step)}:

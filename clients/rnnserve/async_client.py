@@ -30,6 +30,7 @@ from rnnserve.snapshots import Snapshot
 from rnnserve.statuses import error_from_call
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
+from rnnserve.tracing import trace_context
 from rnnserve.v1.real_time_service_pb2 import (
     GenerateRequest,
     GenerateResponse,
@@ -70,7 +71,7 @@ class AsyncClient:
         self._target = target
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
-        self._metadata = call_metadata(target, tls, token)
+        self._own_metadata = call_metadata(target, tls, token)
         self._retry = retry
         self._calls = Calls(timeout_s, retry)
         self._channels = [_channel(target, tls) for _ in range(checked_connections(connections))]
@@ -142,6 +143,10 @@ class AsyncClient:
     async def health(self, model: str | None = None) -> str:
         """ "serving" or "not_serving": the whole server, or one model. Raises ModelNotFound."""
         return await self._run(self._calls.health(model))
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._own_metadata + trace_context()
 
     def stream(
         self,

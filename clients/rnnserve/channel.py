@@ -18,7 +18,7 @@ _KEEPALIVE_TIMEOUT_MS = 20_000
 
 def channel_options(target: str) -> list[tuple[str, int]]:
     """Limits, keepalive while calls are open, and quick reconnects. Raises ValueError for a target without a host."""
-    if not _host(target).strip():
+    if not host_of(target).strip():
         raise ValueError(f"the target {target!r} names no host: it is host:port, such as localhost:50051")
     options = [
         ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
@@ -63,14 +63,14 @@ def is_loopback(target: str) -> bool:
     """Whether a gRPC target names this machine itself; False where in doubt."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
-    host = _host(target)
+    host = host_of(target)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _host(target: str) -> str:
+def host_of(target: str) -> str:
     """dns:///localhost:50051 -> localhost; [::1]:50051 -> ::1; another kind of target as it is."""
     address = re.sub(r"^(dns:(//[^/]*/)?|ipv4:|ipv6:)", "", target)
     if address.startswith("["):

@@ -29,6 +29,7 @@ from rnnserve.statuses import error_from_call
 from rnnserve.stream import Stream
 from rnnserve.stubs import Stubs
 from rnnserve.tensors import Input
+from rnnserve.tracing import trace_context
 from rnnserve.v1.real_time_service_pb2 import (
     GenerateRequest,
     GenerateResponse,
@@ -72,12 +73,16 @@ class Client:
         self._target = target
         self._timeout_s = timeout_s
         self._resume_timeout_s = resume_timeout_s
-        self._metadata = call_metadata(target, tls, token)
+        self._own_metadata = call_metadata(target, tls, token)
         self._retry = retry
         self._calls = Calls(timeout_s, retry)
         self._channels = [_channel(target, tls) for _ in range(checked_connections(connections))]
         self._stubs = Stubs(self._channels[0])
         self._in_turn = itertools.cycle([self._stubs, *map(Stubs, self._channels[1:])])
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._own_metadata + trace_context()
 
     def models(self) -> list[Model]:
         """All models, by name and version."""

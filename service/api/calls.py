@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from service.api.drain import Drain
 from service.api.statuses import status_of
 from service.errors import Internal, MessageMalformed, ServingError
+from service.tracing import OFF, CallSpan, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +54,18 @@ class Refusals:
     def status(self, error: ServingError) -> status_pb2.Status:
         """What the client is told."""
         self._metrics.refused(error.reason)
+        log.debug("refused", extra={"reason": error.reason, "field": error.field})
         return status_of(error)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Stands in front of every method."""
 
-    def __init__(self, metrics: CallMetrics, refusals: Refusals, drain: Drain) -> None:
+    def __init__(self, metrics: CallMetrics, refusals: Refusals, drain: Drain, tracing: Tracing = OFF) -> None:
         self._metrics = metrics
         self._refusals = refusals
         self._drain = drain
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -80,6 +83,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, handler: Handler, behaviour: Callable[..., Any], method: Method) -> Callable[..., Any]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            with self._tracing.call(method, dict(context.invocation_metadata() or ())) as span:
+                return await run(request, context, span)
+
+        async def run(request: Any, context: grpc.aio.ServicerContext[Any, Any], span: CallSpan) -> Any:
             start_s = time.perf_counter()
             self._metrics.call_started(method)
             code: int = code_pb2.CANCELLED
@@ -95,7 +102,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 code = refusal.code
                 await context.abort_with_status(rpc_status.to_status(refusal))
             finally:
-                self._metrics.call_ended(method, code_pb2.Code.Name(code), time.perf_counter() - start_s)
+                name, duration_s = code_pb2.Code.Name(code), time.perf_counter() - start_s
+                self._metrics.call_ended(method, name, duration_s)
+                span.set_attribute("rpc.grpc.status_code", code)
+                fields = {"method": f"{method[1]}/{method[2]}", "code": name, "duration_s": round(duration_s, 6)}
+                log.debug("call ended", extra=fields)
 
         return call
 

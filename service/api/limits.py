@@ -23,8 +23,8 @@ class Limits:
     max_bulk_sequences: int
     idle_timeout_s: float  # 0 = none
 
-    def check_size(self, message: Message) -> None:
-        """Raises MessageTooLarge."""
+    def check_size(self, message: Message) -> int:
+        """How many bytes it has. Raises MessageTooLarge."""
         size_bytes = message.ByteSize()
         if size_bytes > self.max_message_bytes:
             raise MessageTooLarge(
@@ -32,3 +32,4 @@ class Limits:
                 field="request",
                 limit=self.max_message_bytes,
             )
+        return size_bytes

@@ -43,6 +43,7 @@ from service.api.live_call import CANCELLATION_S, LiveCall
 from service.api.openings import OpenedSession, Openings
 from service.api.session_stream import StepMetrics
 from service.api.statuses import duration
+from service.api.stream_ends import CLOSED, report_end
 from service.engine.step_engine import Stepped
 from service.errors import (
     FieldInvalid,
@@ -57,6 +58,7 @@ from service.errors import (
 from service.sessions.record import Floats
 from service.sessions.registry import SessionRegistry
 from service.sessions.together import StepsTogether
+from service.tracing import OFF, Timing, Tracing
 
 if TYPE_CHECKING:
     from service.api.live_call import Context
@@ -90,6 +92,7 @@ class _Handle:
     def lose(self, error: ServingError) -> None:
         """The session is taken away."""
         self.lost = error
+        self.stream.report_end(self, error.reason)
         self.stream.ended([self], error)
 
     def became_durable(self) -> None:
@@ -108,6 +111,7 @@ class MultiplexedStream(LiveCall):
         limits: Limits,
         refusals: Refusals,
         metrics: StepMetrics,
+        tracing: Tracing = OFF,
     ) -> None:
         super().__init__(context)
         self._openings = openings
@@ -115,6 +119,7 @@ class MultiplexedStream(LiveCall):
         self._limits = limits
         self._refusals = refusals
         self._metrics = metrics
+        self._tracing = tracing
         self._handles: dict[int, _Handle] = {}
         self._last_number = -1
         self._tasks: set[asyncio.Task[None]] = set()  # openings and closings
@@ -124,6 +129,8 @@ class MultiplexedStream(LiveCall):
         self._to_write = asyncio.Event()
         self._written = asyncio.Event()
         self._writing = False
+        self._sends = self._writes = 0  # responses that were to be written, and were
+        self._unwritten: deque[tuple[int, StepsTogether, float, float]] = deque()  # answers: from when on, ready when
 
     @property
     def busy(self) -> bool:
@@ -154,8 +161,20 @@ class MultiplexedStream(LiveCall):
             job.abandoned = True
         for task in self._tasks:
             task.cancel()
-        for handle in self._handles.values():
+        handles = list(self._handles.values())
+        for handle in handles:
             self._sessions.leave(handle.session, handle)
+            self.report_end(handle, self.end_reason)
+        sizes = {"received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes}
+        log.info(
+            "multiplexed stream ended",
+            extra={"reason": self.end_reason, "sessions": len(handles), **sizes, "request_id": self.request_id},
+        )
+
+    def report_end(self, handle: _Handle, reason: str) -> None:
+        """The session has this stream no more."""
+        if self._handles.get(handle.number) is handle:
+            report_end(self._metrics, handle.opened, reason, self.request_id)
 
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
@@ -186,7 +205,7 @@ class MultiplexedStream(LiveCall):
 
     def _take(self, request: MultiplexStepsRequest) -> None:
         try:
-            self._limits.check_size(request)
+            self.received_bytes += self._limits.check_size(request)
             match request.WhichOneof("request"):
                 case "steps":
                     with within("steps"):
@@ -317,7 +336,7 @@ class MultiplexedStream(LiveCall):
                 self._jobs.discard(job)
                 self._written.set()
             self._answer(handles[first : first + len(stepped.outputs)], stepped, steps, silent)
-            self._metrics.steps_answered(job.model, time.perf_counter() - start_s)
+            self._unwritten.append((self._sends, job, start_s, time.perf_counter()))
 
         sessions = [handle.session for handle in handles]
         job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
@@ -443,6 +462,7 @@ class MultiplexedStream(LiveCall):
             self._go_on([handle])
             return
         next_step = session.next_step
+        self.report_end(handle, CLOSED)
         del self._handles[handle.number]
         self._durable.pop(handle, None)
         erased = await self._sessions.close(session, handle)
@@ -485,6 +505,7 @@ class MultiplexedStream(LiveCall):
     def _send(self, response: MultiplexStepsResponse) -> None:
         """In order, without waiting."""
         self._outbox.append(response)
+        self._sends += 1
         self._to_write.set()
 
     async def _progress(self) -> None:
@@ -497,14 +518,25 @@ class MultiplexedStream(LiveCall):
             await self._to_write.wait()
             self._writing = True
             while self._outbox or self._durable:
+                self._writes += bool(self._outbox)
                 response = self._outbox.popleft() if self._outbox else self._durable_response()
                 await self._sessions.may_answer()
                 await self._context.write(response)
+                self.sent_bytes += response.ByteSize()
+                self._count_written()
                 self._written.set()
             self._writing = False
             self._to_write.clear()
             self._used.set()
             self._written.set()
+
+    def _count_written(self) -> None:
+        sent_s = time.perf_counter()
+        while self._unwritten and self._unwritten[0][0] <= self._writes:
+            _, job, start_s, ready_s = self._unwritten.popleft()
+            self._metrics.steps_answered(job.model, sent_s - start_s, sent_s - ready_s)
+            timing = Timing(start_s, job.waited_s, job.computed_s, ready_s, sent_s)
+            self._tracing.steps(job.model, timing, sessions=len(job.inputs))
 
     def _durable_response(self) -> MultiplexStepsResponse:
         handles, self._durable = self._durable, {}

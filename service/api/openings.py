@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,6 +44,8 @@ class OpenedSession:
     manifest: Manifest
     options: OutputOptions
     missed: list[HeldAnswer]
+    first_step: int  # that the session had yet to apply when it was opened
+    begun_s: float
 
     def answer_into(self, answer: StepsAnswer, applied: AppliedSteps) -> None:
         """What applied steps have brought, into an empty answer."""
@@ -97,7 +100,8 @@ class Openings:
         )
         session, missed = await self._sessions.open(opening, manifest, owner)
         manifest = self._catalog.find(*session.model).manifest  # version 0 may mean a newer one by now
-        return OpenedSession(session, manifest, _options(wanted.options.SerializeToString(deterministic=True)), missed)
+        options = _options(wanted.options.SerializeToString(deterministic=True))
+        return OpenedSession(session, manifest, options, missed, session.next_step, time.perf_counter())
 
     def describe(self, opened: OpenedSession) -> SessionOpened:
         """What the client is told of its session."""

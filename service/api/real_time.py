@@ -13,14 +13,15 @@ from service.api.drain import Drain
 from service.api.generation_call import GenerationCall
 from service.api.generations import GenerationMetrics, Generations
 from service.api.limits import Limits
-from service.api.live_call import LiveCall
+from service.api.live_call import REQUEST_ID, LiveCall
 from service.api.multiplexed_stream import MultiplexedStream
 from service.api.openings import Openings
 from service.api.session_stream import SessionStream, StepMetrics
 from service.catalog.catalog import Catalog
 from service.engine.step_engine import StepEngine
-from service.errors import OpenMissing, within
+from service.errors import Internal, OpenMissing, ServingError, within
 from service.sessions.registry import SessionRegistry
+from service.tracing import OFF, Tracing
 
 if TYPE_CHECKING:
     from service.api.live_call import Context
@@ -43,9 +44,10 @@ class RealTimeService(RealTimeServiceServicer):
         refusals: Refusals,
         metrics: Metrics,
         drain: Drain,
+        tracing: Tracing = OFF,
     ) -> None:
         self._limits = limits
-        self._parts = Openings(catalog, sessions, limits), sessions, limits, refusals, metrics
+        self._parts = Openings(catalog, sessions, limits), sessions, limits, refusals, metrics, tracing
         self._generation_parts = catalog, engine, generations, limits, metrics
         self._drain = drain
         self._live: set[LiveCall] = set()
@@ -58,8 +60,9 @@ class RealTimeService(RealTimeServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
-        self._limits.check_size(request)
+        size_bytes = self._limits.check_size(request)
         stream = SessionStream(context, *self._parts)
+        stream.received_bytes = size_bytes
         await self._run(stream, lambda: self._serve(stream, request, requests), context)
 
     async def MultiplexSteps(  # type: ignore[override]
@@ -106,7 +109,7 @@ class RealTimeService(RealTimeServiceServicer):
             if self._draining:  # the call began before the drain, but no session did
                 raise self._drain.refusal()
             # A stream that is lost in the midst of its first write could not end with a status, were these not out.
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(((REQUEST_ID, call.request_id),))
             await serve()
         except asyncio.CancelledError:
             if call.lost is None:
@@ -114,6 +117,9 @@ class RealTimeService(RealTimeServiceServicer):
             call.task.uncancel()
             await call.say_lost()
             raise call.lost from None
+        except Exception as error:
+            call.lost = error if isinstance(error, ServingError) else Internal("an unexpected error")
+            raise
         finally:
             self._live.discard(call)
             call.leave()

@@ -30,8 +30,10 @@ from service.api.limits import Limits
 from service.api.live_call import CANCELLATION_S, LiveCall
 from service.api.openings import OpenedSession, Openings
 from service.api.statuses import duration
+from service.api.stream_ends import StreamMetrics, report_end
 from service.errors import Evicted, FieldInvalid, OpenRepeated, ServingError, SessionMoved, within
 from service.sessions.registry import SessionRegistry
+from service.tracing import OFF, Timing, Tracing
 
 if TYPE_CHECKING:
     from service.api.live_call import Context
@@ -39,11 +41,11 @@ if TYPE_CHECKING:
 LAST_WORDS_S = 0.5
 
 
-class StepMetrics(Protocol):
+class StepMetrics(StreamMetrics, Protocol):
     """Where answers are timed."""
 
-    def steps_answered(self, model: ModelKey, duration_s: float) -> None:
-        """A message of steps of the model was answered."""
+    def steps_answered(self, model: ModelKey, duration_s: float, send_s: float) -> None:
+        """A message of steps of the model was answered, the end of which was to send the answer."""
         ...
 
 
@@ -58,6 +60,7 @@ class SessionStream(LiveCall):
         limits: Limits,
         refusals: Refusals,
         metrics: StepMetrics,
+        tracing: Tracing = OFF,
     ) -> None:
         super().__init__(context)
         self._openings = openings
@@ -65,6 +68,8 @@ class SessionStream(LiveCall):
         self._limits = limits
         self._refusals = refusals
         self._metrics = metrics
+        self._tracing = tracing
+        self._ticks_s = 0.0, 0.0  # of the last steps: the wait for ticks, and their duration
         self.opened: OpenedSession | None = None
         self._busy = False
         self._writing = asyncio.Lock()
@@ -81,6 +86,7 @@ class SessionStream(LiveCall):
     async def open(self, wanted: OpenSession, answered_step: int) -> OpenedSession:
         """It has a session from now on. Raises ServingError."""
         self.opened = await self._openings.open(wanted, answered_step, self)
+        self._tracing.opened(wanted.session_id, self.opened.session.model)
         return self.opened
 
     async def serve(self, opened: OpenedSession, requests: AsyncIterator[StreamStepsRequest]) -> None:
@@ -92,12 +98,22 @@ class SessionStream(LiveCall):
             opened.missed_into(missed.answer, held)
             await self.send(missed)
         async for request in requests:
+            start_s = time.perf_counter()
             self._set_busy(True)
             opened.session.acknowledge(request.answered_step)
             response = await self._reply(opened, request)
+            ready_s = time.perf_counter()
             await self._sessions.may_answer()
             await self.send(response)
-            if response.HasField("closed"):
+            if response.HasField("answer"):
+                sent_s = time.perf_counter()
+                timing = Timing(start_s, *self._ticks_s, ready_s, sent_s)
+                self._metrics.steps_answered(opened.session.model, sent_s - start_s, sent_s - ready_s)
+                self._tracing.steps(
+                    opened.session.model, timing, steps=response.answer.next_step - request.steps.first_step
+                )
+            elif response.HasField("closed"):
+                self.closed = True
                 return
             self._set_busy(False)
         await asyncio.sleep(CANCELLATION_S)  # ended without `close`: half-closed, or about to be cancelled
@@ -105,6 +121,8 @@ class SessionStream(LiveCall):
     def leave(self) -> None:
         if self.opened is not None:
             self._sessions.leave(self.opened.session, self)
+            sizes = {"received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes}
+            report_end(self._metrics, self.opened, self.end_reason, self.request_id, **sizes)
 
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
@@ -129,6 +147,7 @@ class SessionStream(LiveCall):
             response.durable_step = self.opened.session.durable_step
         async with self._writing:
             await self._context.write(response)
+        self.sent_bytes += response.ByteSize()
 
     async def _send_checkpoint(self) -> None:
         with suppress(asyncio.CancelledError):  # the client has gone
@@ -140,7 +159,7 @@ class SessionStream(LiveCall):
 
     async def _reply(self, opened: OpenedSession, request: StreamStepsRequest) -> StreamStepsResponse:
         try:
-            self._limits.check_size(request)
+            self.received_bytes += self._limits.check_size(request)
             match request.WhichOneof("request"):
                 case "steps":
                     with within("steps"):
@@ -161,13 +180,13 @@ class SessionStream(LiveCall):
             return StreamStepsResponse(error=self._refusals.status(error))
 
     async def _apply(self, opened: OpenedSession, steps: Steps) -> StreamStepsResponse:
-        start_s = time.perf_counter()
         if not steps.HasField("first_step"):
             raise FieldInvalid("the index of the first of these steps is mandatory", field="first_step")
         inputs = codec.decode(steps, opened.manifest, max_steps=self._limits.max_steps_per_message)
         session, last_only = opened.session, _last_only(opened)
         before = session.next_step
         applied = await session.apply(self, steps.first_step, inputs, last_only=last_only)
+        self._ticks_s = applied.waited_s, applied.computed_s
         if session.next_step != before:
             self._sessions.changed(session, session.next_step - before)
         if applied.failure and applied.next_step == steps.first_step:
@@ -176,7 +195,6 @@ class SessionStream(LiveCall):
         opened.answer_into(response.answer, applied)
         if applied.failure:
             response.answer.failure.CopyFrom(self._refusals.status(applied.failure))
-        self._metrics.steps_answered(session.model, time.perf_counter() - start_s)
         return response
 
     async def _reset(self, opened: OpenedSession, reset: ResetSession) -> StreamStepsResponse:

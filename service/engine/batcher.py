@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -62,6 +62,12 @@ class Batcher(Generic[Model, Job]):
     def add(self, model: Model, job: Job) -> None:
         """Let the job wait for its next steps. A session must not have two jobs at once: they would share a state."""
         self._queues.setdefault((model, job.alone), {}).setdefault(job.tenant, deque()).append(job)
+
+    def waiting(self) -> Iterator[Job]:
+        """All that wait, in no order."""
+        for tenants in self._queues.values():
+            for queue in tenants.values():
+                yield from queue
 
     def take(self) -> tuple[Model, list[tuple[Job, int]]]:
         """The next tick, all of one model: jobs, and how many of its next steps each has in it.

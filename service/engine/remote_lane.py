@@ -51,6 +51,10 @@ class RemoteLane:
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
 
+    def queue_age_s(self) -> float:
+        """0: the lane's process tells that itself."""
+        return 0.0
+
     async def warm_up(self, folders: list[Path]) -> None:
         """The lane's process does that before the workers need it."""
 

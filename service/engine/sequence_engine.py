@@ -77,12 +77,17 @@ class Ended(NamedTuple):
 
 
 class TickDone(NamedTuple):
-    """So many sequences of a network shared a tick, and these ended with it."""
+    """So many sequences of a network shared a tick, and these ended with it.
+
+    `steps` are what was computed of them, and `padding` those of them that are behind an end.
+    """
 
     network: SequenceNetwork
     sequences: int
     duration_s: float
     ended: list[Ended]
+    steps: int
+    padding: int
 
 
 class SequenceEngine:
@@ -90,6 +95,7 @@ class SequenceEngine:
 
     def __init__(self, max_tick_sequences: int, max_tick_steps: int) -> None:
         self._running: dict[int, _Running] = {}
+        self._computed = self._padding = 0  # steps of this tick
         self._scheduler: CellScheduler[SequenceNetwork, _Running] = CellScheduler(max_tick_sequences, max_tick_steps)
 
     def __bool__(self) -> bool:
@@ -139,10 +145,12 @@ class SequenceEngine:
     def tick(self) -> TickDone:
         """The next one. Raises StopIteration if there is no work."""
         start_s = time.perf_counter()
+        self._computed = self._padding = 0
         tick, ended = self._scheduler.take(), list[Ended]()
         if tick.members:
             ended = [*self._compute(tick), *self._go_on(tick)]
-        return TickDone(tick.lane.model, len(tick.members), time.perf_counter() - start_s, ended)
+        duration_s = time.perf_counter() - start_s
+        return TickDone(tick.lane.model, len(tick.members), duration_s, ended, self._computed, self._padding)
 
     def _compute(self, tick: Tick[SequenceNetwork, _Running]) -> list[Ended]:
         """Those that fail, one by one if need be, so that only the guilty do."""
@@ -150,7 +158,9 @@ class SequenceEngine:
             if tick.lane.stage == len(tick.lane.model.stages):
                 _write(tick)
             else:
-                _step(tick)
+                computed, used = _step(tick)
+                self._computed += computed
+                self._padding += computed - used
         except Exception as error:
             if len(tick.members) == 1:
                 return [self._fail(tick.members[0], repr(error))]
@@ -197,8 +207,11 @@ def _write(tick: Tick[SequenceNetwork, _Running]) -> None:
 
 
 @torch.inference_mode()
-def _step(tick: Tick[SequenceNetwork, _Running]) -> None:
-    """The next steps of each, from its inputs and state to its outputs and state."""
+def _step(tick: Tick[SequenceNetwork, _Running]) -> tuple[int, int]:
+    """The next steps of each, from its inputs and state to its outputs and state.
+
+    How many were computed, and how many of these anybody needs.
+    """
     (network, stage, direction), members, steps = tick
     kernel = network.stages[stage][direction]
     members = sorted(members, key=lambda member: member.done[direction] - member.steps)
@@ -210,13 +223,15 @@ def _step(tick: Tick[SequenceNetwork, _Running]) -> None:
         inputs[: left[i], i] = member.in_order[direction][0][member.done[direction] :][:steps]
         if left[i] < steps:
             inputs[left[i] :, i] = 0
-    for first, end, going in _runs(left, steps):
+    runs = list(_runs(left, steps))
+    for first, end, going in runs:
         computed, rows = kernel.run(torch.from_numpy(inputs[first:end, :going]).contiguous(), rows[:going])
         outputs[first:end, :going] = computed.numpy()
     for i, member in enumerate(members):
         member.in_order[direction][1][member.done[direction] :][:steps] = outputs[: left[i], i]
     for member, row in zip(members, rows.numpy(), strict=False):  # those that have ended need none
         member.rows[direction] = row
+    return sum((end - first) * going for first, end, going in runs), sum(min(own, steps) for own in left)
 
 
 def _runs(left: list[int], steps: int) -> Iterator[tuple[int, int, int]]:

@@ -9,9 +9,10 @@ import asyncio
 import itertools
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +44,16 @@ class LaneMetrics(RecordingMetrics, Protocol):
         """So many wait or run now."""
         ...
 
-    def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
-        """So many shared a tick."""
+    def sequence_begun(self, model: ModelKey, queued_s: float) -> None:
+        """One is computed from now on, and has waited so long."""
+        ...
+
+    def sequence_abandoned(self, model: ModelKey) -> None:
+        """Nobody wants one any more that was being computed."""
+        ...
+
+    def batch(self, model: ModelKey, sequences: int, duration_s: float, steps: int, padding: int) -> None:
+        """So many shared a tick, in which so many steps were computed, some of them behind an end."""
         ...
 
 
@@ -54,6 +63,10 @@ class Lane(Protocol):
     available: bool
     """Whether there is such a process now."""
     available_changed: asyncio.Event
+
+    def queue_age_s(self) -> float:
+        """How long the first of those has waited that do not run yet, as far as it is known here."""
+        ...
 
     async def warm_up(self, folders: list[Path]) -> None:
         """Load the bundles of these folders, so that the first request need not wait. Raises BundleError, LaneLost."""
@@ -100,6 +113,7 @@ class _Job:
     decoding: Decoding | None
     is_short: bool
     result: asyncio.Future[Any]
+    queued_s: float = field(default_factory=time.perf_counter)
 
     @property
     def steps(self) -> int:
@@ -138,6 +152,11 @@ class SequenceLane:
         self._open = self._closed = False
         self.available = True  # one that dies is replaced at once
         self.available_changed = asyncio.Event()
+
+    def queue_age_s(self) -> float:
+        """As Lane has it."""
+        waiting = [jobs[0].queued_s for jobs in (self._short, self._long) if jobs]
+        return time.perf_counter() - min(waiting) if waiting else 0.0
 
     async def warm_up(self, folders: list[Path]) -> None:
         """Begin the worker and load the bundles of these folders, so that the first request need not wait."""
@@ -277,7 +296,8 @@ class SequenceLane:
 
     def _abandon(self, jobs: set[_Job]) -> None:
         for number in [number for number, job in self._running.items() if job in jobs]:
-            self._leave_worker(number)
+            if job := self._leave_worker(number):
+                self._metrics.sequence_abandoned(job.bundle.manifest.key)
             self._send(Abandon(number))
 
     def _go_on(self) -> None:
@@ -325,6 +345,7 @@ class SequenceLane:
     def _begin(self, job: _Job) -> None:
         number = next(self._numbers)
         self._running[number] = job
+        self._metrics.sequence_begun(job.bundle.manifest.key, time.perf_counter() - job.queued_s)
         self._count(job, 1)
         self._send(Begin(number, job.bundle.folder, job.sequence, job.decoding))
 

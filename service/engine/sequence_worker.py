@@ -6,7 +6,6 @@ Orders go in, news come out, between any two ticks; nobody waits for anybody but
 from __future__ import annotations
 
 import asyncio
-import logging
 import multiprocessing
 import os
 import queue
@@ -28,9 +27,11 @@ from numpy.typing import NDArray
 from models.beam import Decoding
 from models.bundle import Bundle
 from models.manifest import ModelKey
+from service import logs
 from service.engine.sequence_engine import Ended, SequenceEngine
 from service.engine.sequence_network import SequenceNetwork
 from service.engine.spilled import Ask, Recorder, Told
+from service.logs import LogSettings
 
 MAX_TICK_STEPS = 128
 """As `python -m benchmarks.ticks` and `benchmarks.sequences` have shown; see docs/engine.md."""
@@ -79,11 +80,13 @@ class Obeyed(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """So many sequences of a model shared a tick."""
+    """So many sequences of a model shared a tick; of the steps that were computed, `padding` were behind an end."""
 
     model: ModelKey
     sequences: int
     duration_s: float
+    steps: int
+    padding: int
 
 
 class Ticked(NamedTuple):
@@ -138,7 +141,7 @@ class ProcessWorker:
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         given, pipe = context.Pipe(duplex=False)
         self._news, told = context.Pipe(duplex=False)
-        arguments = given, told, max_tick_sequences, threads, load, spill_dir, niceness, logging.root.level
+        arguments = given, told, max_tick_sequences, threads, load, spill_dir, niceness, logs.configured()
         self._process = context.Process(target=_in_process, args=arguments, daemon=True)
         resource_tracker.ensure_running()  # where start() does that, it unblocks signals
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)  # the process inherits that it hears of none
@@ -233,9 +236,9 @@ def _in_process(
     load: LoadBundle,
     spill_dir: Path | None,
     niceness: int,
-    log_level: int,
+    log_settings: LogSettings,
 ) -> None:
-    logging.basicConfig(level=log_level, format=f"%(asctime)s %(levelname)s {os.getpid()} %(name)s: %(message)s")
+    logs.configure(log_settings)
     os.nice(niceness)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError):  # the parent is dead
@@ -282,7 +285,7 @@ def work(
 def _tick(engine: SequenceEngine, recorder: Recorder, ticks: list[Shared]) -> list[Ended]:
     """One more of them. A function, so that nothing here holds what has ended."""
     tick = engine.tick()
-    ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s))
+    ticks.append(Shared(tick.network.model, tick.sequences, tick.duration_s, tick.steps, tick.padding))
     return recorder.ticked(tick.ended)
 
 

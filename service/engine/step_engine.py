@@ -29,6 +29,10 @@ Values = TypeVar("Values", bound=NDArray[Any])
 class TickMetrics(Protocol):
     """Where ticks are counted."""
 
+    def waited(self, model: ModelKey, duration_s: float) -> None:
+        """A job of the model has waited so long for a tick."""
+        ...
+
     def tick(self, model: ModelKey, sessions: int, duration_s: float) -> None:
         """A tick stepped so many sessions of the model."""
         ...
@@ -63,6 +67,9 @@ class TickJob(StepJob, ABC):
     """Steps that take what becomes of them. places (sessions,): where the states are, one if they go in turn."""
 
     places: Places = field(kw_only=True)
+    queued_s: float = field(default=0.0, kw_only=True)  # since when it waits for the next tick
+    waited_s: float = field(default=0.0, kw_only=True)  # for all so far
+    computed_s: float = field(default=0.0, kw_only=True)  # they took in all
 
     def places_of_last(self, steps: int) -> Places:
         """Of the last steps that were taken: (steps,)."""
@@ -89,11 +96,14 @@ class StepsResult:
     """What became of steps in a row, and why there are no more.
 
     outputs (applied, outputs); row (row_size,), the state after those, if any: keep its values, not the array.
+    `waited_s` for their ticks, which took `computed_s`.
     """
 
     outputs: Floats
     row: Floats
     failure: ExecutionFailed | None
+    waited_s: float = 0.0
+    computed_s: float = 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -117,7 +127,8 @@ class _StepsInTurn(TickJob):
             self.abandoned = True
         elif over:
             self.abandoned = True
-            self.result.set_result(StepsResult(self._all_outputs(), self.row, failure))
+            outputs = self._all_outputs()
+            self.result.set_result(StepsResult(outputs, self.row, failure, self.waited_s, self.computed_s))
 
     def drop(self) -> None:
         if not self.result.done():
@@ -199,11 +210,21 @@ class StepEngine:
 
     def submit(self, model: ModelKey, job: TickJob) -> None:
         """Let it have its ticks. No session of it may have another job under way."""
-        self._batcher.add(model, job)
+        self._enqueue(model, job)
         if not self._under_way:
             self._under_way = True
             loop = asyncio.get_running_loop()
             loop.call_soon(self._begin_tick, loop)
+
+    def queue(self) -> tuple[int, float]:
+        """How many steps wait for a tick now, and how long the first of them has."""
+        waiting = [(job.left, job.queued_s) for job in self._batcher.waiting()]
+        steps, now_s = sum(left for left, _ in waiting), time.perf_counter()
+        return steps, now_s - min((since_s for _, since_s in waiting), default=now_s)
+
+    def _enqueue(self, model: ModelKey, job: TickJob) -> None:
+        job.queued_s = time.perf_counter()
+        self._batcher.add(model, job)
 
     def close(self) -> None:
         """Let the thread end after its tick."""
@@ -237,6 +258,11 @@ class StepEngine:
         places = _joined([job.places_of_last(steps) for job, steps in shares])
         stepped = step_together(executor, inputs, self._states[model].rows.take(places, axis=0))
         self._tick_s[model, shares[0][0].alone] = duration_s = time.perf_counter() - start_s
+        for job, _ in shares:
+            waited_s = start_s - job.queued_s
+            job.waited_s += waited_s
+            job.computed_s += duration_s
+            self._metrics.waited(model, waited_s)
         self._metrics.tick(model, len(places), duration_s)
         return stepped
 
@@ -253,7 +279,7 @@ class StepEngine:
                 job.drop()
             start += steps
             if job.left:
-                self._batcher.add(model, job)
+                self._enqueue(model, job)
         self._go_on(loop)
 
     def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:

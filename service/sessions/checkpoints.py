@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from service.errors import StoreUnavailable
 from service.sessions.record import SessionKey, SessionRecord
@@ -30,6 +30,14 @@ class CheckpointMetrics(Protocol):
 
     def store_available(self, available: bool) -> None:
         """Whether the store can be written."""
+        ...
+
+    def store_asked(self, operation: str, duration_s: float) -> None:
+        """The store has done the operation."""
+        ...
+
+    def store_failed(self, operation: str) -> None:
+        """The store has not done the operation, or not in time."""
         ...
 
 
@@ -62,6 +70,7 @@ class Checkpointer:
         self._changed: dict[Session, None] = {}  # in the order of their first change
         self._steps = 0
         self._due = asyncio.Event()
+        self._durable_s = time.monotonic()  # what had changed until then is written
         self._rounds = SharedRounds(self._write_round)
 
     def changed(self, session: Session, steps: int = 0) -> None:
@@ -87,6 +96,10 @@ class Checkpointer:
         """The session has ended."""
         self._changed.pop(session, None)
 
+    def lag(self) -> tuple[int, float]:
+        """How many sessions wait to be written, and for how long at most."""
+        return len(self._changed), time.monotonic() - self._durable_s if self._changed else 0.0
+
     async def run(self) -> None:
         """A round whenever one is due; until cancelled."""
         while True:
@@ -103,11 +116,12 @@ class Checkpointer:
 
     async def _write_round(self) -> None:
         self._due.clear()
-        self._steps = 0
+        self._steps, begun_s = 0, time.monotonic()
         try:
             wrote = await self._write_batches(list(self._changed))
             if not wrote and not self.available:
                 await self._write_to_store(self._store.probe())
+            self._durable_s = begun_s
         except StoreUnavailable:
             pass  # it is logged, and what was to be written waits for the next round
 
@@ -166,21 +180,26 @@ class Checkpointer:
         for session in lost:
             await self._on_refused(session)
 
-    async def ask(self, operation: Awaitable[Result]) -> Result:
+    async def ask(self, operation: Coroutine[Any, Any, Result]) -> Result:
         """Wait for an answer of the store, for so long at most. Raises StoreUnavailable, RecordUnreadable."""
+        name, start_s = _name_of(operation), time.perf_counter()
         task = asyncio.ensure_future(operation)
         task.add_done_callback(retrieve)
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await asyncio.shield(task)
+                result = await asyncio.shield(task)
+            self._metrics.store_asked(name, time.perf_counter() - start_s)
+            return result
         except RecordUnreadable:
             raise
         except (TimeoutError, StoreError) as error:
+            self._metrics.store_failed(name)
             self._set_available(False, str(error) or f"no answer within {self._timeout_s:g} s")
             raise _unavailable() from None
 
-    async def _write_to_store(self, operation: Awaitable[Result]) -> Result:
+    async def _write_to_store(self, operation: Coroutine[Any, Any, Result]) -> Result:
         """Wait for the end however long it takes, but tell when that is too long."""
+        name, start_s = _name_of(operation), time.perf_counter()
         task = asyncio.ensure_future(operation)
         task.add_done_callback(retrieve)
         done, _ = await asyncio.wait([task], timeout=self._timeout_s)
@@ -189,8 +208,10 @@ class Checkpointer:
         try:
             result = await asyncio.shield(task)
         except StoreError as error:
+            self._metrics.store_failed(name)
             self._set_available(False, str(error))
             raise _unavailable() from None
+        self._metrics.store_asked(name, time.perf_counter() - start_s)
         self._set_available(True)
         return result
 
@@ -204,6 +225,11 @@ class Checkpointer:
             log.info("the session store answers again")
         else:
             log.error("the session store is unavailable; live streams go on, nothing more becomes durable: %s", why)
+
+
+def _name_of(operation: Coroutine[Any, Any, object]) -> str:
+    """`write`, `read` and so on: the method of the store."""
+    return getattr(operation, "__name__", "other")
 
 
 def _unavailable() -> StoreUnavailable:

@@ -8,6 +8,7 @@ from itertools import islice, takewhile
 
 from sortedcontainers import SortedList
 
+from models.manifest import ModelKey
 from service.errors import ServingError, SessionNotFound
 from service.sessions.limits import evicted
 from service.sessions.record import SessionKey, SessionSummary
@@ -54,6 +55,7 @@ class Parked:
 
     def __init__(self) -> None:
         self.size_bytes = 0
+        self.per_model: Counter[ModelKey] = Counter()
         self._summaries: OrderedDict[SessionKey, SessionSummary] = OrderedDict()
 
     def __len__(self) -> int:
@@ -71,9 +73,12 @@ class Parked:
     def add(self, summary: SessionSummary) -> None:
         self._summaries[summary.key] = summary
         self.size_bytes += summary.size_bytes
+        self.per_model[summary.model] += 1
 
     def remove(self, key: SessionKey) -> None:
-        self.size_bytes -= self._summaries.pop(key).size_bytes
+        summary = self._summaries.pop(key)
+        self.size_bytes -= summary.size_bytes
+        self.per_model[summary.model] -= 1
 
 
 class Departed:

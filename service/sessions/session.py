@@ -52,6 +52,8 @@ class AppliedSteps:
     next_answer: int
     outputs: Floats
     failure: ExecutionFailed | None = None
+    waited_s: float = 0.0  # for ticks
+    computed_s: float = 0.0  # that these took
 
     @property
     def first_step(self) -> int:
@@ -202,7 +204,8 @@ class Session:
             known.append(ledger.applied(result.outputs, last_only=last_only))
             self._metrics.steps(self.model, len(result.outputs))
         self.used_s = self._clock()
-        return AppliedSteps(ledger.next_step, ledger.next_step - ledger.pending, joined(known), result.failure)
+        until, outputs = ledger.next_step - ledger.pending, joined(known)
+        return AppliedSteps(ledger.next_step, until, outputs, result.failure, result.waited_s, result.computed_s)
 
     def _check_owner(self, owner: Owner) -> None:
         if self.owner is not owner or self.ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Protocol
 
+from models.manifest import ModelKey
 from service.errors import StoreUnavailable
 from service.sessions.checkpoints import Checkpointer
 from service.sessions.erasure import Erasure
@@ -14,6 +15,7 @@ from service.sessions.stores.shared import SharedStore, StoredSession
 from service.sessions.table import SessionTable, TableMetrics
 
 AT_A_TIME = 100
+ALL = ModelKey("all", 0)  # a shared store counts the sessions of all models together
 
 
 class StoredMetrics(EvictionMetrics, TableMetrics, Protocol):
@@ -54,7 +56,7 @@ class SharedEvictions:
             await self._evict_unused(now_s - self._limits.resume_window_s)
             await self._evict_surplus()
             totals = await self._checkpoints.ask(self._store.parked_totals())
-            self._metrics.parked(totals.sessions, totals.size_bytes)
+            self._metrics.parked({ALL: totals.sessions}, totals.size_bytes)
 
     async def _make_room(self, limit: str, most: int, tenant: str | None) -> None:
         while most and (await self._checkpoints.ask(self._store.totals(tenant))).sessions >= most:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,8 @@ class TableMetrics(Protocol):
         """So many sessions of the model have a stream."""
         ...
 
-    def parked(self, sessions: int, size_bytes: int) -> None:
-        """So many sessions have no stream, and their states and answers so many bytes."""
+    def parked(self, sessions: Mapping[ModelKey, int], size_bytes: int) -> None:
+        """So many sessions of each model have no stream, and their states and answers so many bytes in all."""
         ...
 
 
@@ -156,7 +156,9 @@ class SessionTable:
     def count(self) -> None:
         """Tell the metrics what is parked."""
         unwritten = self.unwritten()
-        self._metrics.parked(len(self.parked) + len(unwritten), self.parked.size_bytes + _size_bytes(unwritten))
+        sessions = self.parked.per_model.copy()
+        sessions.update(session.model for session in unwritten)
+        self._metrics.parked(sessions, self.parked.size_bytes + _size_bytes(unwritten))
 
 
 def _size_bytes(sessions: Sequence[Session]) -> int:

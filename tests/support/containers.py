@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.support.server import ROOT
 
 TIMEOUT_S = 900
+CHANGED_S = 90.0  # Prometheus looks at rules once a minute, if nothing else is said
+WRITABLE = 'tmpfs: ["/prometheus:uid=65534,gid=65534"]'
+"""What Prometheus has as a volume of its image; a stand-in for that image may have none."""
+
+only_root = pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="only root may kill what runs in a container"
+)
 
 Compose = Callable[..., str]
 """Runs `docker compose` with these words, for a project of the test's own; what it prints."""
@@ -31,9 +45,40 @@ def docker(*words: str) -> str:
     return done.stdout
 
 
+def described(container: str, what: str) -> str:
+    """Of `docker inspect`, by its path, such as ".State.Pid"."""
+    return docker("inspect", "--format", f"{{{{{what}}}}}", container).strip()
+
+
+def page(container: str, address: str) -> str:
+    """What it answers to HTTP at this port and path."""
+    host = described(container, "range .NetworkSettings.Networks}}{{.IPAddress}}{{end")
+    with urllib.request.urlopen(f"http://{host}:{address}", timeout=5.0) as answer:
+        return str(answer.read().decode())
+
+
+def told_by_prometheus(container: str, path: str) -> dict[str, Any]:
+    """The data of an answer of its API."""
+    data: dict[str, Any] = json.loads(page(container, f"9090/api/v1/{path}"))["data"]
+    return data
+
+
+def until(true: Callable[[], bool]) -> None:
+    """It is, which must not take too long."""
+    until_s = time.monotonic() + CHANGED_S
+    while not true():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
 @contextmanager
-def composed(project: str, override: Path, *up: str, profile: str = "") -> Iterator[Compose]:
-    """The project's containers with this override, up within the block, as the words of `up` say."""
+def composed(
+    project: str, override: Path, *up: str, profile: str = "", before: tuple[str, ...] = ()
+) -> Iterator[Compose]:
+    """The project's containers with this override, up within the block, as the words of `up` say.
+
+    `before` is what compose does first, if anything.
+    """
     files = ("--file", str(ROOT / "docker-compose.yml"), "--file", str(override))
     profiles = ("--profile", profile) if profile else ()
 
@@ -41,6 +86,8 @@ def composed(project: str, override: Path, *up: str, profile: str = "") -> Itera
         return docker("compose", "--project-name", project, *files, *profiles, *words)
 
     try:
+        if before:
+            run(*before)
         run(*up)
         yield run
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,8 +87,8 @@ class CountingMetrics:
     def live_sessions(self, model: ModelKey, sessions: int) -> None:
         self.events.append(("live", model, sessions))
 
-    def parked(self, sessions: int, size_bytes: int) -> None:
-        self.events.append(("parked", sessions))
+    def parked(self, sessions: Mapping[ModelKey, int], size_bytes: int) -> None:
+        self.events.append(("parked", sum(sessions.values())))
 
     def evicted(self, limit: str) -> None:
         self.events.append(("evicted", limit))
@@ -102,7 +102,22 @@ class CountingMetrics:
     def queued(self, sequences: int) -> None:
         self.events.append(("queued", sequences))
 
-    def batch(self, model: ModelKey, sequences: int, duration_s: float) -> None:
+    def waited(self, model: ModelKey, duration_s: float) -> None:
+        pass
+
+    def sequence_begun(self, model: ModelKey, queued_s: float) -> None:
+        pass
+
+    def sequence_abandoned(self, model: ModelKey) -> None:
+        self.events.append(("abandoned", model))
+
+    def store_asked(self, operation: str, duration_s: float) -> None:
+        pass
+
+    def store_failed(self, operation: str) -> None:
+        self.events.append(("store failed", operation))
+
+    def batch(self, model: ModelKey, sequences: int, duration_s: float, steps: int, padding: int) -> None:
         self.events.append(("batch", model, sequences))
 
     def sequence(self, model: ModelKey) -> None:

@@ -96,6 +96,9 @@ class Call:
         self._server = server
         self._task = asyncio.create_task(self._multiplex() if is_multiplexed else self._stream())
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def write(self, response: Any) -> None:
         self.responses.put_nowait(response)
 

@@ -81,7 +81,11 @@ class RunningServer:
 def start_server(
     repository: Path = COMMITTED_REPOSITORY, state_dir: Path | None = None, **settings: object
 ) -> Iterator[RunningServer]:
-    """Start `python -m service` on free ports, with settings by name (drain_timeout_s=1); stopped at the end."""
+    """Start `python -m service` on free ports, with settings by name (drain_timeout_s=1); stopped at the end.
+
+    `module` is no setting: it is what runs in place of `service`.
+    """
+    module = str(settings.pop("module", "service"))
     with tempfile.TemporaryDirectory() as folder:
         state_dir = state_dir or Path(folder)
         (state_dir / "server.json").unlink(missing_ok=True)  # of one that was killed
@@ -89,9 +93,7 @@ def start_server(
         variables = {f"RNNSERVE_{name.upper()}": str(value) for name, value in given.items()}
         log_file = state_dir / "server.log"
         with log_file.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service"], cwd=ROOT, env=os.environ | variables, stderr=log
-            )
+            process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, env=os.environ | variables, stderr=log)
         try:
             ports = wait_for_ports(process, state_dir / "server.json", log_file)
             server = RunningServer(process, ports["port"], ports["metrics_port"], log_file)

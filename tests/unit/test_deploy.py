@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 import yaml
 
 from service.metrics import Metrics
+from service.sessions.snapshots import SnapshotKeys
 from service.settings import Settings
+from service.supervisor import LAST_WORDS_S
 from tests.support.server import ROOT
 
 KUBERNETES_VERSION = "1.33"
 CLUSTER_DNS_CACHE_S = 30  # of CoreDNS, as it is usually set
 MANIFESTS = [*sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")), ROOT / "deploy" / "envoy" / "kubernetes.yaml"]
+OURS = ("rnnserve", "service")  # of compose
+HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+SECRETS = ("redis_password", "redis_url", "snapshot_keys")
 ENVOY = shutil.which("envoy", path=str(Path(sys.executable).parent))
 
 
@@ -65,8 +71,10 @@ def test_the_kustomizations_name_all_manifests() -> None:
 
 
 def test_the_settings_of_pods_and_containers_exist(pod: dict[str, Any], compose: dict[str, Any]) -> None:
-    given = [*environment(pod["containers"][0]), *compose["services"]["service"]["environment"]]
-    assert {name.removeprefix("RNNSERVE_").lower() for name in given} <= set(Settings.model_fields)
+    given = [environment(pod["containers"][0]), *(compose["services"][name]["environment"] for name in OURS)]
+    ours = {name for variables in given for name in variables if name.startswith("RNNSERVE_")}
+    assert "RNNSERVE_REDIS_URL_FILE" in ours
+    assert {name.removeprefix("RNNSERVE_").lower() for name in ours} <= set(Settings.model_fields)
 
 
 def test_every_folder_of_the_image_is_on_a_disk(pod: dict[str, Any], compose: dict[str, Any]) -> None:
@@ -85,6 +93,79 @@ def test_a_pod_has_the_time_for_its_drain(pod: dict[str, Any]) -> None:
     before_s = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
     drain_s = float(environment(container)["RNNSERVE_DRAIN_TIMEOUT_S"])
     assert before_s + drain_s < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_container_has_the_time_for_its_drain(compose: dict[str, Any], name: str) -> None:
+    grace_s = float(compose["services"][name]["stop_grace_period"].removesuffix("s"))
+    workers_s = Settings.model_fields["drain_timeout_s"].default + LAST_WORDS_S
+    lane_s = LAST_WORDS_S
+    assert "RNNSERVE_DRAIN_TIMEOUT_S" not in compose["services"][name]["environment"]
+    assert workers_s + lane_s < grace_s
+
+
+@pytest.mark.parametrize("name", ["rnnserve", "service", "envoy", "redis", "prometheus", "grafana"])
+def test_no_container_of_compose_may_more_than_it_must(compose: dict[str, Any], name: str) -> None:
+    container = compose["services"][name]
+    assert (container["read_only"], container["cap_drop"]) == (True, ["ALL"])
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "network_mode", "pid"} & set(container)
+    assert set(container["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+    assert container["restart"] == "unless-stopped"
+    assert container["logging"]["driver"] == "json-file"
+    assert set(container["logging"]["options"]) == {"max-size", "max-file"}
+    assert all(port.startswith("127.0.0.1:") for port in container.get("ports", ()))
+
+
+def test_all_of_compose_have_a_health_check_and_wait_for_it_in_others(compose: dict[str, Any]) -> None:
+    others = {name for name in compose["services"] if name not in OURS}
+    assert all("healthcheck" in compose["services"][name] for name in others)
+    assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text()  # that of ours
+    needed = {name: set(container.get("depends_on", ())) for name, container in compose["services"].items()}
+    assert {name: to for name, to in needed.items() if to} == {
+        "service": {"redis"}, "envoy": {"service"}, "grafana": {"prometheus"},
+    }  # fmt: skip
+    for container in compose["services"].values():
+        for condition in container.get("depends_on", {}).values():
+            assert condition == {"condition": "service_healthy"}
+
+
+def test_the_service_runs_as_the_user_whose_folders_are_there(pod: dict[str, Any]) -> None:
+    users = re.findall(r"^USER (\d+):(\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert users == [(str(pod["securityContext"]["runAsUser"]), str(pod["securityContext"]["fsGroup"]))]
+
+
+def test_the_image_has_the_version_of_the_project(compose: dict[str, Any]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text()
+    assert {compose["services"][name]["image"] for name in OURS} == {f"rnnserve:{version}"}
+
+
+def test_secrets_come_as_files_that_a_command_makes(compose: dict[str, Any], tmp_path: Path) -> None:
+    make = ["sh", str(ROOT / "deploy/make-secrets.sh"), str(tmp_path / "secrets")]
+    subprocess.run(make, check=True)
+    made = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
+    assert set(made) == set(compose["secrets"]) == set(SECRETS)
+    assert made["redis_url"].strip() == f"redis://:{made['redis_password']}@redis:6379/0"
+    assert SnapshotKeys.parse(made["snapshot_keys"]).signing_id == "first"
+    assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
+    subprocess.run(make, check=True)
+    assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == made
+
+
+def test_who_reads_a_secret_is_given_it_and_no_variable_has_one(compose: dict[str, Any]) -> None:
+    snapshots = yaml.safe_load((ROOT / "deploy/compose-snapshots.yml").read_text())["services"]
+    for name, container in [*compose["services"].items(), *snapshots.items()]:
+        read = set(re.findall(r"/run/secrets/(\w+)", yaml.safe_dump(container)))
+        assert read == set(container.get("secrets", ())), name
+        variables = container.get("environment", {})
+        assert not [v for v in variables if re.search(r"PASSWORD|URL|KEY|TOKEN", v) and not v.endswith("_FILE")]
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint runs here")
+def test_the_dockerfile_has_no_known_mistake() -> None:
+    done = subprocess.run([str(HADOLINT), str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_rollout_waits_until_envoy_can_know_the_new_pod() -> None:
@@ -145,7 +226,7 @@ def test_the_scaler_follows_a_metric_that_exists() -> None:
 
 def test_every_redis_keeps_what_it_was_given(compose: dict[str, Any]) -> None:
     (container,) = manifest("StatefulSet", "rnnserve-redis")["spec"]["template"]["spec"]["containers"]
-    for command in (" ".join(container["args"]), compose["services"]["redis"]["command"]):
+    for command in (" ".join(container["args"]), compose["services"]["redis"]["command"][-1]):
         for words in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
             assert words in command
 

@@ -49,6 +49,9 @@ class Context:
         self.gate = asyncio.Event()
         self.gate.set()
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def write(self, response: MultiplexStepsResponse) -> None:
         await self.gate.wait()
         await self.written.put(response)

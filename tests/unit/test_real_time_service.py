@@ -11,6 +11,7 @@ from rnnserve.v1.real_time_service_pb2 import OpenSession, StreamStepsRequest
 from service.api.drain import Drain
 from service.api.real_time import RealTimeService
 from service.errors import Draining
+from service.metrics import Metrics
 from tests.support.bundles import features, manifest
 
 MANIFEST = manifest("vanilla", NetworkSpec(cell="tanh", features=3, hidden_size=2, outputs=2), features(3))
@@ -26,7 +27,8 @@ class SlowSessions:
     async def open(self, *_: object) -> tuple[object, list[object]]:
         self.asked.set()
         await self.found.wait()
-        return SimpleNamespace(model=MANIFEST.key, durable_step=0), []
+        key = SimpleNamespace(session_id="a")
+        return SimpleNamespace(model=MANIFEST.key, key=key, next_step=0, durable_step=0), []
 
     def leave(self, session: object, _stream: object) -> None:
         self.left.append(session)
@@ -44,12 +46,13 @@ async def test_a_session_that_is_found_after_the_drain_has_begun_is_parked_again
         "sessions": sessions,
         "engine": None,
         "generations": None,
-        "limits": SimpleNamespace(check_size=lambda _: None),
+        "limits": SimpleNamespace(check_size=lambda _: 0),
         "refusals": None,
-        "metrics": None,
+        "metrics": Metrics(),
         "drain": Drain(),
     }
-    service, context = RealTimeService(**given), SimpleNamespace(send_initial_metadata=AsyncMock())
+    context = SimpleNamespace(send_initial_metadata=AsyncMock(), invocation_metadata=lambda: ())
+    service = RealTimeService(**given)
     call = asyncio.ensure_future(service.StreamSteps(opening(), context))  # type: ignore[arg-type]
     await sessions.asked.wait()
     await service.notify_draining(1.0)

@@ -237,6 +237,20 @@ async def test_a_store_that_is_down_stops_no_step_but_nothing_becomes_durable(se
     assert (session.durable_step, registry.durable) == (1, True)
 
 
+async def test_the_lag_grows_while_the_store_is_down_and_is_nothing_once_all_is_written(server: Server) -> None:
+    registry = await server.start()
+    session, stream = await open_(registry, opening("a"))
+    await step(registry, session, stream, 1)
+    server.store.down = True
+    await registry.checkpoints.write_changed()
+    sessions, lag_s = registry.checkpoints.lag()
+    assert (sessions, registry.checkpoints.lag()[1] > lag_s > 0) == (1, True)
+    assert server.count("store failed", "write") >= 1
+    server.store.down = False
+    await registry.checkpoints.write_changed()
+    assert registry.checkpoints.lag() == (0, 0.0)
+
+
 async def test_who_demands_durability_is_refused_while_the_store_is_down(server: Server) -> None:
     registry = await server.start()
     await open_(registry, opening("a", require_durable=True))

@@ -93,6 +93,14 @@ def test_every_sequence_gets_its_answer_whoever_comes_shares_its_ticks_or_goes(
             assert_close(found[number], reference.predict(as_sent(sequences[number])))
 
 
+def test_steps_that_are_computed_behind_an_end_are_counted_as_padding() -> None:
+    engine, network = SequenceEngine(8, 128), lstm(layers=1)
+    for number, steps in enumerate((8, 6)):
+        engine.add(number, network, np.zeros((steps, 3), np.float32))
+    tick = engine.tick()
+    assert (tick.steps, tick.padding) == (16, 2)
+
+
 def test_a_sequence_that_fails_in_the_midst_leaves_its_neighbours_alone() -> None:
     engine, network = SequenceEngine(8, 4), lstm(layers=1)
     rng = np.random.default_rng(0)

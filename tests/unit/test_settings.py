@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,49 @@ def test_what_one_process_is_told_by_another_is_all_that_counts(
     told = unpacked(json.loads(json.dumps(packed(settings))))
     assert told.model_dump() == settings.model_dump()
     assert told.redis_url.get_secret_value() == "redis://:secret@host:1/0"
+
+
+@pytest.mark.parametrize(
+    "content", ["redis://:hush@host:1/0", "redis://:hush@host:1/0\n", "\nredis://:hush@host:1/0\r\n"]
+)
+def test_the_url_of_redis_can_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "redis_url"
+    file.write_text(content)
+    monkeypatch.setenv("RNNSERVE_REDIS_URL_FILE", str(file))
+    settings = read_settings([])
+    assert settings.redis_url.get_secret_value() == "redis://:hush@host:1/0"
+    assert "hush" not in repr(settings)
+    file.unlink()
+    assert unpacked(json.loads(json.dumps(packed(settings)))).redis_url == settings.redis_url
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "must have one line"),
+        (b" \n", "must have one line"),
+        (b"redis://:hush@host:1/0\nredis://:hush@host:2/0\n", "must have one line"),
+        (b"\xffhush", "is not text"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_without_one_url_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, sentence: str
+) -> None:
+    file = tmp_path / "redis_url"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setenv("RNNSERVE_REDIS_URL_FILE", str(file))
+    with pytest.raises(SettingsError) as problem:
+        read_settings([])
+    assert str(problem.value).startswith(f"redis_url_file: {file} {sentence}")
+    assert "hush" not in "".join(traceback.format_exception(problem.value))
+
+
+def test_a_url_and_a_file_with_one_are_not_both_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "redis_url").write_text("redis://:hush@host:1/0")
+    monkeypatch.setenv("RNNSERVE_REDIS_URL_FILE", str(tmp_path / "redis_url"))
+    with pytest.raises(SettingsError, match=r"^redis_url, redis_url_file: only one") as problem:
+        read_settings(["--redis-url", "redis://:loud@host:1/0"])
+    assert "hush" not in str(problem.value)
+    assert "loud" not in str(problem.value)

@@ -81,6 +81,22 @@ async def test_sessions_with_a_step_ready_share_a_tick(bench: Bench) -> None:
     assert bench.metrics.events[-1] == ("tick", ONE, 3)
 
 
+async def test_the_queue_tells_how_many_steps_wait_and_since_when(bench: Bench) -> None:
+    assert bench.engine.queue() == (0, 0.0)
+    await bench.hold()
+    sent = [bench.send(1, 2, 3), bench.send(1)]
+    await asyncio.sleep(0)
+    steps, first_age_s = bench.engine.queue()
+    assert steps == 4
+    _, age_s = bench.engine.queue()
+    assert age_s > first_age_s > 0
+    await bench.let_go()
+    results = await asyncio.gather(*sent)
+    assert all(result.waited_s >= age_s for result in results)
+    assert results[0].computed_s > 0
+    assert bench.engine.queue() == (0, 0.0)
+
+
 async def test_chunks_of_unequal_length_share_ticks(bench: Bench) -> None:
     await bench.hold()
     long, short = bench.send(1, 2, 3), bench.send(10)

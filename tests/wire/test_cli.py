@@ -18,9 +18,9 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rnnserve import AsyncClient, Client, Notice, SessionInfo, SessionNotFound
-from rnnserve.cli.app import app, stdout
+from rnnserve.cli.app import app
 from rnnserve.cli.live import StreamView
-from rnnserve.cli.outcome import tell
+from rnnserve.cli.outcome import stdout, tell
 from rnnserve.cli.show import models_table, notice_line, print_whole, sessions_table
 from rnnserve.models import model_from
 from rnnserve.v1 import model_service_pb2 as pb

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sqlite3
@@ -105,7 +106,7 @@ TOKEN = b"0123456789abcdef"
 def logged_s(server: RunningServer, words: str) -> float:
     """When it was; the end of the process itself is not ours, and slow on a busy machine."""
     (line,) = [line for line in server.log().splitlines() if words in line]
-    return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    return datetime.fromisoformat(json.loads(line)["timestamp"]).timestamp()
 
 
 def test_a_store_that_is_locked_holds_up_no_end(repository: Path, tmp_path: Path) -> None:

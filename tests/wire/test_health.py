@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -6,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support.server import RunningServer, start_server
+from tests.support.server import ROOT, RunningServer, free_port, start_server
 from tests.support.wire import TIMEOUT_S
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -57,3 +60,24 @@ def test_those_who_watch_see_not_serving_when_the_server_drains(repository: Path
         server.terminate()
         assert [next(watch).status for watch in watching] == [NOT_SERVING] * len(NAMES)
         assert server.stop() == 0
+
+
+def checked_from_within(port: int) -> tuple[int, str]:
+    """By what containers run: its exit code and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service.healthcheck"],
+        cwd=ROOT,
+        env=os.environ | {"RNNSERVE_PORT": str(port)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    return done.returncode, done.stderr.strip()
+
+
+def test_a_container_is_healthy_while_its_server_serves(server: RunningServer) -> None:
+    assert checked_from_within(server.port) == (0, "")
+
+
+def test_a_container_without_a_server_is_not_healthy_and_says_why() -> None:
+    assert checked_from_within(free_port()) == (1, "UNAVAILABLE")

@@ -197,7 +197,7 @@ def test_a_signal_to_all_processes_in_the_midst_of_the_start_ends_them_without_a
         _, said = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, said
     assert not (tmp_path / "server.json").exists()
-    for complaint in ("Traceback", "ERROR", "did not start", "metrics on"):
+    for complaint in ("Traceback", '"level": "error"', "did not start", "metrics on"):
         assert complaint not in said
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from rnnserve import Answer, Decoding, Model, RnnserveError
-from rnnserve.cli import copies, loading, show, writing
+from rnnserve.cli import copies, loading, show, watching, writing
 from rnnserve.cli import demo as story
 from rnnserve.cli.bars import Bars
 from rnnserve.cli.inputs import (
@@ -27,7 +26,7 @@ from rnnserve.cli.inputs import (
 )
 from rnnserve.cli.live import StreamView
 from rnnserve.cli.options import Options, Threshold
-from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr
+from rnnserve.cli.outcome import REFUSED, BadInput, exit_codes, placed, stderr, stdout
 from rnnserve.stream import Stream
 from rnnserve.tensors import Input
 
@@ -37,7 +36,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-stdout = Console(highlight=False, markup=False)
 
 
 @app.callback()
@@ -233,6 +231,7 @@ def sessions(
             stdout.print("there are no sessions")
 
 
+app.command()(watching.top)
 app.command()(writing.generate)
 app.command()(loading.load)
 app.command()(loading.unload)

@@ -27,6 +27,7 @@ _IN_MESSAGE = re.compile(
     r"^step \d+ of the (?:message|sequence) has | at (?:character|word) \d+"
 )  # of no use to whoever counts lines
 
+stdout = Console(highlight=False, markup=False)
 stderr = Console(stderr=True, highlight=False, markup=False)
 
 

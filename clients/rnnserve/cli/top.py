@@ -1,0 +1,120 @@
+"""The table of `rnnserve top`, for people and for scripts."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rnnserve.cli.rates import ModelLoad, Span, Totals
+from rnnserve.cli.show import NO_LABEL
+
+Column = Literal["name", "streams", "parked", "steps", "tick", "p50", "p99", "sequences"]
+
+_FIELDS: dict[Column, str] = {
+    "steps": "steps_per_s",
+    "tick": "tick_sessions",
+    "p50": "p50_s",
+    "p99": "p99_s",
+    "sequences": "sequences_per_s",
+}
+_HEADINGS = ("streams", "parked", "steps/s", "tick", "p50 ms", "p99 ms", "sequences/s")
+
+
+def chosen(models: Iterable[ModelLoad], name_part: str, sort: Column) -> list[ModelLoad]:
+    """Those whose name has that part; the largest numbers first and unknown ones last, names as they come."""
+    found = [model for model in models if name_part in model.name]
+    if sort == "name":
+        return found
+
+    def number(model: ModelLoad) -> float:
+        value: float | None = getattr(model, _FIELDS.get(sort, sort))
+        return -math.inf if value is None else value
+
+    return sorted(found, key=number, reverse=True)
+
+
+def picture(span: Span, models: Iterable[ModelLoad]) -> Group:
+    """Lines about the whole server, and one for each model; fits 80 columns."""
+    totals = span.totals()
+    return Group(_server(span, totals), _sessions(totals), _refusals(totals), Text(), _table(models))
+
+
+def as_json(span: Span, models: Iterable[ModelLoad], url: str) -> dict[str, Any]:
+    """For scripts; numbers are as in `Totals` and `ModelLoad`."""
+    return {
+        "metrics": url,
+        "duration_s": span.duration_s,
+        **dataclasses.asdict(span.totals()),
+        "models": [dataclasses.asdict(model) for model in models],
+    }
+
+
+def _server(span: Span, totals: Totals) -> Text:
+    up = "" if totals.uptime_s is None else f"up {timedelta(seconds=int(totals.uptime_s))}"
+    over = "since its start" if span.since_start else f"over the last {span.duration_s:.1f} s"
+    return Text(" · ".join(filter(None, [f"rnnserve {totals.server_version or ''}".strip(), up, over])), style="bold")
+
+
+def _sessions(totals: Totals) -> Text:
+    limit = "" if totals.stream_limit is None else f" of {totals.stream_limit:,}"
+    line = Text(f"streams {totals.streams:,}{limit} · parked {totals.parked:,}")
+    if totals.store_up is not None:
+        line.append(" · ")
+        line.append(*(("store up", "") if totals.store_up else ("store down", "bold red")))
+    if totals.durable_lag_s is not None:
+        line.append(f" · durable lag {totals.durable_lag_s:.2f} s")
+    return line
+
+
+def _refusals(totals: Totals) -> Text:
+    """How many a second, and what for: those of the last interval first."""
+    per_s = totals.refusals_per_s
+    now = per_s or {}
+    reasons = sorted(totals.refusals, key=lambda reason: (-now.get(reason, 0.0), reason))
+    counts = [
+        f"{reason} {totals.refusals[reason]:,}" + (f" ({_rate(now[reason])}/s)" if reason in now else "")
+        for reason in reasons
+    ]
+    all_per_s = None if per_s is None else sum(per_s.values())
+    return Text(f"refusals {_rate(all_per_s)}/s" + (f" · since the start {', '.join(counts)}" if counts else ""))
+
+
+def _table(models: Iterable[ModelLoad]) -> Table | Text:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("model")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for model in models:
+        # The name is what gives way where the terminal is narrow; it stays on one line.
+        name = Text(f"{model.name} v{model.version}", no_wrap=True, overflow="ellipsis")
+        table.add_row(name, *_cells(model))
+    return table if table.row_count else Text("no model that is served has such a name")
+
+
+def _cells(model: ModelLoad) -> list[str]:
+    return [
+        f"{model.streams:,}",
+        NO_LABEL if model.parked is None else f"{model.parked:,}",
+        _rate(model.steps_per_s),
+        _rate(model.tick_sessions),
+        _ms(model.p50_s),
+        _ms(model.p99_s),
+        _rate(model.sequences_per_s),
+    ]
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return NO_LABEL
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _ms(value_s: float | None) -> str:
+    if value_s is None:
+        return NO_LABEL
+    return f"{1e3 * value_s:.3f}" if value_s < 1e-3 else f"{1e3 * value_s:,.1f}"
