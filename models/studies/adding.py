@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.markdown import table
 from models.recurrent import Cell
 from models.studies.gradients import SEEDS, SEQUENCES, Floats, gradient_norms, layer, relative_reach
+from models.studies.variants import spread_of
 
 STARTS_BY_STEPS = {
     200: ("tanh", "ReLU, identity", "GRU", "LSTM", "GRU, chrono", "LSTM, chrono"),
@@ -180,11 +181,15 @@ def describe(results: Results, updates: int, seed: int) -> str:
         "![errors by updates, and gradients after training](adding.png)",
     ]
     for steps, by_name in results.items():
-        header = ["start", "solved after so many updates", "least error", f"gradient at distance {steps - 1:,}"]
+        header = [
+            "start", "solved after so many updates", "mean, 95 % interval", "least error",
+            f"gradient at distance {steps - 1:,}",
+        ]  # fmt: skip
         rows = [
             [
                 name,
                 ", ".join(str(learned.solved_after or "not") for learned in seeds),
+                _mean([learned.solved_after for learned in seeds]),
                 ", ".join(f"{min(learned.errors):.2g}" for learned in seeds),
                 ", ".join(f"{learned.reach[-1]:.2g}" for learned in seeds),
             ]
@@ -192,3 +197,9 @@ def describe(results: Results, updates: int, seed: int) -> str:
         ]
         parts += [f"## T = {steps:,}", table(header, rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _mean(updates: Sequence[int | None]) -> str:
+    """With Student's interval, where all have solved it."""
+    solved = [float(one) for one in updates if one]
+    return "{1:.0f} ± {2:.0f}".format(*spread_of(solved)) if len(solved) == SEEDS else ""
