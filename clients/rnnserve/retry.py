@@ -25,9 +25,10 @@ class RetryPolicy:
 
     def backoffs_s(self) -> Iterator[float]:
         """A pause before each further attempt."""
-        for attempt in range(self.attempts - 1):
-            longest = min(self.first_backoff_s * 2**attempt, self.max_backoff_s)
+        longest = min(self.first_backoff_s, self.max_backoff_s)
+        for _ in range(self.attempts - 1):
             yield random.uniform(longest / 2, longest)
+            longest = min(2 * longest, self.max_backoff_s)
 
 
 class Resumption:

@@ -122,3 +122,10 @@ def test_a_model_whose_output_has_a_length_of_its_own_is_an_encoder_decoder(
 def test_what_is_not_said_is_empty_and_what_is_new_is_its_number() -> None:
     model = model_from(pb.Model.FromString(pb.Model(cell=99).SerializeToString()))  # type: ignore[arg-type]
     assert (model.pattern, model.cell, model.quality, model.training_data) == ("", "99", None, None)
+
+
+def test_pauses_grow_up_to_the_longest_however_many_attempts_there_are() -> None:
+    pauses_s = list(RetryPolicy(attempts=3_000, first_backoff_s=0.1, max_backoff_s=5.0).backoffs_s())
+    assert len(pauses_s) == 2_999
+    assert 0.05 <= pauses_s[0] <= 0.1
+    assert all(2.5 <= pause_s <= 5.0 for pause_s in pauses_s[6:])
