@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.declarations import DURATION_BUCKETS_S
 from service.errors import reasons
 from tests.support.server import ROOT
 
@@ -76,3 +77,16 @@ def test_the_reasons_in_the_rules_are_reasons_of_the_contract() -> None:
     lists = [found for rule in rules() for found in re.findall(r'reason=~"([^"]*)"', rule["expr"])]
     assert lists
     assert {reason for found in lists for reason in found.split("|")} <= set(reasons())
+
+
+def test_the_bound_of_the_objective_is_that_of_a_bucket() -> None:
+    bounds = {float(bound) for rule in rules() for bound in re.findall(r'le="([^"]*)"', rule["expr"])}
+    assert bounds
+    assert bounds <= {*DURATION_BUCKETS_S}
+
+
+def test_the_container_of_prometheus_has_the_rules_where_its_configuration_looks() -> None:
+    configured = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["rule_files"]
+    assert [file for pattern in configured for file in PROMETHEUS.glob(pattern)] == [RULES]
+    volumes = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["prometheus"]["volumes"]
+    assert "./deploy/prometheus/rules:/etc/prometheus/rules:ro" in volumes

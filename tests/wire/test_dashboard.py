@@ -13,6 +13,8 @@ from tests.support.wire import eventually
 
 pytestmark = [needs_prometheus, pytest.mark.xdist_group("dashboard")]
 
+DEPEND_ON_THE_MACHINE = ("RnnserveStepsSlow", "RnnserveLoopLag")  # others may keep it so busy that these wait to fire
+
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
@@ -32,7 +34,13 @@ def test_a_panel_has_something_to_show(prometheus: Prometheus, query: Query) -> 
     eventually(lambda: any(sample["value"][1] != "NaN" for sample in prometheus.query(query.expression)))
 
 
-def test_all_rules_can_be_evaluated_and_no_alert_fires_under_a_load_that_is_healthy(prometheus: Prometheus) -> None:
+def test_all_rules_can_be_evaluated(prometheus: Prometheus) -> None:
     eventually(lambda: all(rule["health"] == "ok" for rule in prometheus.rules()))
-    firing = [rule["name"] for rule in prometheus.rules() if rule.get("state") == "firing"]
-    assert firing == []
+
+
+def test_no_alert_is_on_its_way_under_a_load_that_is_healthy(prometheus: Prometheus) -> None:
+    eventually(lambda: all(rule["health"] != "unknown" for rule in prometheus.rules()))
+    states = {rule["name"]: rule["state"] for rule in prometheus.rules() if rule["type"] == "alerting"}
+    judged = {name: state for name, state in states.items() if not name.startswith(DEPEND_ON_THE_MACHINE)}
+    assert judged
+    assert judged == dict.fromkeys(judged, "inactive")
