@@ -101,6 +101,7 @@ class SessionTable:
         """It has none any more."""
         session.owner = None
         self._unwritten[session] = None
+        self.parked.per_model[session.model] += 0  # to be told of from now on, also when there is none any more
         self._add_live(session.model, -1)
 
     def _add_live(self, model: ModelKey, sessions: int) -> None:

@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -472,6 +472,28 @@ async def test_a_refused_resume_leaves_the_session_parked(server: Server) -> Non
         Opening(SessionKey("", "a"), TOKEN, resume=True, answered_step=2), described(), FakeStream()
     )
     assert missed == []
+
+
+class ToldWhatIsParked(CountingMetrics):
+    """Keeps each time what it was told of parked sessions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parked_sessions: list[dict[ModelKey, int]] = []
+
+    def parked(self, sessions: Mapping[ModelKey, int], size_bytes: int) -> None:
+        self.parked_sessions.append(dict(sessions))
+
+
+async def test_a_parked_session_that_is_resumed_before_it_was_written_is_counted_no_more(server: Server) -> None:
+    server.metrics = told = ToldWhatIsParked()
+    registry = await server.start()
+    session, stream = await open_(registry, opening("a"))
+    registry.leave(session, stream)
+    await registry.enforce_limits()
+    await open_(registry, opening("a", resume=True))
+    await registry.enforce_limits()
+    assert [counts.get(MODEL) for counts in told.parked_sessions[-2:]] == [1, 0]
 
 
 def test_evictions_are_counted_from_0_by_every_limit() -> None:
