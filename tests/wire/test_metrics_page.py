@@ -76,7 +76,7 @@ def test_a_stream_is_counted_by_steps_messages_and_sessions(channel: grpc.Channe
 def test_a_multiplexed_step_is_timed_once_it_is_sent(server: RunningServer, growth: Growth) -> None:
     with Client(server.target) as client, client.multiplex("vanilla", version=1) as gateway:
         for x in random_steps(3):
-            gateway.step(["a", "b"], [x, x])
+            assert not gateway.step(["timed-1", "timed-2"], [x, x]).errors
         assert growth("rnnserve_steps_total", **VANILLA) == 6
         assert growth("rnnserve_step_seconds_count", **VANILLA) == growth("rnnserve_step_send_seconds_count", **VANILLA)
         assert 3 <= growth("rnnserve_step_seconds_count", **VANILLA) <= 6
@@ -89,7 +89,7 @@ def test_a_stream_whose_client_has_gone_ends_for_that_reason_and_its_session_is_
     with live_stream(channel, open_("vanilla", "left", version=1, token=b"0123456789abcdef")) as stream:
         stream.step(random_steps(1))
     eventually(lambda: growth("rnnserve_streams_ended_total", **VANILLA, reason="CLIENT_GONE") == 1)
-    eventually(lambda: growth("rnnserve_parked_sessions", **VANILLA) == 1)
+    eventually(lambda: growth("rnnserve_parked_sessions", **VANILLA) >= 1)
     assert growth("rnnserve_store_seconds_count", operation="write") >= 1
 
 

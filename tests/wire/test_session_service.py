@@ -60,9 +60,9 @@ def test_a_deleted_session_is_gone_everywhere_at_once_and_its_stream_ends(
     with live_stream(channel, opening) as stream:
         stream.step([[1.0]])
         stream.wait_until_durable(1)
-        assert any(name.encode() in file.read_bytes() for file in state_dir.iterdir())
+        assert any(name.encode() in file.read_bytes() for file in state_dir.glob("sessions.sqlite*"))
         SessionServiceStub(channel).DeleteSession(pb.DeleteSessionRequest(session_id=name), timeout=TIMEOUT_S)
-        assert not any(name.encode() in file.read_bytes() for file in state_dir.iterdir())
+        assert not any(name.encode() in file.read_bytes() for file in state_dir.glob("sessions.sqlite*"))
         with pytest.raises(grpc.RpcError) as ended:
             stream.read()
         assert refusal_of(ended.value).reason == "SESSION_NOT_FOUND"
