@@ -12,7 +12,7 @@ PROTOC = PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I $(GO
 PROTOS := protos/rnnserve/v1/*.proto
 LAST_RELEASE = $(shell git tag --list 'v*' --sort=-v:refname | head -1)
 
-.PHONY: setup serve demo train test secrets compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences soak check proto clean
+.PHONY: setup serve demo train test secrets compose-test chaos chaos-fleet bench bench-quick bench-peers bench-sequences bench-operations soak check proto clean
 
 setup: $(READY)
 
@@ -64,6 +64,10 @@ bench-peers: $(READY)  ## the same load on mosec, Triton and KServe, installed i
 bench-sequences: $(READY)  ## whole sequences beside padded and bucketed batches and on these peers; an hour; docs/benchmarks/
 	$(PIP_INSTALL) --editable '.[service,tracing,training,music,dev,peers]'
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.sequences --peers --into docs/benchmarks
+
+bench-operations: $(READY)  ## what it costs to be seen, and every query of the dashboard; five minutes; docs/operations/
+	$(BIN)/python -m benchmarks.observing --into docs/operations
+	$(BIN)/python -m benchmarks.panels --into docs/operations
 
 soak: $(READY)  ## ten minutes of sessions that come, go and die; memory, handles and file must stay flat
 	$(BIN)/python -m benchmarks.soak $(if $(SECONDS),--seconds $(SECONDS))

@@ -123,11 +123,12 @@ def measure(given: argparse.Namespace, counting: Collector) -> list[Row]:
 
 def report(given: argparse.Namespace, rows: list[Row], spans: int) -> str:
     """The page."""
-    base = {(row.streams, row.ahead): row for row in rows if row.server == NOTHING}
-    head = ["sessions", "server", "steps/s", "÷ that counts nothing", "CPU µs/step", "÷", "p99 ms", "client"]
+    before = {NOTHING: NOTHING, METRICS: NOTHING, SPANS: METRICS}
+    by_name = {(row.server, row.streams, row.ahead): row for row in rows}
+    head = ["sessions", "server", "steps/s", "÷ the line above", "CPU µs/step", "÷", "p99 ms", "client"]
     lines = []
     for row in rows:
-        under = base[row.streams, row.ahead]
+        under = by_name[before[row.server], row.streams, row.ahead]
         cost = "server_cpu_us_per_step"
         sessions = f"{row.streams:,}, multiplexed" if row.ahead else f"{row.streams:,} streams"
         lines.append(
@@ -142,7 +143,8 @@ def report(given: argparse.Namespace, rows: list[Row], spans: int) -> str:
 `python -m benchmarks.observing --turns {given.turns} --seconds {given.seconds:g}` on {machine()}: the load of
 [results.md](../benchmarks/results.md) on three servers in turns. One counts nothing; one has its metrics, scraped every
 {SCRAPE_EVERY_S:g} s; one also sends spans of 1 % of the steps to a collector, which received {spans:,} of them. Figures
-are medians over the turns, with the least and the most; ratios are medians of the ratios within a turn.
+are medians over the turns, with the least and the most; ratios, to the server in the line above, are medians
+of the ratios within a turn.
 
 {markdown(head, lines)}
 """
