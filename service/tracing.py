@@ -27,12 +27,11 @@ PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Timing(NamedTuple):
-    """Of a message of steps, by time.perf_counter: when it came, was answered and sent; and of its ticks in all."""
+    """Of a message of steps, by time.perf_counter: when it came and was answered; and of its ticks in all."""
 
     start_s: float
     waited_s: float
     computed_s: float
-    ready_s: float
     sent_s: float
 
 
@@ -70,21 +69,25 @@ class Tracing:
         if self._tracer is not None:
             trace.get_current_span().set_attributes({"rnnserve.session": session_id, **_about(model)})
 
+    def samples_steps(self) -> bool:
+        """Whether the steps that were just answered shall have a span."""
+        return self._tracer is not None and self._draw() < self._ratio
+
     def steps(self, model: ModelKey, timing: Timing, **attributes: int) -> None:
         """A message of steps was answered, within a call."""
-        if self._tracer is None or self._draw() >= self._ratio or not trace.get_current_span().is_recording():
+        if self._tracer is None or not trace.get_current_span().is_recording():
             return
         now_ns = time.time_ns() - time.perf_counter_ns()
 
         def ns(at_s: float) -> int:
             return now_ns + int(at_s * 1e9)
 
-        start_s, waited_s, computed_s, ready_s, sent_s = timing
+        start_s, waited_s, computed_s, sent_s = timing
         begun_s = start_s + waited_s
         told = {f"rnnserve.{name}": value for name, value in attributes.items()}
         span = self._tracer.start_span("steps", attributes={**_about(model), **told}, start_time=ns(start_s))
         within = trace.set_span_in_context(span)
-        parts = ("queue", start_s, begun_s), ("compute", begun_s, begun_s + computed_s), ("send", ready_s, sent_s)
+        parts = ("queue", start_s, begun_s), ("compute", begun_s, begun_s + computed_s)
         for name, from_s, to_s in parts:
             self._tracer.start_span(name, within, start_time=ns(from_s)).end(ns(to_s))
         span.end(ns(sent_s))

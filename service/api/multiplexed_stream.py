@@ -535,8 +535,9 @@ class MultiplexedStream(LiveCall):
         while self._unwritten and self._unwritten[0][0] <= self._writes:
             _, job, start_s, ready_s = self._unwritten.popleft()
             self._metrics.steps_answered(job.model, sent_s - start_s, sent_s - ready_s)
-            timing = Timing(start_s, job.waited_s, job.computed_s, ready_s, sent_s)
-            self._tracing.steps(job.model, timing, sessions=len(job.inputs))
+            if self._tracing.samples_steps():
+                timing = Timing(start_s, job.waited_s, job.computed_s, sent_s)
+                self._tracing.steps(job.model, timing, sessions=len(job.inputs))
 
     def _durable_response(self) -> MultiplexStepsResponse:
         handles, self._durable = self._durable, {}

@@ -107,11 +107,10 @@ class SessionStream(LiveCall):
             await self.send(response)
             if response.HasField("answer"):
                 sent_s = time.perf_counter()
-                timing = Timing(start_s, *self._ticks_s, ready_s, sent_s)
                 self._metrics.steps_answered(opened.session.model, sent_s - start_s, sent_s - ready_s)
-                self._tracing.steps(
-                    opened.session.model, timing, steps=response.answer.next_step - request.steps.first_step
-                )
+                if self._tracing.samples_steps():
+                    steps = response.answer.next_step - request.steps.first_step
+                    self._tracing.steps(opened.session.model, Timing(start_s, *self._ticks_s, sent_s), steps=steps)
             elif response.HasField("closed"):
                 self.closed = True
                 return
