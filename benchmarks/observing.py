@@ -10,24 +10,13 @@ the median over the turns; where a client is the bottleneck, that of the process
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import grpc
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
 from rich.console import Console
 from rich.progress import track
 
@@ -35,35 +24,12 @@ from benchmarks.network import weights_file, write_network
 from benchmarks.processes import pinned_server
 from benchmarks.report import machine, markdown
 from benchmarks.turns import Row, Server, client, ratio, turn
+from tests.support.collector import Collector, start_collector
 from tests.support.server import RunningServer
 
 NOTHING, METRICS, SPANS = "counts nothing", "metrics", "metrics and spans of 1 %"
 SAMPLED = 0.01
 SCRAPE_EVERY_S = 5.0  # as docker-compose has it
-
-
-class Collector(TraceServiceServicer):
-    """Counts the spans that it is sent."""
-
-    spans = 0
-
-    def Export(self, request: ExportTraceServiceRequest, context: object) -> ExportTraceServiceResponse:  # noqa: ARG002
-        self.spans += sum(len(scope.spans) for resource in request.resource_spans for scope in resource.scope_spans)
-        return ExportTraceServiceResponse()
-
-
-@contextmanager
-def collector() -> Iterator[Collector]:
-    """One on a free port, to which servers that are started in the block send their spans."""
-    receiver, counting = grpc.server(ThreadPoolExecutor(1)), Collector()
-    add_TraceServiceServicer_to_server(counting, receiver)  # type: ignore[no-untyped-call]
-    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{receiver.add_insecure_port('127.0.0.1:0')}"
-    receiver.start()
-    try:
-        yield counting
-    finally:
-        del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
-        receiver.stop(None)
 
 
 @contextmanager
@@ -105,7 +71,7 @@ def all_servers(repository: Path) -> Iterator[Mapping[str, Server]]:
         yield servers
 
 
-def measure(given: argparse.Namespace, counting: Collector) -> list[Row]:
+def measure(given: argparse.Namespace, collector: Collector) -> list[Row]:
     """The rows of all loads; the servers take turns."""
     loads = [*((n, 0) for n in given.streams), *((n, 2) for n in given.multiplexed)]
     rows = [Row(name, n, ahead=ahead) for n, ahead in loads for name in (NOTHING, METRICS, SPANS)]
@@ -116,7 +82,7 @@ def measure(given: argparse.Namespace, counting: Collector) -> list[Row]:
             for _ in track(range(given.turns), "turns", console=Console(stderr=True)):
                 for row in rows:
                     turn(servers[row.server], row, given.seconds)
-    if not counting.spans:
+    if not collector.spans:
         raise RuntimeError("no span was received")
     return rows
 
@@ -159,9 +125,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load in a turn")
     parser.add_argument("--into", type=Path, help="folder of the page")
     given = parser.parse_args()
-    with collector() as counting:
-        rows = measure(given, counting)
-        page = report(given, rows, counting.spans)
+    with start_collector() as collector:
+        rows = measure(given, collector)
+        page = report(given, rows, len(collector.spans))
     print(page)
     if given.into:
         given.into.mkdir(parents=True, exist_ok=True)

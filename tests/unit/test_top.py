@@ -22,9 +22,11 @@ def reading(page: str, *, at_s: float = 0.0, uptime_s: float | None = None, mode
     return Reading(((model, 1),), Page(parse(dedent(page))), at_s, uptime_s)
 
 
-def load(name: str, **known: float) -> ModelLoad:
-    unknown = {"steps_per_s": None, "tick_sessions": None, "p50_s": None, "p99_s": None, "sequences_per_s": None}
-    return ModelLoad(**{"name": name, "version": 1, "streams": 0, "parked": 0, **unknown, **known})  # type: ignore[arg-type]
+def load(name: str, *, streams: int = 0, steps_per_s: float | None = None, p99_s: float | None = None) -> ModelLoad:
+    return ModelLoad(
+        name=name, version=1, streams=streams, parked=0, steps_per_s=steps_per_s, tick_sessions=None,
+        p50_s=None, p99_s=p99_s, sequences_per_s=None,
+    )  # fmt: skip
 
 
 def drawn(span: Span, width: int) -> list[str]:

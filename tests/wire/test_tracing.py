@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
 from opentelemetry.sdk.trace import TracerProvider
 
 from rnnserve import Client
+from tests.support.collector import Collector, start_collector
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import eventually, random_steps
-
-
-class Collector(TraceServiceServicer):
-    """Keeps all spans that it is sent."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-
-    def Export(self, request: Any, context: object) -> ExportTraceServiceResponse:
-        self.spans += [
-            span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans
-        ]
-        return ExportTraceServiceResponse()
-
-    def named(self, name: str) -> list[Any]:
-        return [span for span in self.spans if span.name == name]
-
-    def children_of(self, span: Any) -> list[Any]:
-        return [other for other in self.spans if other.parent_span_id == span.span_id]
-
 
 STREAM, PREDICT = "rnnserve.v1.RealTimeService/StreamSteps", "rnnserve.v1.SequenceService/Predict"
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    receiver, collector = grpc.server(ThreadPoolExecutor(2)), Collector()
-    add_TraceServiceServicer_to_server(collector, receiver)  # type: ignore[no-untyped-call]
-    port = receiver.add_insecure_port("127.0.0.1:0")
-    receiver.start()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-        environment.setenv("OTEL_EXPORTER_OTLP_INSECURE", "true")
-        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        yield collector
-    receiver.stop(None)
+    with start_collector(OTEL_BSP_SCHEDULE_DELAY="100") as running:
+        yield running
 
 
 def attributes(span: Any) -> dict[str, Any]:
