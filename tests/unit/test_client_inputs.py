@@ -222,7 +222,7 @@ def test_the_view_names_the_step_and_each_label_with_its_probability() -> None:
     screen = Console(file=io.StringIO(), width=100)
     screen.print(view)
     values = np.array([0.25, 0.75], np.float32)
-    view.show(Answer(step=3, output=values, label="bad", probabilities=values, top=()))
+    view.show(Answer(step=3, output=values, label="bad", probabilities=values, top=()), values)
     screen.print(view)
     drawn = screen.file.getvalue()  # type: ignore[attr-defined]
     for part in ("pump: [title]", "waiting for the first step", "step 3 · bad", "good", "0.25", "0.75"):
@@ -233,10 +233,10 @@ def test_a_dash_stands_where_the_model_is_not_sure_enough() -> None:
     even = np.array([0.5, 0.5], np.float32)
     answer = Answer(step=3, output=even, label=None, probabilities=even, top=())
     view, screen = StreamView(NUMERIC, "pump"), io.StringIO()
-    view.show(answer)
+    view.show(answer, even)
     Console(file=screen, width=100).print(view)
     assert "step 3 · —" in screen.getvalue()
-    assert answer_line(answer) == "3\t—\t0.500"
+    assert answer_line(answer, even) == "3\t—\t0.500"
     assert answer_json(answer, NUMERIC)["label"] is None
     several = Prediction(np.stack([even, even]), (None, "bad"), np.stack([even, even]), ())
     assert prediction_text(several, NUMERIC, even) == "— bad"
@@ -255,7 +255,17 @@ def test_labels_become_the_text_that_they_mean_where_a_model_rewrites_what_it_re
 
 def test_a_model_without_labels_says_its_numbers() -> None:
     numbers = np.array([1.0, 2.5], np.float32)
-    assert answer_line(Answer(step=3, output=numbers, label=None, probabilities=None, top=())) == "3\t1 2.5"
+    assert answer_line(Answer(step=3, output=numbers, label=None, probabilities=None, top=()), numbers) == "3\t1 2.5"
+
+
+def test_an_answer_about_a_word_stands_beside_the_word() -> None:
+    numbers = np.array([2.5], np.float32)
+    answer = Answer(step=3, output=numbers, label=None, probabilities=None, top=())
+    view, screen = StreamView(TEXT, "words"), io.StringIO()
+    view.show(answer, "film")
+    Console(file=screen, width=100).print(view)
+    assert "step 3 · film" in screen.getvalue()
+    assert answer_line(answer, "film") == "3\tfilm\t2.5"
 
 
 def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_scripts() -> None:

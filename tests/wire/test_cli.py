@@ -75,6 +75,19 @@ def test_models_are_a_table_for_people_and_lines_for_scripts(run: Run) -> None:
     assert listed[-2:] == [("vanilla", 2), ("words", 1)]
 
 
+def test_the_table_of_models_says_it_all_in_few_lines_of_80_columns() -> None:
+    quality = pb.Quality(metric="accuracy on windows of 4 s, percent", value=95.55)
+    summary = "Tells which exercise it is. " * 4
+    model = pb.Model(name="exercises", summary=summary, quality=quality, layers=2, streamable=True, look_ahead=5)
+    model.cell, model.direction = pb.CELL_GRU, pb.DIRECTION_FORWARD
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(models_table([model_from(model)]))
+    _heading, *lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    said = " ".join(" ".join(lines).split())
+    assert "streams, 5 behind · gru, 2 layers, forward · 95.55 accuracy on windows of 4 s, percent" in said
+    assert len(lines) <= 4
+
+
 @pytest.mark.parametrize("name", ["bidirectional", "s" * 64])
 def test_names_are_whole_however_narrow_the_terminal_is(name: str) -> None:
     screen = Console(file=io.StringIO(), width=80)
@@ -122,8 +135,8 @@ def test_a_stream_of_words_ends_with_the_number_that_a_prediction_prints(run: Ru
     file.write_text("The film is\nnot GOOD,\n")
     done = run("stream", "words", str(file)) if source == "file" else run("stream", "words", stdin=file.read_text())
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["0", "1", "2", "3", "4"]
-    assert float(run("predict", "words", str(file)).stdout) == pytest.approx(float(rows[-1][1]), abs=1e-5)
+    assert [row[:2] for row in rows] == [["0", "The"], ["1", "film"], ["2", "is"], ["3", "not"], ["4", "GOOD,"]]
+    assert float(run("predict", "words", str(file)).stdout) == pytest.approx(float(rows[-1][2]), abs=1e-5)
 
 
 def test_columns_are_found_by_name(run: Run, steps_file: str) -> None:

@@ -80,7 +80,7 @@ def stream(
     with exit_codes(), options.client() as client, opened(file) as lines:
         described = client.model(model)
         rate_hz = _rate_hz(described, rate, real_time)
-        read: Read | None = deque() if described.rewrites and not options.json else None
+        read = deque[Input]()  # the steps about which no answer was printed yet
         located = read_steps(lines, described, shown(file))
         if described.streamable:  # otherwise opening the stream says why not
             located = not_empty(located, shown(file))
@@ -90,24 +90,19 @@ def stream(
         with (
             placed(lambda _: places.of(open_stream.next_step) if places else None),
             options.stream(client, described, threshold) as open_stream,
-            _answer_printer(options, described, read) as print_answer,
+            _answer_printer(options, described) as print_answer,
         ):
             # Standard input is read here and not in a thread, which could not be stopped while it waits for a line.
             answers = map(open_stream.step, paced) if file == "-" else open_stream.steps(paced)
             for answer in itertools.chain(answers, _last_ones(open_stream, described)):
                 places.drop_until(answer.step)
                 if answer.step >= 0:
-                    print_answer(answer)
+                    print_answer(answer, read.popleft())
 
 
-Read = deque[Input]
-"""The steps about which no answer was printed yet, the oldest first."""
-
-
-def _kept(steps: Iterable[Input], read: Read | None) -> Iterator[Input]:
+def _kept(steps: Iterable[Input], read: deque[Input]) -> Iterator[Input]:
     for step in steps:
-        if read is not None:
-            read.append(step)
+        read.append(step)
         yield step
 
 
@@ -126,19 +121,19 @@ def _rate_hz(model: Model, rate_hz: float | None, real_time: bool) -> float | No
 
 
 @contextmanager
-def _answer_printer(options: Options, model: Model, read: Read | None) -> Iterator[Callable[[Answer], None]]:
-    """Draws on a terminal, else prints a line for each answer; or the text, where the model rewrites what it `read`."""
-    if read is not None:
-        yield lambda answer: print(model.rewritten(str(read.popleft()), (answer.label,)), end="", flush=True)
+def _answer_printer(options: Options, model: Model) -> Iterator[Callable[[Answer, Input], None]]:
+    """Draws on a terminal, else prints a line for each answer; or the text, where the model rewrites it."""
+    if options.json:
+        yield lambda answer, _: show.print_json(show.answer_json(answer, model))
+    elif model.rewrites:
+        yield lambda answer, step: print(model.rewritten(str(step), (answer.label,)), end="", flush=True)
         print()
-    elif options.json:
-        yield lambda answer: show.print_json(show.answer_json(answer, model))
     elif stdout.is_terminal:
         view = StreamView(model, f"{model.name}: {model.summary}")
         with view.on(stdout):
             yield view.show
     else:
-        yield lambda answer: print(show.answer_line(answer), flush=True)
+        yield lambda answer, step: print(show.answer_line(answer, step), flush=True)
 
 
 @app.command()

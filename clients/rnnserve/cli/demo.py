@@ -49,7 +49,7 @@ def _stream_sample(client: Client, open_stream: OpenStream, console: Console, na
     with open_stream(client, model) as stream, view.on(console):
         for step in at_rate(steps, rate_hz) if real_time else steps:
             answer = stream.step(step)
-            view.show(answer)
+            view.show(answer, step)
     console.print(f"after {answer.step + 1} steps it says {answer.label}, and it truly is {sample.label}\n")
     return True
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from rnnserve.cli.show import NO_LABEL
 from rnnserve.models import Model
 from rnnserve.results import Answer
-from rnnserve.tensors import Array
+from rnnserve.tensors import Array, Input
 
 _COURSE_WIDTH = 40
 _BAR_WIDTH = 24
@@ -30,6 +30,7 @@ class StreamView:
         self._names = model.labels or tuple(f"output {i}" for i in range(model.outputs))
         self._rate_hz = model.steps_per_second
         self._answer: Answer | None = None
+        self._read = ""
         self._course: deque[Array] = deque(maxlen=_COURSE_WIDTH)
 
     @contextmanager
@@ -42,9 +43,10 @@ class StreamView:
             yield
             console.print(self)
 
-    def show(self, answer: Answer) -> None:
-        """The newest answer."""
+    def show(self, answer: Answer, step: Input) -> None:
+        """The newest answer, and the step that it is about."""
         self._answer = answer
+        self._read = f" · {step}" if isinstance(step, str) else ""
         self._course.append(answer.output if answer.probabilities is None else answer.probabilities)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -55,7 +57,7 @@ class StreamView:
             return Text("waiting for the first step")
         seconds = f" · {(self._answer.step + 1) / self._rate_hz:5.1f} s" if self._rate_hz else ""
         label = "" if self._answer.probabilities is None else f" · {self._answer.label or NO_LABEL}"
-        return Text(f"step {self._answer.step}{seconds}{label}")
+        return Text(f"step {self._answer.step}{seconds}{self._read}{label}")
 
     def _bars(self) -> Table:
         table = Table.grid(padding=(0, 1))

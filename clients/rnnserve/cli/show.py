@@ -30,13 +30,15 @@ def print_json(value: Any) -> None:
 
 
 def models_table(models: Iterable[Model]) -> Table:
-    """One line for each model."""
-    table = _table("model", "serves", "network", "held-out quality", "what it does")
+    """What each does, and below it how it serves, its network, and its quality on held-out data."""
+    table = _table("model", "what it does")
     for model in models:
-        quality = f"{model.quality.value:.4g} {model.quality.metric}" if model.quality else ""
         behind = f", {model.look_ahead} behind" if model.look_ahead else ""
-        serves = f"streams{behind}" if model.streamable else "sequences"
-        table.add_row(f"{model.name} v{model.version}", serves, _network(model), quality, model.summary)
+        facts = [f"streams{behind}" if model.streamable else "sequences", _network(model)]
+        if model.quality:
+            facts.append(f"{model.quality.value:.4g} {model.quality.metric}")
+        about = Text(f"{model.summary}\n").append(" · ".join(facts), style="dim")
+        table.add_row(f"{model.name} v{model.version}", about)
     return table
 
 
@@ -130,9 +132,10 @@ def answer_json(answer: Answer, model: Model) -> dict[str, Any]:
     return {**about, "probabilities": _by_label(answer.probabilities, model)}
 
 
-def answer_line(answer: Answer) -> str:
-    """For people, where there is no terminal to draw on."""
-    return f"{answer.step}\t{_said(answer.label, answer.output, answer.probabilities)}"
+def answer_line(answer: Answer, step: Input) -> str:
+    """For people, where there is no terminal to draw on; with the step that it is about, if that is a text's."""
+    read = f"{step}\t" if isinstance(step, str) else ""
+    return f"{answer.step}\t{read}{_said(answer.label, answer.output, answer.probabilities)}"
 
 
 def notice_line(notice: Notice, durability: Durability) -> str:
