@@ -25,7 +25,7 @@ from rich.table import Table
 from rnnserve import AsyncClient, AsyncStream
 from tests.support.bundles import write_accumulator
 from tests.support.server import RunningServer, start_server
-from tests.support.wire import sample_values
+from tests.support.wire import sample_values, total_of
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = 2_000
@@ -82,10 +82,7 @@ async def _step(stream: AsyncStream, total: float, until_s: float) -> float:
 def look(server: RunningServer, state_dir: Path) -> dict[str, float]:
     """What the server holds now."""
     values = sample_values(server.metrics_url)
-    found = {
-        name: sum(value for (sampled, _), value in values.items() if sampled == metric) * factor
-        for name, (metric, factor) in GAUGES.items()
-    }
+    found = {name: total_of(values, metric) * factor for name, (metric, factor) in GAUGES.items()}
     return found | {FILE: sum(file.stat().st_size for file in state_dir.glob("sessions.sqlite*")) * 1e-6}
 
 

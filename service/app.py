@@ -105,7 +105,7 @@ class Service:
         self.settings = settings
         self.catalog = catalog
         self._shares_port = lane is not None
-        self.metrics = Metrics()
+        self.metrics = Metrics(settings.session_store)
         self.metrics.session_limit(settings.max_streams)
         self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()

@@ -20,8 +20,10 @@ MODEL = ("model", "version")
 class Metrics:
     """All metrics in one registry. Labels are bounded: never a session id, never anything that a client chose."""
 
-    def __init__(self) -> None:
+    def __init__(self, session_store: str = "memory") -> None:
+        """`session_store` is the setting: what is parked in Redis, several services count."""
         declarations = Declarations()
+        self._session_store = session_store
         self.registry = declarations.registry
         self.declared = declarations.declared
         self._declare_calls(declarations)
@@ -64,10 +66,10 @@ class Metrics:
         self._sessions = d.gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL)
         self._parked = d.gauge(
             "rnnserve_parked_sessions",
-            "Sessions kept without a stream. Where processes share a store: of all models together, named `all`.",
-            MODEL,
+            "Sessions kept without a stream. All services that share a store `redis` say the same of it.",
+            (*MODEL, "store"),
         )
-        self._parked_bytes = d.gauge("rnnserve_parked_bytes", "Their states and answers.")
+        self._parked_bytes = d.gauge("rnnserve_parked_bytes", "Their states and answers.", ("store",))
         self._session_limit = d.gauge("rnnserve_session_limit", "As many may have a stream: max_streams.")
         self._opened = d.counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL)
         self._resumed = d.counter("rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL)
@@ -183,8 +185,8 @@ class Metrics:
 
     def parked(self, sessions: Mapping[ModelKey, int], size_bytes: int) -> None:
         for model, count in sessions.items():
-            self._parked.labels(*model).set(count)
-        self._parked_bytes.set(size_bytes)
+            self._parked.labels(*model, self._session_store).set(count)
+        self._parked_bytes.labels(self._session_store).set(size_bytes)
 
     def evicted(self, limit: str) -> None:
         self._evictions.labels(limit).inc()

@@ -185,6 +185,7 @@ class Supervisor:
                 return pause_s
             except StartError as error:
                 log.error("%s; trying again in %g s", error, pause_s)
+                self._metrics.restarted(name, "failed")
 
     def _mourn(self, child: Child) -> None:
         self._of_dead = counted(self._of_dead, child.page)

@@ -19,7 +19,7 @@ class SupervisorMetrics:
         declarations.section = "Processes, where there are several"
         self._restarts = declarations.counter(
             "rnnserve_process_restarts_total",
-            "Processes started again: died, stuck, or rolled by SIGHUP.",
+            "Processes started again: they died, were stuck, failed to start, or were rolled by SIGHUP.",
             ("process", "why"),
         )
         declarations.gauge("rnnserve_workers", "Workers that serve.").set_function(serving)
@@ -27,7 +27,7 @@ class SupervisorMetrics:
 
     def began(self, process: str) -> None:
         """From 0 on, so that its first restart shows as a rise."""
-        for why in ("died", "stuck", "rolled"):
+        for why in ("died", "stuck", "failed", "rolled"):
             self._restarts.labels(process, why)
 
     def restarted(self, process: str, why: str) -> None:

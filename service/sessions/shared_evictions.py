@@ -15,7 +15,6 @@ from service.sessions.stores.shared import SharedStore, StoredSession
 from service.sessions.table import SessionTable, TableMetrics
 
 AT_A_TIME = 100
-ALL = ModelKey("all", 0)  # a shared store counts the sessions of all models together
 
 
 class StoredMetrics(EvictionMetrics, TableMetrics, Protocol):
@@ -43,6 +42,7 @@ class SharedEvictions:
         self._checkpoints = checkpoints
         self._limits = limits
         self._metrics = metrics
+        self._models: set[ModelKey] = set()  # of which sessions were parked once
 
     async def make_room(self, tenant: str) -> None:
         """For one more session of the tenant. Raises SessionLimit if no other is parked."""
@@ -55,8 +55,16 @@ class SharedEvictions:
         with suppress(StoreUnavailable):
             await self._evict_unused(now_s - self._limits.resume_window_s)
             await self._evict_surplus()
-            totals = await self._checkpoints.ask(self._store.parked_totals())
-            self._metrics.parked({ALL: totals.sessions}, totals.size_bytes)
+            await self._count()
+
+    async def _count(self) -> int:
+        """Tell the metrics what is parked; the bytes of it."""
+        totals = await self._checkpoints.ask(self._store.parked_totals())
+        self._models |= totals.keys()
+        size_bytes = sum(of_model.size_bytes for of_model in totals.values())
+        sessions = {model: totals[model].sessions if model in totals else 0 for model in self._models}
+        self._metrics.parked(sessions, size_bytes)
+        return size_bytes
 
     async def _make_room(self, limit: str, most: int, tenant: str | None) -> None:
         while most and (await self._checkpoints.ask(self._store.totals(tenant))).sessions >= most:
@@ -75,7 +83,7 @@ class SharedEvictions:
 
     async def _evict_surplus(self) -> None:
         most_bytes = self._limits.max_parked_bytes
-        surplus_bytes = (await self._checkpoints.ask(self._store.parked_totals())).size_bytes - most_bytes
+        surplus_bytes = await self._count() - most_bytes
         while most_bytes and surplus_bytes > 0:
             longest = await self._checkpoints.ask(self._store.longest_parked(AT_A_TIME))
             if not longest:

@@ -189,8 +189,12 @@ def refusal_of(error: grpc.RpcError) -> Refusal:
     return Refusal(status)
 
 
-def sample_values(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """The metrics page: by name and labels."""
+SampleValues = dict[tuple[str, frozenset[tuple[str, str]]], float]
+"""By name and labels."""
+
+
+def sample_values(url: str) -> SampleValues:
+    """What stands on the metrics page."""
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as page:
         text = page.read().decode()
     return {
@@ -201,8 +205,13 @@ def sample_values(url: str) -> dict[tuple[str, frozenset[tuple[str, str]]], floa
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    """0 if it was never counted."""
-    return sample_values(url).get((name, frozenset(labels.items())), 0.0)
+    """Of all samples with these labels together; 0 if it was never counted."""
+    return total_of(sample_values(url), name, **labels)
+
+
+def total_of(values: SampleValues, name: str, **labels: str) -> float:
+    """Likewise, of a page that was read."""
+    return sum(value for (found, of), value in values.items() if found == name and labels.items() <= of)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ from tests.support.server import ROOT
 
 BOUNDED = {
     "grpc_type", "grpc_service", "grpc_method", "grpc_code", "model", "version", "reason", "limit", "operation",
-    "finish", "process", "why", "torch", "python",
+    "finish", "process", "store", "why", "torch", "python",
 }  # fmt: skip
 """Labels whose values the service knows beforehand."""
 

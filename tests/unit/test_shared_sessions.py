@@ -350,6 +350,19 @@ async def test_what_is_parked_too_long_is_evicted_once(machine: Machine) -> None
     assert await a.store.find(named("s")) is None
 
 
+async def test_every_process_tells_what_is_parked_until_nothing_is(machine: Machine) -> None:
+    a, b = await machine.start("a"), await machine.start("b")
+    await a.park("s", 1)
+    for process in (a, b):
+        await process.registry.enforce_limits()
+    machine.now_s += 101
+    for process in (a, b):
+        await process.registry.enforce_limits()
+        told = [event[1] for event in process.metrics.events if event[0] == "parked"]
+        assert 1 in told
+        assert told[-1] == 0
+
+
 async def test_past_the_parked_bytes_the_longest_parked_go(machine: Machine) -> None:
     a, b = await machine.start("a", max_parked_bytes=8), await machine.start("b", max_parked_bytes=8)
     await a.park("old", 1)

@@ -17,6 +17,8 @@ from service.sessions.stores.shared_sqlite import SharedSqliteStore
 from tests.support.redis_server import RedisServer, needs_redis, start_redis
 from tests.unit.test_session_stores import content, owing, record, records
 
+MODEL = record("").model
+NEWER = MODEL._replace(version=MODEL.version + 1)
 FENCE = 7
 LEASE_S = 60.0
 TIMEOUT_S = 10.0
@@ -248,14 +250,28 @@ async def test_totals_follow_every_change(make_store: MakeStore) -> None:
     await store.write([new("p", "a", tenant="me"), new("q", tenant="me"), new("r", tenant="them")])
     assert await store.totals() == Totals(3, 3 * size)
     assert await store.totals("me") == Totals(2, 2 * size)
-    assert await store.parked_totals() == Totals(2, 2 * size)
+    assert await store.parked_totals() == {MODEL: Totals(2, 2 * size)}
     await store.write([replace(next_of(new("p", tenant="me")), row=np.zeros(10, np.float32))])
-    assert await store.parked_totals() == await store.totals() == Totals(3, 2 * size + 40)
+    assert await store.totals() == Totals(3, 2 * size + 40)
+    assert await store.parked_totals() == {MODEL: Totals(3, 2 * size + 40)}
     await store.take(SessionKey("me", "q"), FENCE)
-    assert await store.parked_totals() == Totals(2, size + 40)
+    assert await store.parked_totals() == {MODEL: Totals(2, size + 40)}
     await store.erase({SessionKey("me", "p"): FENCE, SessionKey("me", "q"): FENCE + 1})
     assert await store.totals("me") == Totals(0, 0)
-    assert await store.totals() == await store.parked_totals() == Totals(1, size)
+    assert await store.totals() == Totals(1, size)
+    assert await store.parked_totals() == {MODEL: Totals(1, size)}
+
+
+async def test_what_is_parked_is_counted_by_model(make_store: MakeStore) -> None:
+    store, size = await make_store("a"), record("").size_bytes
+    live = replace(new("live", "a"), model=NEWER)
+    await store.write([new("p"), live, *(replace(new(name), model=NEWER) for name in "qr")])
+    assert await store.parked_totals() == {MODEL: Totals(1, size), NEWER: Totals(2, 2 * size)}
+    await store.take(SessionKey("", "p"), FENCE)
+    await store.write([replace(next_of(live), owner="")])
+    counted = await store.parked_totals()
+    assert counted.get(MODEL, Totals(0, 0)) == Totals(0, 0)
+    assert counted[NEWER] == Totals(3, 3 * size)
 
 
 async def test_the_longest_parked_are_those_that_no_living_owner_has(make_store: MakeStore) -> None:

@@ -161,12 +161,6 @@ def test_totals_are_about_all_models() -> None:
     assert totals.refusals == {"QUEUE_FULL": 7, "DRAINING": 1}
 
 
-def test_sessions_that_are_parked_in_a_shared_store_are_in_the_totals_alone() -> None:
-    span = Span(reading('rnnserve_parked_sessions{model="all",version="0"} 7'), None)
-    (vanilla,) = span.models()
-    assert (vanilla.parked, span.totals().parked) == (None, 7)
-
-
 def test_a_page_that_says_little_is_no_error() -> None:
     totals = Span(reading("rnnserve_tasks 3"), None).totals()
     assert (totals.server_version, totals.stream_limit, totals.store_up, totals.durable_lag_s) == (None,) * 4

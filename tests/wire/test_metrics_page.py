@@ -23,6 +23,7 @@ from tests.support.wire import (
     resume,
     sample_values,
     steps,
+    total_of,
 )
 
 VANILLA = {"model": "vanilla", "version": "1"}
@@ -44,7 +45,7 @@ def growth(server: RunningServer) -> Growth:
     before = sample_values(server.metrics_url)
 
     def grown(name: str, **labels: str) -> float:
-        return metric(server.metrics_url, name, **labels) - before.get((name, frozenset(labels.items())), 0.0)
+        return metric(server.metrics_url, name, **labels) - total_of(before, name, **labels)
 
     return grown
 

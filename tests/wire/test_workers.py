@@ -1,6 +1,7 @@
 """Several processes on one port: any of them may die, and the streams go on."""
 
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -67,6 +68,10 @@ def counted(server: RunningServer, metric: str) -> float:
     return sum(value for name, value in page(server).items() if name.partition("{")[0] == metric)
 
 
+def failed_starts(server: RunningServer) -> float:
+    return sum(value for name, value in page(server).items() if "process_restarts" in name and 'why="failed"' in name)
+
+
 @dataclass
 class Streaming:
     """Streams at work in threads, each on a connection of its own, until told to stop."""
@@ -130,6 +135,19 @@ def test_streams_go_on_when_a_worker_is_stuck_and_it_is_killed(server: RunningSe
     streaming.go_on()
     eventually(lambda: len(workers(server)) == 2 and before[0] not in workers(server))
     assert any('why="stuck"' in name for name in page(server))
+
+
+def test_a_worker_that_cannot_be_started_again_is_counted_at_each_try_until_it_can(
+    repository: Path, tmp_path: Path
+) -> None:
+    mine, away = tmp_path / "repository" / "accumulator", tmp_path / "away"
+    shutil.copytree(repository / "accumulator", mine)
+    with start_server(mine.parent, tmp_path, **SETTINGS) as server:
+        mine.rename(away)
+        os.kill(workers(server)[0], signal.SIGKILL)
+        eventually(lambda: failed_starts(server) >= 2)
+        away.rename(mine)
+        eventually(lambda: counted(server, "rnnserve_workers") == 2)
 
 
 def test_all_workers_are_restarted_one_after_the_other_and_no_stream_notices(

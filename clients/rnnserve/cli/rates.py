@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from rnnserve.metrics_page import Page
 
-_ALL_MODELS = {"model": "all", "version": "0"}
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -29,7 +27,7 @@ class ModelLoad:
     name: str
     version: int
     streams: int
-    parked: int | None
+    parked: int
     """Sessions without a stream; None where processes that share a store count those of all models together."""
     steps_per_s: float | None
     tick_sessions: float | None
@@ -120,12 +118,11 @@ class Span:
         ticks, sessions = (self._sum(f"rnnserve_tick_sessions_{part}", labels) for part in ("count", "sum"))
         buckets = self._grown("rnnserve_step_seconds_bucket", labels, by="le")
         up_to = {float(bound): count for bound, count in buckets.items()}
-        counted_together = self._now.page.samples("rnnserve_parked_sessions", _ALL_MODELS)
         return ModelLoad(
             name=name,
             version=version,
             streams=int(self._gauge("rnnserve_sessions", labels) or 0),
-            parked=None if counted_together else int(self._gauge("rnnserve_parked_sessions", labels) or 0),
+            parked=int(self._gauge("rnnserve_parked_sessions", labels) or 0),
             steps_per_s=_rate(self._sum("rnnserve_steps_total", labels), self.duration_s),
             tick_sessions=sessions / ticks if ticks else None,
             p50_s=quantile(0.5, up_to),

@@ -99,7 +99,7 @@ def _table(models: Iterable[ModelLoad]) -> Table | Text:
 def _cells(model: ModelLoad) -> list[str]:
     return [
         f"{model.streams:,}",
-        NO_LABEL if model.parked is None else f"{model.parked:,}",
+        f"{model.parked:,}",
         _rate(model.steps_per_s),
         _rate(model.tick_sessions),
         _ms(model.p50_s),

@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from models.manifest import model_key
+from models.manifest import ModelKey, model_key
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 from service.sessions.stores import redis_scripts
 from service.sessions.stores.record_codec import decode_record, encode_record
@@ -154,10 +154,19 @@ class RedisStore:
         return found[:sessions]
 
     async def totals(self, tenant: str | None = None) -> Totals:
-        return await self._totals(tenant, "sessions", "size_bytes")
+        key = self._key("totals") if tenant is None else self._key("totals", tenant)
+        async with self._explained():
+            found = await _reply(self._redis.hmget(key, ["sessions", "size_bytes"]))
+        return Totals(*(int(value or 0) for value in found))
 
-    async def parked_totals(self) -> Totals:
-        return await self._totals(None, "parked", "parked_bytes")
+    async def parked_totals(self) -> dict[ModelKey, Totals]:
+        async with self._explained():
+            found = await _reply(self._redis.hgetall(self._key("parked")))
+        models = [field.partition(b":")[2] for field in found if field.startswith(b"sessions:")]
+        return {
+            _model_from(model): Totals(int(found[b"sessions:" + model]), int(found[b"size_bytes:" + model]))
+            for model in models
+        }
 
     async def probe(self) -> None:
         async with self._explained(), self._turn:
@@ -221,11 +230,6 @@ class RedisStore:
         lost = [key for key, session in zip(keys, stored, strict=True) if session is None]
         await self._change(redis_scripts.ERASE, [(key, -1, ()) for key in lost])
 
-    async def _totals(self, tenant: str | None, *fields: str) -> Totals:
-        key = self._key("totals") if tenant is None else self._key("totals", tenant)
-        async with self._explained():
-            return Totals(*(int(value or 0) for value in await _reply(self._redis.hmget(key, fields))))
-
     async def _scrub(self) -> None:
         if not (await self._persistence())["aof_enabled"]:
             return
@@ -287,7 +291,8 @@ class RedisStore:
     def _written(self, record: SessionRecord) -> tuple[Any, ...]:
         r = record
         summary = msgpack.packb((*r.model, r.next_step, r.opened_s, r.used_s, r.size_bytes))
-        return (int(r.is_new), r.owner, r.size_bytes, repr(r.used_s), self._ttl_ms, summary, encode_record(r))
+        model = f"{r.model.name}@{r.model.version}"
+        return (int(r.is_new), r.owner, r.size_bytes, model, repr(r.used_s), self._ttl_ms, summary, encode_record(r))
 
     def _key(self, *parts: str) -> str:
         return self._prefix + ":".join(parts)
@@ -305,6 +310,7 @@ class RedisStore:
             self._key("counted"),
             self._key("totals"),
             self._key("totals", key.tenant),
+            self._key("parked"),
             self._key("connection", self._owner),
         ]
 
@@ -318,6 +324,12 @@ def _name_of(key: SessionKey) -> bytes:
 def _key_from(name: bytes) -> SessionKey:
     size, _, both = name.partition(b":")
     return SessionKey(both[: int(size)].decode(), both[int(size) + 1 :].decode())
+
+
+def _model_from(name: bytes) -> ModelKey:
+    """Of `speaker@1`."""
+    model, _, version = name.decode().rpartition("@")
+    return model_key(model, int(version))
 
 
 def _record_from(found: Sequence[bytes]) -> SessionRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # All of a session's keys and names; `counted` remembers what the totals have of it, should its hash run out.
 _SESSION = """
-local session, ids, used, tenant_used, counted, totals, tenant_totals, connection = unpack(KEYS)
+local session, ids, used, tenant_used, counted, totals, tenant_totals, parked_totals, connection = unpack(KEYS)
 local name, id, connection_number, fence = unpack(ARGV, 1, 4)
 
 -- What an earlier connection of this owner sent, and nobody waits for any more, may arrive late.
@@ -13,22 +13,20 @@ if redis.call('GET', connection) ~= connection_number then
 end
 
 local function add(sessions, value)
-    local parked, size = value:match('(%d):(%d+)')
-    for _, key in ipairs({totals, tenant_totals}) do
-        local function raise(field, amount)
-            return redis.call('HINCRBY', key, field, string.format('%d', amount))  -- never -0
-        end
-        raise('size_bytes', sessions * size)
-        raise('parked', sessions * parked)
-        raise('parked_bytes', sessions * parked * size)
-        if raise('sessions', sessions) == 0 then
-            redis.call('DEL', key)
+    local parked, size, model = value:match('(%d):(%d+):(.+)')
+    local function raise(key, of)
+        redis.call('HINCRBY', key, 'size_bytes' .. of, string.format('%d', sessions * size))  -- never -0
+        if redis.call('HINCRBY', key, 'sessions' .. of, sessions) == 0 then
+            redis.call('HDEL', key, 'size_bytes' .. of, 'sessions' .. of)
         end
     end
+    raise(totals, '')
+    raise(tenant_totals, '')
+    if parked == '1' then raise(parked_totals, ':' .. model) end
 end
 
-local function count(size, owner)
-    local value = (owner == '' and 1 or 0) .. ':' .. size
+local function count(size, owner, model)
+    local value = (owner == '' and 1 or 0) .. ':' .. size .. ':' .. model
     local before = redis.call('HGET', counted, name)
     if before ~= value then
         if before then add(-1, before) end
@@ -54,7 +52,7 @@ local found = redis.call('HGET', session, 'fence')
 WRITE = (
     _SESSION
     + """
-local is_new, owner, size, used_s, ttl_ms, summary, record = unpack(ARGV, 5)
+local is_new, owner, size, model, used_s, ttl_ms, summary, record = unpack(ARGV, 5)
 if found ~= fence and (found or is_new == '0') then
     return 0
 end
@@ -63,7 +61,7 @@ if owner == '' then redis.call('PEXPIRE', session, ttl_ms) else redis.call('PERS
 redis.call('ZADD', ids, 0, id)
 redis.call('ZADD', used, used_s, name)
 redis.call('ZADD', tenant_used, used_s, name)
-count(size, owner)
+count(size, owner, model)
 return 1
 """
 )
@@ -80,7 +78,8 @@ end
 redis.call('HINCRBY', session, 'fence', 1)  -- not in Lua, whose numbers are floats
 redis.call('HSET', session, 'owner', me)
 redis.call('PERSIST', session)
-count(redis.call('HGET', counted, name):match(':(%d+)'), me)
+local size, model = redis.call('HGET', counted, name):match(':(%d+):(.+)')
+count(size, me, model)
 return redis.call('HMGET', session, 'record', 'fence', 'owner')
 """
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from models.manifest import ModelKey
 from service.sessions.record import SessionKey, SessionRecord, SessionSummary
 from service.sessions.stores.store import CLOSE_TIMEOUT_S
 
@@ -112,8 +113,8 @@ class SharedStore(Protocol):
         """So many at most that no owner who lives has, the longest unused first."""
         ...
 
-    async def parked_totals(self) -> Totals:
-        """Of the sessions that no owner has; those of dead owners may be left out."""
+    async def parked_totals(self) -> dict[ModelKey, Totals]:
+        """Of the sessions that no owner has, by model; those of dead owners may be left out."""
         ...
 
     async def probe(self) -> None:

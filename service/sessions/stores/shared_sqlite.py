@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from models.manifest import ModelKey, model_key
 from service.sessions.record import SessionKey, SessionRecord
 from service.sessions.stores.record_codec import decode_record
 from service.sessions.stores.shared import StoredSession, Totals, Wanted
@@ -44,7 +45,7 @@ LONGEST_PARKED = f"""
 ORDER BY used_s LIMIT :sessions
 """
 TOTALS = "SELECT total(sessions), total(size_bytes) FROM totals WHERE ? IS NULL OR tenant = ?"
-PARKED_TOTALS = "SELECT total(parked), total(parked_bytes) FROM totals"
+PARKED_TOTALS = "SELECT model_name, model_version, sessions, size_bytes FROM parked"
 RENEW = "INSERT OR REPLACE INTO owners VALUES (:me, :boot_id, :expires_s, :port, :secret)"
 BURY = "DELETE FROM owners WHERE owner = ?"
 ADDRESS = "SELECT port, secret FROM owners WHERE owner = ?"
@@ -114,10 +115,12 @@ class SharedSqliteStore:
         return await self._stored(LONGEST_PARKED, sessions=sessions, tenant=tenant, used_before_s=used_before_s)
 
     async def totals(self, tenant: str | None = None) -> Totals:
-        return await self._totals(TOTALS, tenant, tenant)
+        found = await self._file.read(lambda connection: connection.execute(TOTALS, (tenant, tenant)).fetchall())
+        return Totals(*map(int, found[0]))
 
-    async def parked_totals(self) -> Totals:
-        return await self._totals(PARKED_TOTALS)
+    async def parked_totals(self) -> dict[ModelKey, Totals]:
+        found = await self._file.read(lambda connection: connection.execute(PARKED_TOTALS).fetchall())
+        return {model_key(name, version): Totals(*counts) for name, version, *counts in found}
 
     async def probe(self) -> None:
         await self._file.probe()
@@ -140,10 +143,6 @@ class SharedSqliteStore:
         return [
             StoredSession(summary_from(columns), fence, owner, bool(lives)) for *columns, fence, owner, lives in rows
         ]
-
-    async def _totals(self, query: str, *values: Any) -> Totals:
-        found = await self._file.read(lambda connection: connection.execute(query, values).fetchall())
-        return Totals(*map(int, found[0]))
 
 
 def _record_from(found: list[tuple[bytes, int, str]]) -> SessionRecord | None:

@@ -30,32 +30,41 @@ MIGRATIONS = [
         secret BLOB NOT NULL
     );
     -- Kept by the triggers, for to count takes a walk through all sessions.
-    CREATE TABLE totals (
-        tenant TEXT PRIMARY KEY, sessions INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
-        parked INTEGER NOT NULL, parked_bytes INTEGER NOT NULL
+    CREATE TABLE totals (tenant TEXT PRIMARY KEY, sessions INTEGER NOT NULL, size_bytes INTEGER NOT NULL);
+    CREATE TABLE parked (
+        model_name TEXT NOT NULL, model_version INTEGER NOT NULL, sessions INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL, PRIMARY KEY (model_name, model_version)
     );
-    INSERT INTO totals
-        SELECT tenant, count(*), sum(size_bytes), count(*), sum(size_bytes) FROM sessions GROUP BY tenant;
+    INSERT INTO totals SELECT tenant, count(*), sum(size_bytes) FROM sessions GROUP BY tenant;
+    INSERT INTO parked
+        SELECT model_name, model_version, count(*), sum(size_bytes) FROM sessions GROUP BY model_name, model_version;
     CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
-        INSERT INTO totals VALUES (new.tenant, 0, 0, 0, 0) ON CONFLICT DO NOTHING;
-        UPDATE totals SET
-            sessions = sessions + 1, size_bytes = size_bytes + new.size_bytes,
-            parked = parked + (new.owner = ''), parked_bytes = parked_bytes + (new.owner = '') * new.size_bytes
-        WHERE tenant = new.tenant;
+        INSERT INTO totals VALUES (new.tenant, 1, new.size_bytes)
+            ON CONFLICT DO UPDATE SET sessions = sessions + 1, size_bytes = size_bytes + excluded.size_bytes;
     END;
     CREATE TRIGGER session_erased AFTER DELETE ON sessions BEGIN
-        UPDATE totals SET
-            sessions = sessions - 1, size_bytes = size_bytes - old.size_bytes,
-            parked = parked - (old.owner = ''), parked_bytes = parked_bytes - (old.owner = '') * old.size_bytes
-        WHERE tenant = old.tenant;
+        UPDATE totals SET sessions = sessions - 1, size_bytes = size_bytes - old.size_bytes WHERE tenant = old.tenant;
     END;
-    CREATE TRIGGER session_changed AFTER UPDATE OF owner, size_bytes ON sessions
-    WHEN old.owner <> new.owner OR old.size_bytes <> new.size_bytes BEGIN
-        UPDATE totals SET
-            size_bytes = size_bytes + new.size_bytes - old.size_bytes,
-            parked = parked + (new.owner = '') - (old.owner = ''),
-            parked_bytes = parked_bytes + (new.owner = '') * new.size_bytes - (old.owner = '') * old.size_bytes
-        WHERE tenant = new.tenant;
+    CREATE TRIGGER session_resized AFTER UPDATE OF size_bytes ON sessions WHEN old.size_bytes <> new.size_bytes BEGIN
+        UPDATE totals SET size_bytes = size_bytes + new.size_bytes - old.size_bytes WHERE tenant = new.tenant;
+    END;
+    CREATE TRIGGER parked_added AFTER INSERT ON sessions WHEN new.owner = '' BEGIN
+        INSERT INTO parked VALUES (new.model_name, new.model_version, 1, new.size_bytes)
+            ON CONFLICT DO UPDATE SET sessions = sessions + 1, size_bytes = size_bytes + excluded.size_bytes;
+    END;
+    CREATE TRIGGER parked_erased AFTER DELETE ON sessions WHEN old.owner = '' BEGIN
+        UPDATE parked SET sessions = sessions - 1, size_bytes = size_bytes - old.size_bytes
+        WHERE (model_name, model_version) = (old.model_name, old.model_version);
+    END;
+    CREATE TRIGGER parked_changed AFTER UPDATE OF owner, size_bytes ON sessions
+    WHEN '' IN (old.owner, new.owner) AND (old.owner, old.size_bytes) <> (new.owner, new.size_bytes) BEGIN
+        UPDATE parked SET
+            sessions = sessions - (old.owner = ''), size_bytes = size_bytes - (old.owner = '') * old.size_bytes
+        WHERE (model_name, model_version) = (old.model_name, old.model_version);
+        INSERT INTO parked
+            VALUES (new.model_name, new.model_version, new.owner = '', (new.owner = '') * new.size_bytes)
+            ON CONFLICT DO UPDATE SET
+                sessions = sessions + excluded.sessions, size_bytes = size_bytes + excluded.size_bytes;
     END;
     """,
 ]
