@@ -13,13 +13,15 @@ import yaml
 from service.declarations import Declared
 from service.metrics import Metrics
 from service.supervisor_metrics import SupervisorMetrics
-from tests.support.panels import DASHBOARD
+from tests.support.panels import DASHBOARD, RULES
 from tests.support.server import ROOT
 
 UNITS = {"none", "ops", "s", "bytes", "percentunit"}
 DECLARED = {declared.name: declared for declared in [*Metrics().declared, *SupervisorMetrics().declared]}
-OF_PROMETHEUS_CLIENT = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
-METRIC = re.compile(r"\b((?:rnnserve|grpc_server|process)_\w+)(\{[^}]*\})?")
+OF_PROMETHEUS = {"process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds", "ALERTS"}
+RULES_OF_FILE = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+RECORDED = {rule["record"] for rule in RULES_OF_FILE if "record" in rule}
+METRIC = re.compile(r"\b((?:ALERTS|(?:job:rnnserve|rnnserve|grpc_server|process)_[\w:]+))(\{[^}]*\})?")
 OF_ALL_MODELS = {"Live sessions of those that may be", "Steps answered later than 62.5 ms"}
 """A limit is one of all models, and so is an objective."""
 
@@ -45,7 +47,7 @@ def test_a_panel_has_a_unit(panel: dict[str, Any]) -> None:
 @each_panel
 def test_a_panel_asks_for_metrics_that_exist(panel: dict[str, Any]) -> None:
     assert asked(panel)
-    assert [name for name, _ in asked(panel) if not declared(name) and name not in OF_PROMETHEUS_CLIENT] == []
+    assert [name for name, _ in asked(panel) if not declared(name) and name not in OF_PROMETHEUS | RECORDED] == []
 
 
 @each_panel
@@ -59,7 +61,7 @@ def test_a_panel_shows_the_models_that_are_chosen(panel: dict[str, Any]) -> None
     for name, labels in asked(panel):
         metric = declared(name)
         if metric and "model" in metric.labels and panel["title"] not in OF_ALL_MODELS:
-            assert 'model=~"$model"' in labels or 'model="all"' in labels, name
+            assert 'model=~"$model"' in labels, name
 
 
 def test_panels_do_not_lie_on_each_other() -> None:
