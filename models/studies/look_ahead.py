@@ -47,7 +47,7 @@ def draw(path: Path, measured: Mapping[str, Measured]) -> None:
     _, mean, half = spread_of(measured[WHOLE].values)
     axes.axhspan(mean - half, mean + half, color="C1", alpha=0.3, label="bidirectional, 95 % interval")
     axes.set(xlabel="delay, characters", ylabel=measured[WHOLE].metric)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -173,6 +173,17 @@ LIMITS = """\
 Little text: 350,000 characters to learn from. Names and rare stems are guessed by their sound. Where two words differ
 in nothing but a mark (*on* ten, *ön* front), the sentence must tell, and often does not."""
 
+IN_TRAINING = "Only characters that may have lost a mark count in the loss."
+
+
+def trained_again(percent: str) -> str:
+    """What came of the same seed another time."""
+    return (
+        f"Two threads add up in an order of their own, so that no training is repeated to the last bit; another one "
+        f"with the same seed got {percent} % of words."
+    )
+
+
 DIACRITICS = Task(
     name="diacritics",
     summary="Finds the marks that letters of a Turkish text have lost, from the whole text, read from both ends.",
@@ -206,7 +217,7 @@ A label for each character, for which what follows counts as much as what came b
 their stem, and the stem is often told by its ending. `diacritics-live` does it on a live stream, five characters
 behind, and `diacritics-forward` at once: the three are the same task and data.""",
         data=DATA_IN_WORDS,
-        training="Only characters that may have lost a mark count in the loss.",
+        training=f"{IN_TRAINING} {trained_again('93.35')}",
         references=REFERENCES,
         limits=LIMITS,
     ),
@@ -229,6 +240,7 @@ FORWARD = replace(
         purpose="""\
 The control beside `diacritics` and `diacritics-live`: the same task, but each answer comes before anything that follows
 the character is known.""",
+        training=f"{IN_TRAINING} {trained_again('84.22')}",
     ),
 )
 
@@ -246,5 +258,6 @@ LIVE = replace(
         purpose=f"""\
 What a live stream can have in place of a backward pass: a forward network that answers about a character when it has
 read {LOOK_AHEAD} more. Behind the end of a text it reads line feeds.""",
+        training=f"{IN_TRAINING} {trained_again('92.38')}",
     ),
 )
