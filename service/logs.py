@@ -42,8 +42,9 @@ def configure(settings: LogSettings) -> None:
         _add_process,
         structlog.stdlib.ExtraAdder(),
     ]
+    plain = structlog.dev.plain_traceback  # others show the local variables, which are inputs and tokens
     last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)]
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False, exception_formatter=plain)]
         if is_text
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
