@@ -68,6 +68,7 @@ class Checkpointer:
         self._on_written = on_written
         self._on_refused = on_refused
         self._changed: dict[Session, None] = {}  # in the order of their first change
+        self._under_way: frozenset[Session] = frozenset()  # that are being written
         self._steps = 0
         self._due = asyncio.Event()
         self._durable_s = time.monotonic()  # what had changed until then is written
@@ -97,8 +98,9 @@ class Checkpointer:
         self._changed.pop(session, None)
 
     def lag(self) -> tuple[int, float]:
-        """How many sessions wait to be written, and for how long at most."""
-        return len(self._changed), time.monotonic() - self._durable_s if self._changed else 0.0
+        """How many sessions are not written yet, and for how long at most."""
+        unwritten = self._changed.keys() | self._under_way
+        return len(unwritten), time.monotonic() - self._durable_s if unwritten else 0.0
 
     async def run(self) -> None:
         """A round whenever one is due; until cancelled."""
@@ -161,11 +163,14 @@ class Checkpointer:
     async def _write(self, sessions: list[Session]) -> None:
         records = [session.record() for session in sessions]
         start_s = time.perf_counter()
+        self._under_way = frozenset(sessions)
         try:
             refused = await self._write_to_store(self._store.write(records)) or ()
         except BaseException:
             self._changed |= {session: None for session in sessions if not session.ended}
             raise
+        finally:
+            self._under_way = frozenset()
         self._metrics.checkpoint(len(records), time.perf_counter() - start_s)
         lost = []
         for session, record in zip(sessions, records, strict=True):

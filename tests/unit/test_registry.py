@@ -251,6 +251,21 @@ async def test_the_lag_grows_while_the_store_is_down_and_is_nothing_once_all_is_
     assert registry.checkpoints.lag() == (0, 0.0)
 
 
+async def test_the_lag_grows_while_a_write_hangs(server: Server) -> None:
+    registry = await server.start()
+    session, stream = await open_(registry, opening("a"))
+    await step(registry, session, stream, 1)
+    server.store.gate.clear()
+    server.store.asked.clear()
+    writing = asyncio.create_task(registry.checkpoints.write_changed())
+    await server.store.asked.wait()
+    sessions, lag_s = registry.checkpoints.lag()
+    assert (sessions, registry.checkpoints.lag()[1] > lag_s > 0) == (1, True)
+    server.store.gate.set()
+    await writing
+    assert registry.checkpoints.lag() == (0, 0.0)
+
+
 async def test_who_demands_durability_is_refused_while_the_store_is_down(server: Server) -> None:
     registry = await server.start()
     await open_(registry, opening("a", require_durable=True))
