@@ -184,7 +184,8 @@ def main() -> int:
         ("Image, by layer:", "layer", layers()),
         ("What its packages are (torch needs `sympy` and `networkx`):", "in /opt/venv", packages_in_image()),
         (
-            "The client, with what Python compiles of it at its installation (`typer` needs `pydantic`):",
+            "The client, with what Python compiles of it at its installation (`typer` needs `pydantic`). "
+            "numpy and grpc, without\nwhich there is no client for arrays over gRPC, are more than 40 MB alone:",
             "client",
             client(),
         ),

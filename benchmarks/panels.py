@@ -31,9 +31,9 @@ def measure(seconds: float) -> list[list[str]]:
     ):
         for _ in track(range(int(seconds)), "load", console=Console(stderr=True)):
             time.sleep(1)
-        lines = [[q.row, q.panel, f"`{_escaped(q.expression)}`", *_shown(prometheus, q.expression)] for q in queries()]
+        lines = [[q.row, q.panel, f"`{in_cell(q.expression)}`", *_shown(prometheus, q.expression)] for q in queries()]
         return lines + [
-            ["rules", rule["name"], f"`{_escaped(rule['query'])}`", *_rule(rule)] for rule in prometheus.rules()
+            ["rules", rule["name"], f"`{in_cell(rule['query'])}`", *_rule(rule)] for rule in prometheus.rules()
         ]
 
 
@@ -50,7 +50,8 @@ def _rule(rule: dict[str, Any]) -> list[str]:
     return [rule["health"], rule.get("state", "recorded")]
 
 
-def _escaped(expression: str) -> str:
+def in_cell(expression: str) -> str:
+    """As it stands in a table."""
     return expression.replace("|", "\\|")
 
 

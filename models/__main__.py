@@ -95,20 +95,20 @@ def gallery(
 @app.command("list")
 def list_bundles(repository: Repository = publish.REPOSITORY) -> None:
     """Show the bundles and how good they are."""
-    table = Table(Column("name", no_wrap=True), "version", "network", "streams", "held-out quality", "mean over")
+    table = Table(Column("bundle", no_wrap=True), "network, and its quality on held-out data", box=None)
     for path in sorted(repository.glob("*/*/manifest.json")):
         manifest = load_manifest(path.parent)
-        table.add_row(*row_of(manifest))
+        table.add_row(f"{manifest.name} v{manifest.version}", "\n".join(described(manifest)))
     console.print(table)
 
 
-def row_of(manifest: Manifest) -> list[str]:
+def described(manifest: Manifest) -> list[str]:
     """What `list` shows of a bundle."""
     spec, quality, repeats = manifest.network, manifest.quality, manifest.repeats
-    network = f"{spec.layers} × {spec.cell}, {spec.direction}, {spec.hidden_size} units"
-    measured = f"{quality.value:.2f} {quality.metric} ({quality.items} items)"
-    mean = f"{repeats.mean:.2f}, {repeats.over}" if repeats else ""
-    return [manifest.name, str(manifest.version), network, "yes" if spec.streamable else "no", measured, mean]
+    serves = "streams" if spec.streamable else "whole sequences"
+    network = f"{spec.layers} × {spec.cell}, {spec.direction}, {spec.hidden_size} units; {serves}"
+    mean = f"; mean {repeats.mean:.2f} over {repeats.over}" if repeats and len(repeats.values) > 1 else ""
+    return [network, f"{quality.value:.2f} {quality.metric} ({quality.items:,} items){mean}"]
 
 
 def print_numbers(manifest: Manifest) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from service.tallies import TallyCounter, TallyHistogram
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # when each was first counted: nothing asks for it
+
 DURATION_BUCKETS_S = (*(2.0**exponent for exponent in range(-17, 5)), 64.0, 512.0)
 """From 8 µs on. Powers of two are bounds of Prometheus' native histograms, too, so both kinds say the same."""
+RESTARTS = (
+    "rnnserve_process_restarts_total",
+    "Processes started again: they died, were stuck, failed to start, or were rolled by SIGHUP.",
+    ("process", "why"),
+)
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import ProcessCollector
 
 from models.manifest import ModelKey
-from service.declarations import COUNT_BUCKETS, Declarations
+from service.declarations import COUNT_BUCKETS, RESTARTS, Declarations
 from service.errors import reasons
 from service.sessions.limits import EVICTING
 
@@ -49,7 +49,9 @@ class Metrics:
     def _declare_steps(self, d: Declarations) -> None:
         d.section = "Steps of streams"
         self._steps = d.tally("rnnserve_steps_total", "Steps applied to a session.", MODEL)
-        self._step_s = d.tally_histogram("rnnserve_step_seconds", "From a message of steps to its answer, sent.", MODEL)
+        self._step_s = d.tally_histogram(
+            "rnnserve_step_seconds", "From a message of steps, once it is read, to its answer, sent.", MODEL
+        )
         self._step_queue_s = d.tally_histogram(
             "rnnserve_step_queue_seconds", "Of that: the wait for a tick, for each tick that a message takes.", MODEL
         )
@@ -58,7 +60,7 @@ class Metrics:
         self._tick_sessions = d.tally_histogram(
             "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, COUNT_BUCKETS
         )
-        self._queued_steps = d.gauge("rnnserve_queued_steps", "Steps that wait for a tick.")
+        self._queued_steps = d.gauge("rnnserve_queued_steps", "Steps that wait for a tick, looked at once a second.")
         self._queue_age_s = d.gauge("rnnserve_step_queue_age_seconds", "How long the first of them has waited.")
 
     def _declare_sessions(self, d: Declarations) -> None:
@@ -90,6 +92,8 @@ class Metrics:
         self._store_errors = d.counter(
             "rnnserve_store_errors_total", "What it did not do, or not in time.", ("operation",)
         )
+        for operation in ("write", "read", "erase", "take", "probe"):
+            self._store_errors.labels(operation)
         self._durable_lag_s = d.gauge(
             "rnnserve_durable_lag_seconds", "All that is older is durable; 0 while nothing waits to be written."
         )
@@ -132,13 +136,14 @@ class Metrics:
     def _declare_models(self, d: Declarations) -> None:
         d.section = "Models"
         self._models = d.gauge("rnnserve_models", "Models served, always 1.", MODEL)
-        self._model_bytes = d.gauge("rnnserve_model_bytes", "Memory of the weights, in each process.", MODEL)
+        self._model_bytes = d.gauge("rnnserve_model_bytes", "Memory of the weights, of all workers together.", MODEL)
         self._model_load_s = d.gauge("rnnserve_model_load_seconds", "How long it took to load and verify.", MODEL)
 
     def _declare_process(self, d: Declarations) -> None:
         d.section = "Processes"
         running = {name: running_version(package) for name, package in (("version", "rnnserve"), ("torch", "torch"))}
         d.info("rnnserve_build", "What is running.", running | {"python": platform.python_version()})
+        self._lane_deaths = d.counter(*RESTARTS).labels("lane", "died")
         self._tasks = d.gauge("rnnserve_tasks", "Tasks of the event loop.")
         self._loop_lag_s = d.gauge("rnnserve_loop_lag_seconds", "How late the event loop was, of late.")
         ProcessCollector(registry=d.registry)  # memory, processor time, file handles
@@ -163,6 +168,8 @@ class Metrics:
         self._models.labels(*model).set(1)
         self._model_bytes.labels(*model).set(size_bytes)
         self._model_load_s.labels(*model).set(load_s)
+        for counter in (self._opened, self._resumed, self._abandoned):
+            counter.labels(*model)
 
     def model_unloaded(self, model: ModelKey) -> None:
         for gauge in (self._models, self._model_bytes, self._model_load_s):
@@ -256,6 +263,9 @@ class Metrics:
 
     def sequence_abandoned(self, model: ModelKey) -> None:
         self._abandoned.labels(*model).inc()
+
+    def lane_died(self) -> None:
+        self._lane_deaths.inc()
 
     def batch(self, model: ModelKey, sequences: int, duration_s: float, steps: int, padding: int) -> None:
         self._batch_sequences.labels(*model).observe(sequences)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import ProcessCollector
 
-from service.declarations import Declarations
+from service.declarations import RESTARTS, Declarations
 
 
 class SupervisorMetrics:
@@ -16,12 +16,8 @@ class SupervisorMetrics:
         """`serving` is asked at each scrape how many workers serve."""
         declarations = Declarations()
         self.registry, self.declared = declarations.registry, declarations.declared
-        declarations.section = "Processes, where there are several"
-        self._restarts = declarations.counter(
-            "rnnserve_process_restarts_total",
-            "Processes started again: they died, were stuck, failed to start, or were rolled by SIGHUP.",
-            ("process", "why"),
-        )
+        declarations.section = "Processes"
+        self._restarts = declarations.counter(*RESTARTS)
         declarations.gauge("rnnserve_workers", "Workers that serve.").set_function(serving)
         ProcessCollector(registry=self.registry)
 

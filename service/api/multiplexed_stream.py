@@ -121,6 +121,8 @@ class MultiplexedStream(LiveCall):
         self._metrics = metrics
         self._tracing = tracing
         self._handles: dict[int, _Handle] = {}
+        self._bound = 0  # sessions that it has had
+        self._half_closed = False  # by the client, once all was answered
         self._last_number = -1
         self._tasks: set[asyncio.Task[None]] = set()  # openings and closings
         self._jobs: set[StepsTogether] = set()
@@ -153,6 +155,7 @@ class MultiplexedStream(LiveCall):
             while self.busy:
                 await self._progress()
             await asyncio.sleep(CANCELLATION_S)  # half-closed, or about to be cancelled
+            self._half_closed = True
         finally:
             writer.cancel()
 
@@ -165,10 +168,11 @@ class MultiplexedStream(LiveCall):
         for handle in handles:
             self._sessions.leave(handle.session, handle)
             self.report_end(handle, self.end_reason)
+        reason = CLOSED if self._half_closed else self.end_reason
         sizes = {"received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes}
         log.info(
             "multiplexed stream ended",
-            extra={"reason": self.end_reason, "sessions": len(handles), **sizes, "request_id": self.request_id},
+            extra={"reason": reason, "sessions": self._bound, **sizes, "request_id": self.request_id},
         )
 
     def report_end(self, handle: _Handle, reason: str) -> None:
@@ -243,6 +247,7 @@ class MultiplexedStream(LiveCall):
             return  # and the client was told
         handle.bind(opened)
         self._handles[handle.number] = handle
+        self._bound += 1
         response = HandleOpened(
             handle=handle.number,
             opened=self._openings.describe(opened),

@@ -52,6 +52,10 @@ class LaneMetrics(RecordingMetrics, Protocol):
         """Nobody wants one any more that was being computed."""
         ...
 
+    def lane_died(self) -> None:
+        """The process that computes them has died, and another is begun."""
+        ...
+
     def batch(self, model: ModelKey, sequences: int, duration_s: float, steps: int, padding: int) -> None:
         """So many shared a tick, in which so many steps were computed, some of them behind an end."""
         ...
@@ -181,7 +185,8 @@ class SequenceLane:
     def _worker_died(self, worker: Worker) -> None:
         if worker is not self._worker or self._closed:
             return
-        log.error("what computes whole sequences died; another begins with the next of them")
+        log.error("the lane has died; another begins with the next whole sequence")
+        self._metrics.lane_died()
         self._worker = None
         obeyed, self._obeyed = self._obeyed, deque()
         for order in obeyed:

@@ -108,6 +108,9 @@ class CountingMetrics:
     def sequence_begun(self, model: ModelKey, queued_s: float) -> None:
         pass
 
+    def lane_died(self) -> None:
+        self.events.append(("lane died",))
+
     def sequence_abandoned(self, model: ModelKey) -> None:
         self.events.append(("abandoned", model))
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.panels import in_cell
 from service.declarations import Declared
 from service.metrics import Metrics
 from service.supervisor_metrics import SupervisorMetrics
-from tests.support.panels import DASHBOARD, RULES
+from tests.support.panels import DASHBOARD, RULES, queries
 from tests.support.server import ROOT
 
 UNITS = {"none", "ops", "s", "bytes", "percentunit"}
@@ -62,6 +63,13 @@ def test_a_panel_shows_the_models_that_are_chosen(panel: dict[str, Any]) -> None
         metric = declared(name)
         if metric and "model" in metric.labels and panel["title"] not in OF_ALL_MODELS:
             assert 'model=~"$model"' in labels, name
+
+
+def test_the_page_of_what_was_seen_is_about_the_queries_and_rules_of_now() -> None:
+    page = (ROOT / "docs" / "operations" / "panels.md").read_text()
+    assert [query for query in queries() if f"`{in_cell(query.expression)}`" not in page] == []
+    names = [rule.get("alert") or rule["record"] for rule in RULES_OF_FILE]
+    assert [name for name in names if f"| {name} |" not in page] == []
 
 
 def test_panels_do_not_lie_on_each_other() -> None:

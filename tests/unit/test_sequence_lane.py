@@ -358,7 +358,8 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
         workers.append(ProcessWorker(4, 1, load_bundle, niceness=0))
         return workers[-1]
 
-    lane = make_lane(CountingMetrics(), begin)
+    metrics = CountingMetrics()
+    lane = make_lane(metrics, begin)
     await lane.warm_up([vanilla.folder])
     os.kill(workers[0].pid, signal.SIGSTOP)  # so that it is caught at work
     async with running(lane):
@@ -374,6 +375,7 @@ async def test_a_killed_process_fails_only_what_it_held_and_another_takes_over(
         assert_close((await waiting)[0], Reference(bidirectional.folder).predict(sequence(5)))
         assert len((await lane.predict(vanilla, [sequence(4)], wait=False))[0]) == 4
     assert len(workers) == 2
+    assert metrics.events.count(("lane died",)) == 1
     lane.close()
 
 

@@ -182,8 +182,8 @@ def test_a_long_name_gives_way_and_every_number_stays_whole(width: int) -> None:
     page = STEPS_NOW.replace('"vanilla"', f'"{name}"').replace(" 160", " 160000000")
     *_, line = drawn(Span(reading(page, at_s=1.0, model=name), reading("", at_s=0.0)), width)
     assert len(line) <= width
-    shown, *numbers = line.split()
-    assert (shown[:4], shown[-1]) == ("ssss", "…")
+    shown, version, *numbers = line.split()
+    assert (shown[:4], shown[-1], version) == ("ssss", "…", "v1")
     assert numbers == ["3", "6", "160,000,000", "1,333,333", "1.5", "2.0", "5.0"]
 
 
@@ -201,7 +201,7 @@ def test_numbers_fall_unknown_ones_are_last_and_equal_ones_stay_by_name(sort: Co
 
 def test_a_part_of_the_name_chooses_models() -> None:
     models = [load("speaker"), load("speaker-deep"), load("activity")]
-    assert [model.name for model in chosen(models, "eaker", "name")] == ["speaker", "speaker-deep"]
+    assert [model.name for model in chosen(models, "EAKER", "name")] == ["speaker", "speaker-deep"]
 
 
 @pytest.mark.parametrize(

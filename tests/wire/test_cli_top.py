@@ -232,13 +232,13 @@ def watching_on_a_terminal(*arguments: str) -> Iterator[Terminal]:
 def test_a_terminal_shows_the_table_anew_until_ctrl_c(server: RunningServer, client: Client) -> None:
     at = ["--target", server.target, "top", "--metrics", server.metrics_url, "--interval-s", "0.2"]
     with watching_on_a_terminal(*at) as terminal:
-        first = terminal.until("words v1")
+        first = terminal.until("words ")
         assert "since its start" in first
-        assert "vanilla v2" in first
+        assert first.count("vanilla ") == 2
         with client.stream("vanilla"), client.stream("accumulator"):
             terminal.until("streams 2 of ")
-        assert "over the last 0.2 s" in terminal.until("streams 0 of ")
-        terminal.until("words v1")
+        assert "over the last " in terminal.until("streams 0 of ")
+        terminal.until("words ")
         assert terminal.interrupt() == 0
         assert "Traceback" not in terminal.rest()
 
@@ -251,14 +251,14 @@ def test_a_server_that_goes_away_is_told_and_found_again(repository: Path, tmp_p
         start_server(repository, tmp_path, port=port, metrics_port=metrics_port) as crashing,
         watching_on_a_terminal(*at) as terminal,
     ):
-        terminal.until("words v1")
+        terminal.until("words ")
         crashing.kill()
         terminal.until("; trying again")
-        assert "words v1" in terminal.until("; trying again")  # what was known stays in sight
+        assert "words " in terminal.until("; trying again")  # what was known stays in sight
         with start_server(repository, tmp_path, port=port, metrics_port=metrics_port):
             terminal.until("over the last")
             terminal.until("over the last 0.2 s")
-            assert "trying again" not in terminal.until("words v1")
+            assert "trying again" not in terminal.until("words ")
             assert terminal.interrupt() == 0
         assert "Traceback" not in terminal.rest()
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from rnnserve import Client
 from rnnserve.v1 import model_service_pb2 as models_pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
@@ -50,6 +51,17 @@ def test_the_end_of_a_stream_is_one_line_with_what_it_was(logging_server: Runnin
     assert line["sent_bytes"] == received
     assert line["received_bytes"] > 5 * 3 * 4  # five steps of three floats, and what is around them
     assert 0 < line["duration_s"] < TIMEOUT_S
+
+
+def test_a_multiplexed_stream_that_is_left_in_order_was_closed_and_says_how_many_sessions_it_had(
+    logging_server: RunningServer,
+) -> None:
+    with Client(logging_server.target) as client, client.multiplex("vanilla") as gateway:
+        gateway.step(["first", "second", "third"], [[1.0, 2.0, 3.0]] * 3)
+    eventually(lambda: bool(lines(logging_server, "multiplexed stream ended")))
+    (line,) = lines(logging_server, "multiplexed stream ended")
+    assert (line["reason"], line["sessions"]) == ("CLOSED", 3)
+    assert min(line["received_bytes"], line["sent_bytes"]) > 0
 
 
 def test_a_stream_without_a_name_is_given_one(logging_server: RunningServer) -> None:

@@ -28,7 +28,7 @@ class ModelLoad:
     version: int
     streams: int
     parked: int
-    """Sessions without a stream; None where processes that share a store count those of all models together."""
+    """Sessions without a stream."""
     steps_per_s: float | None
     tick_sessions: float | None
     """Mean over the ticks."""

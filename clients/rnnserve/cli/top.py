@@ -22,12 +22,12 @@ _FIELDS: dict[Column, str] = {
     "p99": "p99_s",
     "sequences": "sequences_per_s",
 }
-_HEADINGS = ("streams", "parked", "steps/s", "tick", "p50 ms", "p99 ms", "sequences/s")
+_HEADINGS = ("streams", "parked", "steps/s", "tick", "p50 ms", "p99 ms", "seq/s")
 
 
 def chosen(models: Iterable[ModelLoad], name_part: str, sort: Column) -> list[ModelLoad]:
-    """Those whose name has that part; the largest numbers first and unknown ones last, names as they come."""
-    found = [model for model in models if name_part in model.name]
+    """Those whose name has that part, in any case; the largest numbers first, unknown ones last, names as they come."""
+    found = [model for model in models if name_part.casefold() in model.name.casefold()]
     if sort == "name":
         return found
 
@@ -86,13 +86,13 @@ def _refusals(totals: Totals) -> Text:
 
 def _table(models: Iterable[ModelLoad]) -> Table | Text:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("model")
+    # The name is what gives way where the terminal is narrow; it stays on one line.
+    table.add_column("model", min_width=12)
+    table.add_column("", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for model in models:
-        # The name is what gives way where the terminal is narrow; it stays on one line.
-        name = Text(f"{model.name} v{model.version}", no_wrap=True, overflow="ellipsis")
-        table.add_row(name, *_cells(model))
+        table.add_row(Text(model.name, no_wrap=True, overflow="ellipsis"), f"v{model.version}", *_cells(model))
     return table if table.row_count else Text("no model that is served has such a name")
 
 
