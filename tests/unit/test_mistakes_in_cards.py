@@ -9,6 +9,7 @@ import pytest
 
 from models.bundle import load_bundle
 from models.tasks import TASKS
+from models.tasks.counterpoint import VOICES
 from models.tasks.pronunciation import mistaken
 from models.tasks.task import Recordings, Task
 from models.training.answers import PredictorAnswers
@@ -45,7 +46,7 @@ def test_each_sentence_is_in_one_field_of_the_table_of_ratings() -> None:
 def test_the_nats_of_the_voices_add_up_to_those_of_a_frame() -> None:
     task, answers, samples, rows = told_of_its_samples("chorale")
     (score,) = task.measure(answers, samples)
-    assert sum(float(row[1]) for row in rows) == pytest.approx(score.value, abs=0.02)  # four roundings
+    assert sum(float(row[1]) for row in rows[: len(VOICES)]) == pytest.approx(score.value, abs=0.02)  # four roundings
 
 
 def test_sounds_are_compared_where_as_many_were_written_as_were_meant() -> None:

@@ -135,6 +135,12 @@ def test_numbers_are_about_the_time_between_two_readings() -> None:
     assert span.totals().refusals_per_s == {"QUEUE_FULL": 2.0}
 
 
+def test_what_a_model_writes_counts_as_its_steps() -> None:
+    symbols = f"rnnserve_generated_symbols_total{{{VANILLA}}} 20"
+    (vanilla,) = Span(reading(f"{STEPS_NOW}\n{symbols}", at_s=12.0), reading(STEPS_BEFORE, at_s=10.0)).models()
+    assert vanilla.steps_per_s == 30.0 + 10.0
+
+
 def test_numbers_of_the_first_reading_are_about_the_time_since_the_start() -> None:
     (vanilla,) = Span(reading(STEPS_NOW, at_s=12.0, uptime_s=80.0), None).models()
     assert vanilla.steps_per_s == 2.0

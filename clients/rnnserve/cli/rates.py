@@ -30,6 +30,7 @@ class ModelLoad:
     parked: int
     """Sessions without a stream."""
     steps_per_s: float | None
+    """Of streams, and symbols of outputs that are written."""
     tick_sessions: float | None
     """Mean over the ticks."""
     p50_s: float | None
@@ -123,7 +124,10 @@ class Span:
             version=version,
             streams=int(self._gauge("rnnserve_sessions", labels) or 0),
             parked=int(self._gauge("rnnserve_parked_sessions", labels) or 0),
-            steps_per_s=_rate(self._sum("rnnserve_steps_total", labels), self.duration_s),
+            steps_per_s=_rate(
+                self._sum("rnnserve_steps_total", labels) + self._sum("rnnserve_generated_symbols_total", labels),
+                self.duration_s,
+            ),
             tick_sessions=sessions / ticks if ticks else None,
             p50_s=quantile(0.5, up_to),
             p99_s=quantile(0.99, up_to),
