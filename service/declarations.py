@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from service.tallies import TallyCounter, TallyHistogram
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # when each was first counted: nothing asks for it
+disable_created_metrics()  # when each was first counted: nothing asks for it
 
 DURATION_BUCKETS_S = (*(2.0**exponent for exponent in range(-17, 5)), 64.0, 512.0)
 """From 8 µs on. Powers of two are bounds of Prometheus' native histograms, too, so both kinds say the same."""

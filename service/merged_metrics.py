@@ -77,8 +77,7 @@ def _merged(same: list[Metric], of_dead: Values) -> Metric:
         _combine(values, family, _rule(first))
     merged = Metric(first.name, first.documentation, first.type)
     for (name, labels), value in values.items():
-        if not name.endswith("_created"):
-            merged.add_sample(name, dict(labels), value)
+        merged.add_sample(name, dict(labels), value)
     return merged
 
 

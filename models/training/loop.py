@@ -121,7 +121,7 @@ class Trainer:
         )
         self._average: AveragedModel | None = None
         if settings.average_decay:
-            multi_avg_fn = get_ema_multi_avg_fn(settings.average_decay)  # type: ignore[no-untyped-call]
+            multi_avg_fn = get_ema_multi_avg_fn(settings.average_decay)
             self._average = AveragedModel(network, multi_avg_fn=multi_avg_fn)
 
     def run_epoch(self, number: int, recordings: Sequence[Recording], rng: np.random.Generator) -> float:

@@ -81,7 +81,7 @@ def test_a_piece_has_the_gradient_of_a_sequence_that_starts_in_its_state(monkeyp
         network.zero_grad()
         outputs, _ = network(piece, lengths, start)
         loss, count = sequence_loss(outputs, Batch(piece, lengths, batch.targets))
-        (loss / count).backward()  # type: ignore[no-untyped-call]
+        (loss / count).backward()
         for ours, wanted in zip(seen_gradients, gradients(network), strict=True):
             torch.testing.assert_close(ours, wanted)
 
@@ -104,7 +104,7 @@ def test_padding_changes_nothing_in_the_loss_or_its_gradient() -> None:
         network.zero_grad()
         padded = Batch(values, batch.lengths, batch.targets)
         loss, count = sequence_loss(network(values, batch.lengths)[0], padded)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         found.append((loss, *gradients(network)))
     alone = [sequence_loss(network(b.values, b.lengths)[0], b) for b in (pad([recording]) for recording in TRAIN[:6])]
     torch.testing.assert_close(found[0], found[1])

@@ -67,6 +67,13 @@ def lines_of_json(done: Result) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def printed(draw: Callable[[Console], None]) -> str:
+    """What is seen on a screen of 80 columns."""
+    seen = io.StringIO()
+    draw(Console(file=seen, width=80))
+    return seen.getvalue()
+
+
 def test_models_are_a_table_for_people_and_lines_for_scripts(run: Run) -> None:
     table = run("models").stdout
     assert "vanilla v2" in table
@@ -80,9 +87,7 @@ def test_the_table_of_models_says_it_all_in_few_lines_of_80_columns() -> None:
     summary = "Tells which exercise it is. " * 4
     model = pb.Model(name="exercises", summary=summary, quality=quality, layers=2, streamable=True, look_ahead=5)
     model.cell, model.direction = pb.CELL_GRU, pb.DIRECTION_FORWARD
-    screen = Console(file=io.StringIO(), width=80)
-    screen.print(models_table([model_from(model)]))
-    _heading, *lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    _heading, *lines = printed(lambda screen: screen.print(models_table([model_from(model)]))).splitlines()
     said = " ".join(" ".join(lines).split())
     assert "streams, 5 behind · gru, 2 layers, forward · 95.55 accuracy on windows of 4 s, percent" in said
     assert len(lines) <= 4
@@ -90,18 +95,15 @@ def test_the_table_of_models_says_it_all_in_few_lines_of_80_columns() -> None:
 
 @pytest.mark.parametrize("name", ["bidirectional", "s" * 64])
 def test_names_are_whole_however_narrow_the_terminal_is(name: str) -> None:
-    screen = Console(file=io.StringIO(), width=80)
     said = "so much that can be said about it " * 3
-    screen.print(models_table([model_from(pb.Model(name=name, version=12, summary=said))]))
-    assert f"{name} v12" in screen.file.getvalue()  # type: ignore[attr-defined]
+    table = models_table([model_from(pb.Model(name=name, version=12, summary=said))])
+    assert f"{name} v12" in printed(lambda screen: screen.print(table))
 
 
 def test_a_session_is_one_line_and_whole_however_narrow_the_terminal_is() -> None:
     used_at = datetime(2026, 11, 24, tzinfo=UTC)
     session = SessionInfo("s" * 128, "accumulator", 12, True, 12_345, used_at, used_at, 678)
-    screen = Console(file=io.StringIO(), width=80)
-    print_whole(screen, sessions_table([session]))
-    _, line = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    _, line = printed(lambda screen: print_whole(screen, sessions_table([session]))).splitlines()
     assert line.split()[:5] == ["s" * 128, "accumulator", "v12", "live", "12,345"]
     assert line.split()[-1] == "678"
 
