@@ -15,7 +15,6 @@ from rnnserve import Client
 from rnnserve.tensors import Array
 from tests.support.containers import (
     TIMEOUT_S,
-    WRITABLE,
     Compose,
     compose_works,
     composed,
@@ -54,7 +53,7 @@ def compose(port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Com
         f"""
 services:
   rnnserve: {{ports: !override ["127.0.0.1:{port}:50051"]}}
-  prometheus: {{ports: !reset [], {WRITABLE}}}
+  prometheus: {{ports: !reset []}}
 """
     )
     with composed(PROJECT, override, *UP) as compose:

@@ -22,7 +22,6 @@ from rnnserve.tensors import Array
 from tests.support.containers import (
     CHANGED_S,
     TIMEOUT_S,
-    WRITABLE,
     Compose,
     compose_works,
     composed,
@@ -75,7 +74,7 @@ def compose(port: int, secrets: Path, tmp_path_factory: pytest.TempPathFactory) 
         f"""
 services:
   envoy: {{ports: !override ["127.0.0.1:{port}:50051"]}}
-  prometheus: {{ports: !reset [], {WRITABLE}}}
+  prometheus: {{ports: !reset []}}
 secrets: {{{", ".join(f"{file.name}: {{file: {file}}}" for file in secrets.iterdir())}}}
 """
     )

@@ -19,8 +19,6 @@ from tests.support.server import ROOT
 
 TIMEOUT_S = 900
 CHANGED_S = 90.0  # Prometheus looks at rules once a minute, if nothing else is said
-WRITABLE = 'tmpfs: ["/prometheus:uid=65534,gid=65534"]'
-"""What Prometheus has as a volume of its image; a stand-in for that image may have none."""
 
 only_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root may kill what runs in a container"
