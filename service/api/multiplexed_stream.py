@@ -76,11 +76,22 @@ Step = tuple[int, NDArray[np.generic] | ServingError]
 class _Handle:
     """What a session is bound to; its owner."""
 
-    __slots__ = ("lost", "number", "opened", "outstanding", "session", "stream", "waiting")
+    __slots__ = (
+        "lost",
+        "number",
+        "opened",
+        "outstanding",
+        "received_bytes",
+        "sent_bytes",
+        "session",
+        "stream",
+        "waiting",
+    )
 
-    def __init__(self, stream: MultiplexedStream, number: int) -> None:
+    def __init__(self, stream: MultiplexedStream, number: int, received_bytes: int) -> None:
         self.stream = stream
         self.number = number
+        self.received_bytes, self.sent_bytes = float(received_bytes), 0.0  # its share of messages that name several
         self.lost: ServingError | None = None
         self.outstanding = 0  # requests that are not answered
         self.waiting: list[Step | ResetHandle | CloseHandle] = []  # all but the one under way
@@ -126,7 +137,7 @@ class MultiplexedStream(LiveCall):
         self._last_number = -1
         self._tasks: set[asyncio.Task[None]] = set()  # openings and closings
         self._jobs: set[StepsTogether] = set()
-        self._outbox: deque[MultiplexStepsResponse] = deque()
+        self._outbox: deque[tuple[MultiplexStepsResponse, int]] = deque()  # and how many bytes it has
         self._durable: dict[_Handle, None] = {}
         self._to_write = asyncio.Event()
         self._written = asyncio.Event()
@@ -178,7 +189,8 @@ class MultiplexedStream(LiveCall):
     def report_end(self, handle: _Handle, reason: str) -> None:
         """The session has this stream no more."""
         if self._handles.get(handle.number) is handle:
-            report_end(self._metrics, handle.opened, reason, self.request_id)
+            sizes = {"received_bytes": round(handle.received_bytes), "sent_bytes": round(handle.sent_bytes)}
+            report_end(self._metrics, handle.opened, reason, self.request_id, **sizes)
 
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
@@ -195,9 +207,10 @@ class MultiplexedStream(LiveCall):
             self._durable.pop(handle, None)
             handle.waiting.clear()
         status, numbers = self._refusals.status(error), [handle.number for handle in handles]
-        last = self._outbox[-1] if self._outbox else None
+        last = self._outbox[-1][0] if self._outbox else None
         if last is not None and last.HasField("ended") and last.ended.error == status:
             last.ended.handles.extend(numbers)
+            self._outbox[-1] = last, last.ByteSize()
         else:
             self._send(MultiplexStepsResponse(ended=HandlesEnded(handles=numbers, error=status)))
 
@@ -209,30 +222,31 @@ class MultiplexedStream(LiveCall):
 
     def _take(self, request: MultiplexStepsRequest) -> None:
         try:
-            self.received_bytes += self._limits.check_size(request)
+            size_bytes = self._limits.check_size(request)
+            self.received_bytes += size_bytes
             match request.WhichOneof("request"):
                 case "steps":
                     with within("steps"):
-                        self._take_steps(request.steps)
+                        self._take_steps(request.steps, size_bytes)
                 case "open":
                     with within("open"):
-                        self._open(request.open)
+                        self._open(request.open, size_bytes)
                 case "reset":
                     with within("reset"):
-                        self._take_other(request.reset)
+                        self._take_other(request.reset, size_bytes)
                 case "close":
                     with within("close"):
-                        self._take_other(request.close)
+                        self._take_other(request.close, size_bytes)
                 case _:
                     raise FieldInvalid("the message is empty", field="request")
         except ServingError as error:
             self._refuse(*_named(request), error)
 
-    def _open(self, wanted: OpenHandle) -> None:
+    def _open(self, wanted: OpenHandle, size_bytes: int) -> None:
         if wanted.handle <= self._last_number:
             raise FieldInvalid(f"a handle is larger than those before, {self._last_number} too", field="handle")
         self._last_number = wanted.handle
-        self._begin(self._finish_opening(_Handle(self, wanted.handle), wanted))
+        self._begin(self._finish_opening(_Handle(self, wanted.handle, size_bytes), wanted))
 
     async def _finish_opening(self, handle: _Handle, wanted: OpenHandle) -> None:
         try:
@@ -256,15 +270,15 @@ class MultiplexedStream(LiveCall):
         )
         for held in opened.missed:
             opened.missed_into(response.missed.add(), held)
-        self._send(MultiplexStepsResponse(opened=response))
+        handle.sent_bytes += self._send(MultiplexStepsResponse(opened=response))
 
-    def _take_steps(self, batch: StepBatch) -> None:
+    def _take_steps(self, batch: StepBatch, size_bytes: int) -> None:
         """Those of handles that have nothing under way begin, the others wait."""
         handles = self._handles_of(batch)
         bound = [handle for handle in handles if handle is not None]
         inputs, refused = self._decode(batch, bound)
         firsts, answered_steps = list(batch.first_steps), list(batch.answered_steps)
-        limit, now_s = self._limits.max_outstanding_steps, time.time()
+        limit, now_s, share_bytes = self._limits.max_outstanding_steps, time.time(), size_bytes / len(handles)
         ready: list[int] = []
         others: list[_Handle] = []
         unbound: list[int] = []
@@ -272,6 +286,7 @@ class MultiplexedStream(LiveCall):
             if handle is None:
                 unbound.append(i)
                 continue
+            handle.received_bytes += share_bytes
             session = handle.session
             session.used_s = now_s
             if answered_steps:
@@ -319,10 +334,11 @@ class MultiplexedStream(LiveCall):
             raise FieldInvalid("the handles have sessions of more than one model", field="handles")
         return codec.decode_batch(batch, bound[0].opened.manifest)
 
-    def _take_other(self, request: ResetHandle | CloseHandle) -> None:
+    def _take_other(self, request: ResetHandle | CloseHandle, size_bytes: int) -> None:
         handle = self._handles.get(request.handle)
         if handle is None:
             raise SessionNotFound("no session is bound to the handle", field="handle")
+        handle.received_bytes += size_bytes
         handle.session.acknowledge(request.answered_step)
         limit = self._limits.max_outstanding_steps
         if handle.outstanding >= limit:
@@ -353,21 +369,23 @@ class MultiplexedStream(LiveCall):
         `steps` were applied, and the `silent` ones among them bring no answer yet.
         """
         applied = handles if len(steps) == len(handles) else [handles[i] for i in steps]
+        sent_bytes = 0
         if applied:
             self._sessions.all_changed([handle.session for handle in applied])
         if silent:
-            self._send(_taken_from([handles[i] for i in silent]))
+            sent_bytes += self._send(_taken_from([handles[i] for i in silent]))
             steps = sorted(set(steps).difference(silent))
             applied = [handles[i] for i in steps]
         if applied:
             outputs = stepped.outputs if len(steps) == len(handles) else stepped.outputs[steps]
             for alike, rows in _by_options(applied, outputs):
-                self._send(_answer_of(alike, rows))
+                sent_bytes += self._send(_answer_of(alike, rows))
         for i, failure in stepped.failures.items():
             if not handles[i].lost:
                 self._refuse_one(handles[i], handles[i].session.next_step, failure)
-        waiting = []
+        waiting, share_bytes = [], sent_bytes / len(handles)
         for handle in handles:
+            handle.sent_bytes += share_bytes
             handle.outstanding -= 1
             if handle.waiting:
                 waiting.append(handle)
@@ -421,7 +439,7 @@ class MultiplexedStream(LiveCall):
         answer.durable_steps.append(handle.session.durable_step)
         if len(outputs):
             codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
-        self._send(response)
+        handle.sent_bytes += self._send(response)
 
     async def _end_sequence(self, handle: _Handle, request: ResetHandle) -> None:
         """By a reset that brings answers."""
@@ -448,7 +466,7 @@ class MultiplexedStream(LiveCall):
         reset = HandleReset(
             handle=handle.number, next_step=session.next_step, durable_step=session.durable_step, last=last
         )
-        self._send(MultiplexStepsResponse(reset=reset))
+        handle.sent_bytes += self._send(MultiplexStepsResponse(reset=reset))
 
     async def _close(self, handle: _Handle, request: CloseHandle) -> None:
         session, close = handle.session, request.close
@@ -487,7 +505,9 @@ class MultiplexedStream(LiveCall):
         refused = HandlesRefused(
             handles=numbers, first_steps=first_steps, next_steps=next_steps, error=self._refusals.status(error)
         )
-        self._send(MultiplexStepsResponse(refused=refused))
+        size_bytes = self._send(MultiplexStepsResponse(refused=refused))
+        for handle in filter(None, bound):
+            handle.sent_bytes += size_bytes / len(bound)
 
     def _begin(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -507,11 +527,13 @@ class MultiplexedStream(LiveCall):
     def _fail(self) -> None:
         self.lose(Internal("an unexpected error; the server's log has it"))
 
-    def _send(self, response: MultiplexStepsResponse) -> None:
-        """In order, without waiting."""
-        self._outbox.append(response)
+    def _send(self, response: MultiplexStepsResponse) -> int:
+        """In order, without waiting. How many bytes it has."""
+        size_bytes = response.ByteSize()
+        self._outbox.append((response, size_bytes))
         self._sends += 1
         self._to_write.set()
+        return size_bytes
 
     async def _progress(self) -> None:
         """Wait until something was written, opened or closed."""
@@ -524,10 +546,10 @@ class MultiplexedStream(LiveCall):
             self._writing = True
             while self._outbox or self._durable:
                 self._writes += bool(self._outbox)
-                response = self._outbox.popleft() if self._outbox else self._durable_response()
+                response, size_bytes = self._outbox.popleft() if self._outbox else self._durable_response()
                 await self._sessions.may_answer()
                 await self._context.write(response)
-                self.sent_bytes += response.ByteSize()
+                self.sent_bytes += size_bytes
                 self._count_written()
                 self._written.set()
             self._writing = False
@@ -544,10 +566,14 @@ class MultiplexedStream(LiveCall):
                 timing = Timing(start_s, job.waited_s, job.computed_s, sent_s)
                 self._tracing.steps(job.model, timing, sessions=len(job.inputs))
 
-    def _durable_response(self) -> MultiplexStepsResponse:
+    def _durable_response(self) -> tuple[MultiplexStepsResponse, int]:
         handles, self._durable = self._durable, {}
         news = {h.number: h.session.durable_step for h in handles}
-        return MultiplexStepsResponse(durable=HandlesDurable(handles=news.keys(), durable_steps=news.values()))
+        response = MultiplexStepsResponse(durable=HandlesDurable(handles=news.keys(), durable_steps=news.values()))
+        size_bytes = response.ByteSize()
+        for handle in handles:
+            handle.sent_bytes += size_bytes / len(handles)
+        return response, size_bytes
 
 
 def _by_options(handles: Sequence[_Handle], outputs: Floats) -> list[tuple[Sequence[_Handle], Floats]]:

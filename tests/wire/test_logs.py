@@ -61,7 +61,12 @@ def test_a_multiplexed_stream_that_is_left_in_order_was_closed_and_says_how_many
     eventually(lambda: bool(lines(logging_server, "multiplexed stream ended")))
     (line,) = lines(logging_server, "multiplexed stream ended")
     assert (line["reason"], line["sessions"]) == ("CLOSED", 3)
-    assert min(line["received_bytes"], line["sent_bytes"]) > 0
+    own = [ends_of(logging_server, session)[0] for session in ("first", "second", "third")]
+    for way in ("received_bytes", "sent_bytes"):
+        shares = [end[way] for end in own]
+        assert 4 * 3 < min(shares) <= max(shares) < 2 * min(shares)  # a step is three floats, an answer no fewer
+        assert sum(shares) < line[way] + len(shares)  # which are rounded
+    assert sum(end["received_bytes"] for end in own) >= 0.9 * line["received_bytes"]
 
 
 def test_a_stream_without_a_name_is_given_one(logging_server: RunningServer) -> None:
