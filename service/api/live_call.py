@@ -38,7 +38,7 @@ class LiveCall(ABC):
         """What whoever wants to begin something new is told once the server drains."""
         self.closed = False  # by the client, in so many words
         self.request_id = request_id_of(context)
-        self.received_bytes = self.sent_bytes = 0
+        self.received_bytes = 0
         self._context = context
         self._used = asyncio.Event()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +23,6 @@ from rnnserve.v1.real_time_service_pb2 import (
     HandleClosed,
     HandleOpened,
     HandleReset,
-    HandlesDurable,
-    HandlesEnded,
     HandlesRefused,
     MultiplexStepsRequest,
     MultiplexStepsResponse,
@@ -41,6 +39,7 @@ from service.api.calls import Refusals
 from service.api.limits import Limits
 from service.api.live_call import CANCELLATION_S, LiveCall
 from service.api.openings import OpenedSession, Openings
+from service.api.outbox import Outbox
 from service.api.session_stream import StepMetrics
 from service.api.statuses import duration
 from service.api.stream_ends import CLOSED, report_end
@@ -65,7 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_UNWRITTEN = 64  # responses that wait for a client who does not read; then nothing more is read from it
 MAX_OPENINGS = 256  # under way at a time
 RETRY_AFTER_S = 0.05  # a queue of steps is empty again by then
 
@@ -137,17 +135,12 @@ class MultiplexedStream(LiveCall):
         self._last_number = -1
         self._tasks: set[asyncio.Task[None]] = set()  # openings and closings
         self._jobs: set[StepsTogether] = set()
-        self._outbox: deque[tuple[MultiplexStepsResponse, int]] = deque()  # and how many bytes it has
-        self._durable: dict[_Handle, None] = {}
-        self._to_write = asyncio.Event()
-        self._written = asyncio.Event()
-        self._writing = False
-        self._sends = self._writes = 0  # responses that were to be written, and were
-        self._unwritten: deque[tuple[int, StepsTogether, float, float]] = deque()  # answers: from when on, ready when
+        self._outbox = Outbox(context, sessions.may_answer, self._progressed)
+        self._progress = asyncio.Event()  # something was written, opened or closed
 
     @property
     def busy(self) -> bool:
-        return bool(self._tasks or self._jobs or self._outbox or self._writing)
+        return bool(self._tasks or self._jobs or self._outbox.busy)
 
     @property
     def resumable(self) -> bool:
@@ -155,16 +148,16 @@ class MultiplexedStream(LiveCall):
 
     async def serve(self, requests: AsyncIterator[MultiplexStepsRequest]) -> None:
         """Until the end of the requests, and until all of them are answered."""
-        writer = asyncio.create_task(self._write())
+        writer = asyncio.create_task(self._outbox.write())
         writer.add_done_callback(self._check)
         try:
             async for request in requests:
                 self._used.set()
                 self._take(request)
-                while len(self._outbox) >= MAX_UNWRITTEN or len(self._tasks) >= MAX_OPENINGS:
-                    await self._progress()
+                while self._outbox.is_full or len(self._tasks) >= MAX_OPENINGS:
+                    await self._next_progress()
             while self.busy:
-                await self._progress()
+                await self._next_progress()
             await asyncio.sleep(CANCELLATION_S)  # half-closed, or about to be cancelled
             self._half_closed = True
         finally:
@@ -180,7 +173,7 @@ class MultiplexedStream(LiveCall):
             self._sessions.leave(handle.session, handle)
             self.report_end(handle, self.end_reason)
         reason = CLOSED if self._half_closed else self.end_reason
-        sizes = {"received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes}
+        sizes = {"received_bytes": self.received_bytes, "sent_bytes": self._outbox.sent_bytes}
         log.info(
             "multiplexed stream ended",
             extra={"reason": reason, "sessions": self._bound, **sizes, "request_id": self.request_id},
@@ -195,7 +188,7 @@ class MultiplexedStream(LiveCall):
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
         notice = Notice(reason=NOTICE_REASON_DRAINING, message=message, time_left=duration(time_left_s))
-        self._send(MultiplexStepsResponse(notice=notice))
+        self._outbox.send(MultiplexStepsResponse(notice=notice))
 
     async def say_lost(self) -> None:
         """Nothing: what the server takes from single handles is told by `ended`, and the rest by the status."""
@@ -204,21 +197,14 @@ class MultiplexedStream(LiveCall):
         """They have no session any more."""
         for handle in handles:
             self._handles.pop(handle.number, None)
-            self._durable.pop(handle, None)
+            self._outbox.forget(handle)
             handle.waiting.clear()
-        status, numbers = self._refusals.status(error), [handle.number for handle in handles]
-        last = self._outbox[-1][0] if self._outbox else None
-        if last is not None and last.HasField("ended") and last.ended.error == status:
-            last.ended.handles.extend(numbers)
-            self._outbox[-1] = last, last.ByteSize()
-        else:
-            self._send(MultiplexStepsResponse(ended=HandlesEnded(handles=numbers, error=status)))
+        self._outbox.send_ended([handle.number for handle in handles], self._refusals.status(error))
 
     def became_durable(self, handle: _Handle) -> None:
         """Tell the client once there is nothing else to write."""
         if handle.number in self._handles:
-            self._durable[handle] = None
-            self._to_write.set()
+            self._outbox.send_durable(handle)
 
     def _take(self, request: MultiplexStepsRequest) -> None:
         try:
@@ -270,7 +256,7 @@ class MultiplexedStream(LiveCall):
         )
         for held in opened.missed:
             opened.missed_into(response.missed.add(), held)
-        handle.sent_bytes += self._send(MultiplexStepsResponse(opened=response))
+        handle.sent_bytes += self._outbox.send(MultiplexStepsResponse(opened=response))
 
     def _take_steps(self, batch: StepBatch, size_bytes: int) -> None:
         """Those of handles that have nothing under way begin, the others wait."""
@@ -355,9 +341,9 @@ class MultiplexedStream(LiveCall):
         def applied(first: int, stepped: Stepped, steps: list[int], silent: list[int]) -> None:
             if not job.left:
                 self._jobs.discard(job)
-                self._written.set()
+                self._progressed()
             self._answer(handles[first : first + len(stepped.outputs)], stepped, steps, silent)
-            self._unwritten.append((self._sends, job, start_s, time.perf_counter()))
+            self._outbox.when_written(partial(self._measure, job, start_s, time.perf_counter()))
 
         sessions = [handle.session for handle in handles]
         job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
@@ -373,13 +359,13 @@ class MultiplexedStream(LiveCall):
         if applied:
             self._sessions.all_changed([handle.session for handle in applied])
         if silent:
-            sent_bytes += self._send(_taken_from([handles[i] for i in silent]))
+            sent_bytes += self._outbox.send(_taken_from([handles[i] for i in silent]))
             steps = sorted(set(steps).difference(silent))
             applied = [handles[i] for i in steps]
         if applied:
             outputs = stepped.outputs if len(steps) == len(handles) else stepped.outputs[steps]
             for alike, rows in _by_options(applied, outputs):
-                sent_bytes += self._send(_answer_of(alike, rows))
+                sent_bytes += self._outbox.send(_answer_of(alike, rows))
         for i, failure in stepped.failures.items():
             if not handles[i].lost:
                 self._refuse_one(handles[i], handles[i].session.next_step, failure)
@@ -439,7 +425,7 @@ class MultiplexedStream(LiveCall):
         answer.durable_steps.append(handle.session.durable_step)
         if len(outputs):
             codec.encode_into(answer.prediction, outputs, opened.manifest, opened.options)
-        handle.sent_bytes += self._send(response)
+        handle.sent_bytes += self._outbox.send(response)
 
     async def _end_sequence(self, handle: _Handle, request: ResetHandle) -> None:
         """By a reset that brings answers."""
@@ -466,7 +452,7 @@ class MultiplexedStream(LiveCall):
         reset = HandleReset(
             handle=handle.number, next_step=session.next_step, durable_step=session.durable_step, last=last
         )
-        handle.sent_bytes += self._send(MultiplexStepsResponse(reset=reset))
+        handle.sent_bytes += self._outbox.send(MultiplexStepsResponse(reset=reset))
 
     async def _close(self, handle: _Handle, request: CloseHandle) -> None:
         session, close = handle.session, request.close
@@ -487,10 +473,10 @@ class MultiplexedStream(LiveCall):
         next_step = session.next_step
         self.report_end(handle, CLOSED)
         del self._handles[handle.number]
-        self._durable.pop(handle, None)
+        self._outbox.forget(handle)
         erased = await self._sessions.close(session, handle)
         closed = SessionClosed(next_step=next_step, erased=erased, last=last)
-        self._send(MultiplexStepsResponse(closed=HandleClosed(handle=handle.number, closed=closed)))
+        self._outbox.send(MultiplexStepsResponse(closed=HandleClosed(handle=handle.number, closed=closed)))
         if handle.waiting:
             waiting = [_first_step(waiting) for waiting in handle.waiting]
             gone = SessionNotFound("the session was closed", field="steps.handles")
@@ -505,7 +491,7 @@ class MultiplexedStream(LiveCall):
         refused = HandlesRefused(
             handles=numbers, first_steps=first_steps, next_steps=next_steps, error=self._refusals.status(error)
         )
-        size_bytes = self._send(MultiplexStepsResponse(refused=refused))
+        size_bytes = self._outbox.send(MultiplexStepsResponse(refused=refused))
         for handle in filter(None, bound):
             handle.sent_bytes += size_bytes / len(bound)
 
@@ -516,7 +502,7 @@ class MultiplexedStream(LiveCall):
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._written.set()
+        self._progressed()
         self._check(task)
 
     def _check(self, task: asyncio.Task[None]) -> None:
@@ -527,53 +513,21 @@ class MultiplexedStream(LiveCall):
     def _fail(self) -> None:
         self.lose(Internal("an unexpected error; the server's log has it"))
 
-    def _send(self, response: MultiplexStepsResponse) -> int:
-        """In order, without waiting. How many bytes it has."""
-        size_bytes = response.ByteSize()
-        self._outbox.append((response, size_bytes))
-        self._sends += 1
-        self._to_write.set()
-        return size_bytes
+    def _progressed(self) -> None:
+        self._progress.set()
+        self._used.set()
 
-    async def _progress(self) -> None:
-        """Wait until something was written, opened or closed."""
-        self._written.clear()
-        await self._written.wait()
+    async def _next_progress(self) -> None:
+        self._progress.clear()
+        await self._progress.wait()
 
-    async def _write(self) -> None:
-        while True:
-            await self._to_write.wait()
-            self._writing = True
-            while self._outbox or self._durable:
-                self._writes += bool(self._outbox)
-                response, size_bytes = self._outbox.popleft() if self._outbox else self._durable_response()
-                await self._sessions.may_answer()
-                await self._context.write(response)
-                self.sent_bytes += size_bytes
-                self._count_written()
-                self._written.set()
-            self._writing = False
-            self._to_write.clear()
-            self._used.set()
-            self._written.set()
-
-    def _count_written(self) -> None:
+    def _measure(self, job: StepsTogether, start_s: float, ready_s: float) -> None:
+        """The answers of a job have been written."""
         sent_s = time.perf_counter()
-        while self._unwritten and self._unwritten[0][0] <= self._writes:
-            _, job, start_s, ready_s = self._unwritten.popleft()
-            self._metrics.steps_answered(job.model, sent_s - start_s, sent_s - ready_s)
-            if self._tracing.samples_steps():
-                timing = Timing(start_s, job.waited_s, job.computed_s, sent_s)
-                self._tracing.steps(job.model, timing, sessions=len(job.inputs))
-
-    def _durable_response(self) -> tuple[MultiplexStepsResponse, int]:
-        handles, self._durable = self._durable, {}
-        news = {h.number: h.session.durable_step for h in handles}
-        response = MultiplexStepsResponse(durable=HandlesDurable(handles=news.keys(), durable_steps=news.values()))
-        size_bytes = response.ByteSize()
-        for handle in handles:
-            handle.sent_bytes += size_bytes / len(handles)
-        return response, size_bytes
+        self._metrics.steps_answered(job.model, sent_s - start_s, sent_s - ready_s)
+        if self._tracing.samples_steps():
+            timing = Timing(start_s, job.waited_s, job.computed_s, sent_s)
+            self._tracing.steps(job.model, timing, sessions=len(job.inputs))
 
 
 def _by_options(handles: Sequence[_Handle], outputs: Floats) -> list[tuple[Sequence[_Handle], Floats]]:

@@ -71,6 +71,7 @@ class SessionStream(LiveCall):
         self._tracing = tracing
         self._ticks_s = 0.0, 0.0  # of the last steps: the wait for ticks, and their duration
         self.opened: OpenedSession | None = None
+        self.sent_bytes = 0
         self._busy = False
         self._writing = asyncio.Lock()
         self._checkpoint: asyncio.Task[None] | None = None

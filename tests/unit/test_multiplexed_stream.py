@@ -12,8 +12,9 @@ from models.recurrent import NetworkSpec
 from rnnserve.v1.real_time_service_pb2 import MultiplexStepsResponse
 from service.api.calls import Refusals
 from service.api.limits import Limits
-from service.api.multiplexed_stream import MAX_UNWRITTEN, MultiplexedStream
+from service.api.multiplexed_stream import MultiplexedStream
 from service.api.openings import Openings
+from service.api.outbox import MAX_UNWRITTEN
 from service.engine.step_engine import StepEngine
 from service.metrics import Metrics
 from service.sessions.limits import SessionLimits
