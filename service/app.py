@@ -106,7 +106,7 @@ class Service:
         self.catalog = catalog
         self._shares_port = lane is not None
         self.metrics = Metrics(settings.session_store)
-        self.metrics.session_limit(settings.max_streams)
+        self.metrics.settings(max_streams=settings.max_streams, checkpoint_interval_s=settings.checkpoint_interval_s)
         self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()
         self._device = _device(settings)

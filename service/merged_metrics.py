@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 SUMMED = ("counter", "histogram", "summary")
 SAME_EVERYWHERE = (  # each knows of all
     "rnnserve_parked_sessions", "rnnserve_parked_bytes", "rnnserve_models", "rnnserve_session_limit",
+    "rnnserve_checkpoint_interval_seconds",
 )  # fmt: skip
 FLAGS = ("rnnserve_store_up",)  # down for one is down for all
 LARGEST = (

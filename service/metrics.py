@@ -50,7 +50,10 @@ class Metrics:
         d.section = "Steps of streams"
         self._steps = d.tally("rnnserve_steps_total", "Steps applied to a session.", MODEL)
         self._step_s = d.tally_histogram(
-            "rnnserve_step_seconds", "From a message of steps, once it is read, to its answer, sent.", MODEL
+            "rnnserve_step_seconds",
+            "From a message of steps, once it is read, to its answer, sent; of a multiplexed stream from the first of "
+            "the messages whose steps are answered together.",
+            MODEL,
         )
         self._step_queue_s = d.tally_histogram(
             "rnnserve_step_queue_seconds", "Of that: the wait for a tick, for each tick that a message takes.", MODEL
@@ -68,10 +71,13 @@ class Metrics:
         self._sessions = d.gauge("rnnserve_sessions", "Sessions that have a stream now.", MODEL)
         self._parked = d.gauge(
             "rnnserve_parked_sessions",
-            "Sessions kept without a stream. All services that share a store `redis` say the same of it.",
+            "Sessions kept without a stream, counted about once a second. All services that share a store `redis` say "
+            "the same of it.",
             (*MODEL, "store"),
         )
-        self._parked_bytes = d.gauge("rnnserve_parked_bytes", "Their states and answers.", ("store",))
+        self._parked_bytes = d.gauge(
+            "rnnserve_parked_bytes", "Their states and answers, counted with them.", ("store",)
+        )
         self._session_limit = d.gauge("rnnserve_session_limit", "As many may have a stream: max_streams.")
         self._opened = d.counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL)
         self._resumed = d.counter("rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL)
@@ -90,10 +96,16 @@ class Metrics:
         self._store_up.set(1)
         self._store_s = d.histogram("rnnserve_store_seconds", "Duration of what the store was asked.", ("operation",))
         self._store_errors = d.counter(
-            "rnnserve_store_errors_total", "What it did not do, or not in time.", ("operation",)
+            "rnnserve_store_errors_total",
+            "What it failed to do, and, but for writes, what it did not do in time.",
+            ("operation",),
         )
-        for operation in ("write", "read", "erase", "take", "probe"):
+        for operation in ("write", "read", "erase", "take", "probe", "longest_parked", "parked_totals"):
             self._store_errors.labels(operation)
+        self._checkpoint_interval_s = d.gauge(
+            "rnnserve_checkpoint_interval_seconds",
+            "From one write of what has changed to the next: checkpoint_interval_s.",
+        )
         self._durable_lag_s = d.gauge(
             "rnnserve_durable_lag_seconds", "All that is older is durable; 0 while nothing waits to be written."
         )
@@ -175,8 +187,9 @@ class Metrics:
         for gauge in (self._models, self._model_bytes, self._model_load_s):
             gauge.remove(*model)
 
-    def session_limit(self, sessions: int) -> None:
-        self._session_limit.set(sessions)
+    def settings(self, *, max_streams: int, checkpoint_interval_s: float) -> None:
+        self._session_limit.set(max_streams)
+        self._checkpoint_interval_s.set(checkpoint_interval_s)
 
     def session_opened(self, model: ModelKey) -> None:
         self._opened.labels(*model).inc()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
@@ -42,7 +43,7 @@ from service.api.openings import OpenedSession, Openings
 from service.api.outbox import Outbox
 from service.api.session_stream import StepMetrics
 from service.api.statuses import duration
-from service.api.stream_ends import CLOSED, report_end
+from service.api.stream_ends import CLOSED, StreamEnd, limit_met, report_end
 from service.engine.step_engine import Stepped
 from service.errors import (
     FieldInvalid,
@@ -67,8 +68,8 @@ log = logging.getLogger(__name__)
 MAX_OPENINGS = 256  # under way at a time
 RETRY_AFTER_S = 0.05  # a queue of steps is empty again by then
 
-Step = tuple[int, NDArray[np.generic] | ServingError]
-"""The index that the client gave, and the inputs (features,) or (), or why they are refused."""
+Step = tuple[int, NDArray[np.generic] | ServingError, float]
+"""The index that the client gave, the inputs (features,) or (), or why they are refused, and when it came."""
 
 
 class _Handle:
@@ -101,7 +102,7 @@ class _Handle:
     def lose(self, error: ServingError) -> None:
         """The session is taken away."""
         self.lost = error
-        self.stream.report_end(self, error.reason)
+        self.stream.report_end(self, error.reason, limit_met(error))
         self.stream.ended([self], error)
 
     def became_durable(self) -> None:
@@ -130,6 +131,7 @@ class MultiplexedStream(LiveCall):
         self._metrics = metrics
         self._tracing = tracing
         self._handles: dict[int, _Handle] = {}
+        self._begun_s = time.perf_counter()
         self._bound = 0  # sessions that it has had
         self._half_closed = False  # by the client, once all was answered
         self._last_number = -1
@@ -173,17 +175,21 @@ class MultiplexedStream(LiveCall):
             self._sessions.leave(handle.session, handle)
             self.report_end(handle, self.end_reason)
         reason = CLOSED if self._half_closed else self.end_reason
-        sizes = {"received_bytes": self.received_bytes, "sent_bytes": self._outbox.sent_bytes}
+        more = {
+            "duration_s": round(time.perf_counter() - self._begun_s, 6),
+            "received_bytes": self.received_bytes,
+            "sent_bytes": self._outbox.sent_bytes,
+        }
         log.info(
             "multiplexed stream ended",
-            extra={"reason": reason, "sessions": self._bound, **sizes, "request_id": self.request_id},
+            extra={"reason": reason, "sessions": self._bound, **more, "request_id": self.request_id},
         )
 
-    def report_end(self, handle: _Handle, reason: str) -> None:
+    def report_end(self, handle: _Handle, reason: str, limit: str = "") -> None:
         """The session has this stream no more."""
         if self._handles.get(handle.number) is handle:
-            sizes = {"received_bytes": round(handle.received_bytes), "sent_bytes": round(handle.sent_bytes)}
-            report_end(self._metrics, handle.opened, reason, self.request_id, **sizes)
+            sizes_bytes = round(handle.received_bytes), round(handle.sent_bytes)
+            report_end(self._metrics, handle.opened, StreamEnd(reason, self.request_id, *sizes_bytes, limit=limit))
 
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
@@ -264,7 +270,8 @@ class MultiplexedStream(LiveCall):
         bound = [handle for handle in handles if handle is not None]
         inputs, refused = self._decode(batch, bound)
         firsts, answered_steps = list(batch.first_steps), list(batch.answered_steps)
-        limit, now_s, share_bytes = self._limits.max_outstanding_steps, time.time(), size_bytes / len(handles)
+        limit, now_s, came_s = self._limits.max_outstanding_steps, time.time(), time.perf_counter()
+        share_bytes = size_bytes / len(handles)
         ready: list[int] = []
         others: list[_Handle] = []
         unbound: list[int] = []
@@ -284,7 +291,7 @@ class MultiplexedStream(LiveCall):
             if handle.outstanding == 1 and i not in refused and firsts[i] == session.ledger.next_step:
                 ready.append(i)
             else:
-                handle.waiting.append((firsts[i], refused.get(i, inputs[i])))
+                handle.waiting.append((firsts[i], refused.get(i, inputs[i]), came_s))
                 if handle.outstanding == 1:
                     others.append(handle)
         self._go_on(others)
@@ -292,9 +299,9 @@ class MultiplexedStream(LiveCall):
             error = SessionNotFound("no session is bound to the handle", field="steps.handles")
             self._refuse([batch.handles[i] for i in unbound], [firsts[i] for i in unbound], error)
         if len(ready) == len(handles):
-            self._start(bound, inputs)
+            self._start(bound, inputs, came_s)
         elif ready:
-            self._start([bound_ for i in ready if (bound_ := handles[i])], inputs[ready])
+            self._start([bound_ for i in ready if (bound_ := handles[i])], inputs[ready], came_s)
 
     def _handles_of(self, batch: StepBatch) -> list[_Handle | None]:
         """By their numbers. Raises StepsMissing, TooManySteps, FieldInvalid."""
@@ -334,16 +341,15 @@ class MultiplexedStream(LiveCall):
         if handle.outstanding == 1:
             self._go_on([handle])
 
-    def _start(self, handles: Sequence[_Handle], inputs: NDArray[np.generic]) -> None:
-        """A step of each of these, of one model: inputs (handles, features) or (handles,)."""
-        start_s = time.perf_counter()
+    def _start(self, handles: Sequence[_Handle], inputs: NDArray[np.generic], came_s: float) -> None:
+        """A step of each of these, of one model: inputs (handles, features) or (handles,); the first came at came_s."""
 
         def applied(first: int, stepped: Stepped, steps: list[int], silent: list[int]) -> None:
             if not job.left:
                 self._jobs.discard(job)
                 self._progressed()
             self._answer(handles[first : first + len(stepped.outputs)], stepped, steps, silent)
-            self._outbox.when_written(partial(self._measure, job, start_s, time.perf_counter()))
+            self._outbox.when_written(partial(self._measure, job, came_s, time.perf_counter()))
 
         sessions = [handle.session for handle in handles]
         job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
@@ -380,16 +386,17 @@ class MultiplexedStream(LiveCall):
 
     def _go_on(self, handles: Iterable[_Handle]) -> None:
         """With what waits for them, up to the next step of each; those steps begin."""
-        ready, inputs = [], []
+        ready, inputs, came_s = [], [], math.inf
         for handle in handles:
             if (step := self._next_step(handle)) is not None:
                 ready.append(handle)
-                inputs.append(step)
+                inputs.append(step[0])
+                came_s = min(came_s, step[1])
         if ready:
-            self._start(ready, np.array(inputs))
+            self._start(ready, np.array(inputs), came_s)
 
-    def _next_step(self, handle: _Handle) -> NDArray[np.generic] | None:
-        """What waits is done one after the other, up to the next step that must be computed: its inputs."""
+    def _next_step(self, handle: _Handle) -> tuple[NDArray[np.generic], float] | None:
+        """What waits is done one after the other, up to the next step to compute: its inputs, and when it came."""
         while handle.waiting:
             request = handle.waiting.pop(0)
             if isinstance(request, CloseHandle):
@@ -403,9 +410,9 @@ class MultiplexedStream(LiveCall):
                     with within("reset"):
                         self._reset(handle, request)
                 else:
-                    first_step, inputs = request
+                    first_step, inputs, came_s = request
                     if first_step == handle.session.next_step and not isinstance(inputs, ServingError):
-                        return inputs
+                        return inputs, came_s
                     with within("steps"):
                         if isinstance(inputs, ServingError):
                             raise inputs
@@ -521,12 +528,12 @@ class MultiplexedStream(LiveCall):
         self._progress.clear()
         await self._progress.wait()
 
-    def _measure(self, job: StepsTogether, start_s: float, ready_s: float) -> None:
+    def _measure(self, job: StepsTogether, came_s: float, ready_s: float) -> None:
         """The answers of a job have been written."""
         sent_s = time.perf_counter()
-        self._metrics.steps_answered(job.model, sent_s - start_s, sent_s - ready_s)
+        self._metrics.steps_answered(job.model, sent_s - came_s, sent_s - ready_s)
         if self._tracing.samples_steps():
-            timing = Timing(start_s, job.waited_s, job.computed_s, sent_s)
+            timing = Timing(came_s, job.waited_s, job.computed_s, sent_s)
             self._tracing.steps(job.model, timing, sessions=len(job.inputs))
 
 
@@ -576,7 +583,7 @@ def _first_step(request: Step | ResetHandle | CloseHandle) -> int:
             return request.reset.first_step
         case CloseHandle():
             return request.close.first_step
-        case first_step, _:
+        case first_step, *_:
             return first_step
 
 

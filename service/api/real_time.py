@@ -113,6 +113,8 @@ class RealTimeService(RealTimeServiceServicer):
             await serve()
         except asyncio.CancelledError:
             if call.lost is None:
+                if self._drain.ended:
+                    call.lost = self._drain.refusal()
                 raise
             call.task.uncancel()
             await call.say_lost()

@@ -30,7 +30,7 @@ from service.api.limits import Limits
 from service.api.live_call import CANCELLATION_S, LiveCall
 from service.api.openings import OpenedSession, Openings
 from service.api.statuses import duration
-from service.api.stream_ends import StreamMetrics, report_end
+from service.api.stream_ends import StreamEnd, StreamMetrics, limit_met, report_end
 from service.errors import Evicted, FieldInvalid, OpenRepeated, ServingError, SessionMoved, within
 from service.sessions.registry import SessionRegistry
 from service.tracing import OFF, Timing, Tracing
@@ -112,8 +112,7 @@ class SessionStream(LiveCall):
                 if self._tracing.samples_steps():
                     steps = response.answer.next_step - request.steps.first_step
                     self._tracing.steps(opened.session.model, Timing(start_s, *self._ticks_s, sent_s), steps=steps)
-            elif response.HasField("closed"):
-                self.closed = True
+            elif self.closed:
                 return
             self._set_busy(False)
         await asyncio.sleep(CANCELLATION_S)  # ended without `close`: half-closed, or about to be cancelled
@@ -121,8 +120,9 @@ class SessionStream(LiveCall):
     def leave(self) -> None:
         if self.opened is not None:
             self._sessions.leave(self.opened.session, self)
-            sizes = {"received_bytes": self.received_bytes, "sent_bytes": self.sent_bytes}
-            report_end(self._metrics, self.opened, self.end_reason, self.request_id, **sizes)
+            sizes_bytes = self.received_bytes, self.sent_bytes
+            end = StreamEnd(self.end_reason, self.request_id, *sizes_bytes, limit=limit_met(self.lost))
+            report_end(self._metrics, self.opened, end)
 
     async def announce_drain(self, time_left_s: float) -> None:
         message = f"the server is shutting down; it ends this stream in {time_left_s:g} s"
@@ -212,6 +212,7 @@ class SessionStream(LiveCall):
         next_step = session.next_step
         last = await opened.end_sequence(self, next_step, last_only=_last_only(opened))
         erased = await self._sessions.close(session, self)
+        self.closed = True  # even if the client goes before it has the answer
         return StreamStepsResponse(closed=SessionClosed(next_step=next_step, erased=erased, last=last))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from models.manifest import ModelKey
 from service.api.openings import OpenedSession
+from service.errors import Evicted, ServingError
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +24,34 @@ class StreamMetrics(Protocol):
         ...
 
 
-def report_end(metrics: StreamMetrics, opened: OpenedSession, reason: str, request_id: str, **details: int) -> None:
+class StreamEnd(NamedTuple):
+    """Why, and what the session had of the stream's bytes."""
+
+    reason: str
+    request_id: str
+    received_bytes: int
+    sent_bytes: int
+    limit: str = ""  # that the session met, if that is why
+
+
+def limit_met(error: ServingError | None) -> str:
+    """By a session that an error took away; empty if that is not why."""
+    return error.metadata["limit"] if isinstance(error, Evicted) else ""
+
+
+def report_end(metrics: StreamMetrics, opened: OpenedSession, end: StreamEnd) -> None:
     """To be called once for each session that a stream had."""
     session = opened.session
-    metrics.stream_ended(session.model, reason)
+    metrics.stream_ended(session.model, end.reason)
     fields = {
         "session": session.key.session_id,
         "model": "{}/{}".format(*session.model),
-        "reason": reason,
+        "reason": end.reason,
+        **({"limit": end.limit} if end.limit else {}),
         "steps": session.next_step - opened.first_step,
         "duration_s": round(time.perf_counter() - opened.begun_s, 6),
-        **details,
-        "request_id": request_id,
+        "received_bytes": end.received_bytes,
+        "sent_bytes": end.sent_bytes,
+        "request_id": end.request_id,
     }
     log.info("stream ended", extra=fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +10,8 @@ from service.sessions.limits import SessionLimits, evicted, limit_reached
 from service.sessions.record import SessionKey
 from service.sessions.session import Owner, Session
 from service.sessions.table import SessionTable
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = 10_000  # sessions in memory at a time, in a few milliseconds
 
@@ -19,6 +22,12 @@ class EvictionMetrics(Protocol):
     def evicted(self, limit: str) -> None:
         """A session met a limit."""
         ...
+
+
+def report_eviction(metrics: EvictionMetrics, key: SessionKey, limit: str) -> None:
+    """A session that no stream has is gone. Thousands may go at once, so the log has them if it is asked to."""
+    metrics.evicted(limit)
+    log.debug("session evicted", extra={"session": key.session_id, "limit": limit})
 
 
 class Evictions:
@@ -126,4 +135,4 @@ class Evictions:
 
     def _remember(self, key: SessionKey, limit: str) -> None:
         self._table.departed.remember(key, limit)
-        self._metrics.evicted(limit)
+        report_eviction(self._metrics, key, limit)

@@ -9,7 +9,7 @@ from models.manifest import ModelKey
 from service.errors import StoreUnavailable
 from service.sessions.checkpoints import Checkpointer
 from service.sessions.erasure import Erasure
-from service.sessions.evictions import EvictionMetrics
+from service.sessions.evictions import EvictionMetrics, report_eviction
 from service.sessions.limits import SessionLimits, limit_reached
 from service.sessions.stores.shared import SharedStore, StoredSession
 from service.sessions.table import SessionTable, TableMetrics
@@ -100,4 +100,4 @@ class SharedEvictions:
             if taken := await self._checkpoints.ask(self._store.take(key, stored.fence)):
                 self._erasure.add(key, taken.fence)
                 self._table.departed.remember(key, limit)
-                self._metrics.evicted(limit)
+                report_eviction(self._metrics, key, limit)

@@ -18,7 +18,7 @@ import pytest
 from tests.support.server import ROOT
 
 TIMEOUT_S = 900
-CHANGED_S = 90.0  # Prometheus looks at rules once a minute, if nothing else is said
+CHANGED_S = 90.0  # until all of them know what has changed
 
 only_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root may kill what runs in a container"

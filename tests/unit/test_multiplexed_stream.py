@@ -173,6 +173,25 @@ async def test_steps_that_wait_for_the_one_under_way_follow_in_order(served: Ser
     assert served.executor.ticks == [[1, 1], [2, 3], [4]]
 
 
+async def test_a_step_that_waits_for_the_one_before_it_is_timed_from_when_it_came(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock_s, durations_s = 0.0, list[float]()
+    monkeypatch.setattr(
+        "service.api.multiplexed_stream.time", SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: clock_s)
+    )
+    monkeypatch.setattr(served.metrics, "steps_answered", lambda _model, duration_s, _: durations_s.append(duration_s))
+    await served.open(0)
+    await served.hold(0)
+    clock_s = 10.0
+    served.send(step_each({0: 1}, [[2.0]]))
+    await served.take_all()
+    clock_s = 100.0
+    served.executor.gate.set()
+    await served.answers(2)
+    assert durations_s == [100.0, 90.0]
+
+
 async def test_one_more_step_than_may_be_outstanding_is_refused_and_those_are_answered(served: Served) -> None:
     await served.open(0, 1)
     await served.hold(0)

@@ -194,6 +194,23 @@ def test_a_long_name_gives_way_and_every_number_stays_whole(width: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("width", "numbers"),
+    [
+        (60, ["3", "160,000,000", "1.5", "2.0"]),
+        (40, ["160,000,000", "2.0"]),
+        (24, ["2.0"]),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_the_name_still(width: int, numbers: list[str]) -> None:
+    page = STEPS_NOW.replace(" 160", " 160000000")
+    *_, headings, line = drawn(Span(reading(page, at_s=1.0), reading("", at_s=0.0)), width)
+    assert len(line) <= width
+    assert line.split()[:2] == ["vanilla", "v1"]
+    assert [number for number in line.split()[2:] if number != "1,333,333"] == numbers
+    assert "…" not in headings + line
+
+
+@pytest.mark.parametrize(
     ("sort", "expected"), [("name", "abc"), ("steps", "cab"), ("p99", "bac"), ("streams", "cab"), ("sequences", "abc")]
 )
 def test_numbers_fall_unknown_ones_are_last_and_equal_ones_stay_by_name(sort: Column, expected: str) -> None:

@@ -5,6 +5,7 @@ import sqlite3
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from rnnserve.v1.real_time_service_pb2 import NOTICE_REASON_DRAINING
 from rnnserve.v1.sequence_service_pb2_grpc import SequenceServiceStub
 from rnnserve.v1.session_service_pb2 import DeleteSessionRequest, GetSessionRequest, ListSessionsRequest
 from rnnserve.v1.session_service_pb2_grpc import SessionServiceStub
+from tests.support.multiplexed import multiplexed
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import (
     TIMEOUT_S,
@@ -100,13 +102,35 @@ def test_what_never_ends_is_ended_with_a_reason_at_the_deadline(repository: Path
         assert "Traceback" not in server.log()
 
 
+def test_streams_that_the_deadline_ends_are_counted_and_logged_as_drained(repository: Path) -> None:
+    with (
+        start_server(repository, drain_timeout_s=0.5) as server,
+        grpc.insecure_channel(server.target) as channel,
+        live_stream(channel, open_("vanilla", "alone")) as stream,
+        multiplexed(channel) as call,
+    ):
+        call.open(0, "vanilla", "one-of-many")
+        server.terminate()
+        for rest in (stream.rest, call.rest):
+            with pytest.raises(grpc.RpcError) as ended:
+                rest()
+            assert_draining(ended.value)
+        assert server.process.wait(30) == 0
+        reasons = {line.get("session", "all"): line["reason"] for line in logged(server) if "ended" in line["event"]}
+    assert reasons == {"alone": "DRAINING", "one-of-many": "DRAINING", "all": "DRAINING"}
+
+
 TOKEN = b"0123456789abcdef"
+
+
+def logged(server: RunningServer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.log().splitlines()]
 
 
 def logged_s(server: RunningServer, words: str) -> float:
     """When it was; the end of the process itself is not ours, and slow on a busy machine."""
-    (line,) = [line for line in server.log().splitlines() if words in line]
-    return datetime.fromisoformat(json.loads(line)["timestamp"]).timestamp()
+    (line,) = [line for line in logged(server) if words in line["event"]]
+    return datetime.fromisoformat(line["timestamp"]).timestamp()
 
 
 def test_a_store_that_is_locked_holds_up_no_end(repository: Path, tmp_path: Path) -> None:

@@ -69,6 +69,31 @@ def test_a_multiplexed_stream_that_is_left_in_order_was_closed_and_says_how_many
     assert sum(end["received_bytes"] for end in own) >= 0.9 * line["received_bytes"]
 
 
+def test_a_session_that_was_closed_was_closed_even_if_the_client_goes_at_once(logging_server: RunningServer) -> None:
+    sessions = [f"brief-{i}" for i in range(40)]
+    with grpc.insecure_channel(logging_server.target) as channel:
+        for session in sessions:
+            with live_stream(channel, open_("vanilla", session)) as stream:
+                assert stream.ask(close()).HasField("closed")
+                stream.call.cancel()
+    eventually(lambda: all(ends_of(logging_server, session) for session in sessions))
+    assert {ends_of(logging_server, session)[0]["reason"] for session in sessions} == {"CLOSED"}
+
+
+def test_what_a_limit_did_to_a_session_is_in_the_log(repository: Path) -> None:
+    with (
+        start_server(
+            repository, log_format="json", log_level="debug", idle_timeout_s=0.2, resume_window_s=0.2
+        ) as server,
+        grpc.insecure_channel(server.target) as channel,
+        live_stream(channel, open_("vanilla", "slow", token=TOKEN)),
+    ):
+        eventually(lambda: bool(lines(server, "session evicted")))
+        (taken,), (gone,) = ends_of(server, "slow"), lines(server, "session evicted")
+    assert (taken["reason"], taken["limit"]) == ("EVICTED", "idle_timeout_s")
+    assert (gone["session"], gone["limit"], gone["level"]) == ("slow", "resume_window_s", "debug")
+
+
 def test_a_stream_without_a_name_is_given_one(logging_server: RunningServer) -> None:
     with grpc.insecure_channel(logging_server.target) as channel:
         for session in ("one", "two"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Literal
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +23,10 @@ _FIELDS: dict[Column, str] = {
     "sequences": "sequences_per_s",
 }
 _HEADINGS = ("streams", "parked", "steps/s", "tick", "p50 ms", "p99 ms", "seq/s")
+_FIRST_TO_GO = ("seq/s", "parked", "tick", "p50 ms", "streams", "steps/s", "p99 ms")
+"""Columns that a narrow terminal has no room for."""
+_NAME_WIDTH = 12
+"""As much of a name is always there."""
 
 
 def chosen(models: Iterable[ModelLoad], name_part: str, sort: Column) -> list[ModelLoad]:
@@ -39,9 +43,9 @@ def chosen(models: Iterable[ModelLoad], name_part: str, sort: Column) -> list[Mo
 
 
 def picture(span: Span, models: Iterable[ModelLoad]) -> Group:
-    """Lines about the whole server, and one for each model; fits 80 columns."""
+    """Lines about the whole server, and one for each model; all of it fits 80 columns, and fewer have fewer."""
     totals = span.totals()
-    return Group(_server(span, totals), _sessions(totals), _refusals(totals), Text(), _table(models))
+    return Group(_server(span, totals), _sessions(totals), _refusals(totals), Text(), _Table(list(models)))
 
 
 def as_json(span: Span, models: Iterable[ModelLoad], url: str) -> dict[str, Any]:
@@ -84,16 +88,33 @@ def _refusals(totals: Totals) -> Text:
     return Text(f"refusals {_rate(all_per_s)}/s" + (f" · since the start {', '.join(counts)}" if counts else ""))
 
 
-def _table(models: Iterable[ModelLoad]) -> Table | Text:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    # The name is what gives way where the terminal is narrow; it stays on one line.
-    table.add_column("model", min_width=12)
-    table.add_column("", no_wrap=True)
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for model in models:
-        table.add_row(Text(model.name, no_wrap=True, overflow="ellipsis"), f"v{model.version}", *_cells(model))
-    return table if table.row_count else Text("no model that is served has such a name")
+@dataclasses.dataclass
+class _Table:
+    """As wide as the terminal lets it be."""
+
+    models: list[ModelLoad]
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.models:
+            yield Text("no model that is served has such a name")
+            return
+        rows = [(model, f"v{model.version}", dict(zip(_HEADINGS, _cells(model), strict=True))) for model in self.models]
+        headings, gap = list(_HEADINGS), 2
+        widths = {heading: max(len(heading), *(len(cells[heading]) for _, _, cells in rows)) for heading in headings}
+        fixed = _NAME_WIDTH + gap + max(len(version) for _, version, _ in rows)
+        for heading in _FIRST_TO_GO:
+            if fixed + sum(gap + widths[heading] for heading in headings) <= options.max_width:
+                break
+            headings.remove(heading)
+        table = Table(box=None, header_style="bold", padding=(0, gap, 0, 0), pad_edge=False)
+        table.add_column("model", min_width=_NAME_WIDTH)  # gives way first, on one line
+        table.add_column("", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for model, version, cells in rows:
+            name = Text(model.name, no_wrap=True, overflow="ellipsis")
+            table.add_row(name, version, *(cells[heading] for heading in headings))
+        yield table
 
 
 def _cells(model: ModelLoad) -> list[str]:
