@@ -49,7 +49,7 @@ RUN rm -rf /usr/lib/python3/dist-packages /usr/local/lib/python3*/site-packages/
     && install --directory --owner rnnserve --group rnnserve /var/lib/rnnserve /var/spool/rnnserve
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/sbom.cdx.json /usr/share/doc/rnnserve/sbom.cdx.json
-COPY LICENSE /usr/share/doc/rnnserve/
+COPY LICENSE THIRD_PARTY_NOTICES.md /usr/share/doc/rnnserve/
 WORKDIR /app
 COPY --from=build /app /app
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 RNNSERVE_HOST=0.0.0.0 \

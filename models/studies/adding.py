@@ -177,7 +177,9 @@ def describe(results: Results, updates: int, seed: int) -> str:
         "updates: too few to say that a layer could never learn it, and rates that were not searched for each start "
         f"favour some. Solved is a squared error below {SOLVED:g} on {HELD_OUT} sequences that training never sees, "
         f"looked at after each {CHECK_EVERY} updates; who always says 1 has {OF_SAYING_ONE:.3f}. The gradient is that "
-        "of [gradients.md](gradients.md), after training: where a layer has solved it, at that moment.",
+        "of [gradients.md](gradients.md), after training: where a layer has solved it, at that moment; no further than "
+        f"the sequence is long. With T = {max(STARTS_BY_STEPS):,} only the start was trained that learned T = "
+        f"{min(STARTS_BY_STEPS)} the soonest: what the others do there is not known.",
         "![errors by updates, and gradients after training](adding.png)",
     ]
     for steps, by_name in results.items():

@@ -61,9 +61,9 @@ def describe(measured: Mapping[str, Measured], seed: int) -> str:
         f"bundle `diacritics-live`, here with one LSTM layer of {UNITS} units and {EPOCHS} epochs. A forward network "
         "that answers about a character after so many more, and a bidirectional one with about as many parameters, "
         "which needs the whole text. A delay must be learned, too: the state has to hold the characters that are still "
-        "to be answered about, for which so small a network has little room and so few epochs little time. That is why "
-        "the curve falls again; `diacritics-live` waits for 5 characters with two layers of twice the units, trained "
-        "for longer.",
+        "to be answered about, for which so small a network has little room and so few epochs little time. That is "
+        "probably why the curve falls again, in the end below that without delay; no run here tells room from time. "
+        "`diacritics-live` waits for 5 characters with two layers of twice the units, trained for longer.",
         "![quality against delay](look_ahead.png)",
         describe_variants(measured),
     )

@@ -13,7 +13,7 @@ from models.generation import Generation
 from models.manifest import DataSource, Output, TextInput
 from models.markdown import table
 from models.recurrent import NetworkSpec
-from models.tasks.chorales import ARCHIVE, FOLDER, REST, Frame, chorales
+from models.tasks.chorales import ARCHIVE, FOLDER, REST, Frame, chorales, tunes
 from models.tasks.counterpoint import VOICES, crossings, parallels
 from models.tasks.splits import hundredth
 from models.tasks.task import Alphabet, Recordings, Run, Split, Task, Words
@@ -38,7 +38,7 @@ SYMBOLS = (
         for note in ("-", *range(low - MOVED_BY, high + MOVED_BY + 1))
     ),
 )
-TEST_BELOW, VALIDATION_BELOW = 20, 35  # hundredths of the incipits
+TEST_BELOW, VALIDATION_BELOW = 20, 35  # hundredths of the tunes
 OWN_PIECES, OWN_FRAMES = 24, 60  # that it writes to be judged: so many, no longer than that
 
 
@@ -57,10 +57,11 @@ def recording(text: str, name: str, by: int = 0) -> Recording:
 
 
 def split(_run: Run) -> Split:
-    """By the hash of the tune's beginning: many of the chorales are settings of one tune."""
+    """By the hash of the tune: many of the chorales are settings of one."""
     parts: tuple[list[Recording], list[Recording], list[Recording]] = [], [], []
+    tune_of = tunes(chorales())
     for piece in chorales():
-        place = hundredth(piece.incipit)
+        place = hundredth(tune_of[piece.name])
         part = parts[2 if place < TEST_BELOW else 1 if place < VALIDATION_BELOW else 0]
         part.append(recording(written(piece.frames), piece.name))
     return Split(*parts)
@@ -197,7 +198,7 @@ CHORALE = Task(
     split=split,
     runs=runs,
     repeats_over="1 seed",
-    test_items="frames of the pieces whose tunes begin unlike all others, a fifth of those beginnings by SHA-256",
+    test_items="frames of the pieces of a fifth of the tunes, by SHA-256",
     samples=own_cadence,
     examples=moved,
     measure=measure,
@@ -209,20 +210,22 @@ One-to-many: from a start, and a beginning if one is given, the network writes o
 says of the next and read as the next step. Four voices a frame, a frame each quarter note: soprano, alto, tenor and
 bass in turn (`S72 A67 T64 B48`), `-` for a rest.""",
         data="""\
-362 pieces of four parts with single notes, some 19,700 frames, moved to the key without sharps and flats. Three files
-that reserve rights (bwv277, bwv281 and bwv366 as .krn) are left out; other encodings of these pieces, which do not, are
-read. Pieces that are the same to the last frame are counted once. Many chorales are settings of one tune, so the part
-of a piece is decided by the first eight notes of its soprano: 20 % test, 15 % validation; split by file, a third of the
-test tunes would be in training. The licence is weaker than that of the other data here: the weights were trained on
-scores from the package as anybody installs it, and neither a score nor a sample of one is in this bundle.""",
+354 pieces of four parts with single notes, some 19,300 frames, moved to the key without sharps and flats. Three files
+that reserve rights (bwv277, bwv281 and bwv366 as .krn) are left out; other encodings of these pieces, which do not,
+are read. Of pieces that are the same for the most part, in whatever key, one counts. Many chorales are settings of
+one tune, so the part of a piece is decided by its tune, of which there are 194: 20 % test, 15 % validation. Two
+pieces share a tune if they begin with the same eight notes, in whatever key, or have thirteen in a row in common. (An
+earlier split compared the beginnings by their pitch, and so had tunes on both sides that are notated in two modes.)
+The licence is weaker than that of the other data here: the weights were trained on scores from the package as anybody
+installs it, and neither a score nor a sample of one is in this bundle.""",
         training=f"""\
-In each epoch each piece is moved by up to {MOVED_BY} semitones, more than a fifth of them by none, and foretold note by
-note. Its first symbol says by how much (`START-1`, `START+4`), else the network would have to guess the key. The test
-pieces are not moved. Settings of the LSTM were chosen on the validation part, where other shares of unmoved pieces
-and dropout of recurrent weights ended between 4.57 and 4.68 nats, and where more than some 60 epochs made it worse.
-Its test was looked at five times: 4.70 without the validation part in training, 4.64 with it, 4.61 over 80 epochs, 4.74
-over 105, then the weights of now. They were chosen by the validation part and not for being the lowest, but whoever
-looks five times must expect the last number to flatter a little.""",
+In each epoch each piece is moved by up to {MOVED_BY} semitones, more than a fifth of them by none, and foretold note
+by note. Its first symbol says by how much (`START-1`, `START+4`), else the network would have to guess the key. The
+test pieces are not moved. Settings of the LSTM were chosen on the validation part of the earlier split, where other
+shares of unmoved pieces and dropout of recurrent weights ended between 4.57 and 4.68 nats, and where more than some
+60 epochs made it worse; the test of that split was looked at five times (4.70, 4.64, 4.61, 4.74, 4.55). The test of
+now was looked at once, with the settings as they were; many of its pieces were in those parts, so a little kindness
+may be left. The aim, 4.6, was set by measurements on the earlier split, and is missed on this one.""",
         references="""\
 - Boulanger-Lewandowski, Bengio and Vincent (2012), on another split of 382 chorales: 8.71 nats a frame with an RNN,
   6.27 with their RNN-RBM, 5.56 with their RNN-NADE (all from memory). Theirs is the loss of a frame's set of notes.
@@ -238,11 +241,14 @@ VANILLA = replace(
     summary="Writes chorales for four voices, a note at a time, with the vanilla cell.",
     words=replace(
         CHORALE.words,
-        purpose=f"{CHORALE.words.purpose} The same task with the vanilla cell, as wide as the LSTM of `chorale`.",
+        purpose=f"""\
+{CHORALE.words.purpose} The same task with the vanilla cell, as wide as the LSTM of `chorale`,
+and so with a third of its parameters. Its settings are its own, and each was trained once: it is there to be heard
+beside the LSTM, not to tell which cell is better.""",
         training=f"""\
 In each epoch each piece is moved by up to {MOVED_BY} semitones, more than a fifth of them by none, and foretold note by
-note. Its first symbol says by how much (`START-1`, `START+4`). The test pieces are not moved. Its test was looked at
-twice: 5.25 with other settings and without the validation part in training, then the weights of now.""",
+note. Its first symbol says by how much (`START-1`, `START+4`). The test pieces are not moved. The test of the earlier
+split was looked at twice (5.25, 4.90), that of now once.""",
     ),
     network=CHORALE.network.model_copy(update={"cell": "tanh"}),
     settings=replace(CHORALE.settings, epochs=60, learning_rate=1e-3, dropout=0.3, weight_decay=0.01),

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -24,9 +24,14 @@ FOLDER = "music21/corpus/bach/"
 PARTS = 4
 SEMITONES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 REST = 0
+WINDOW_FRAMES = 8
+BEGINNING, STRETCH = 8, 13  # notes that tell a tune: the first ones, or any in a row
 
 Frame = tuple[int, int, int, int]
 """MIDI note numbers of soprano, alto, tenor and bass; REST where a voice is silent."""
+
+
+Windows = frozenset[tuple[tuple[int | None, ...], ...]]
 
 
 class Chorale(NamedTuple):
@@ -36,11 +41,10 @@ class Chorale(NamedTuple):
     frames: tuple[Frame, ...]
 
     @property
-    def incipit(self) -> str:
-        """The first eight pitch classes of the soprano, repetitions left out: what tells a tune from others."""
+    def intervals(self) -> tuple[int, ...]:
+        """Of the soprano, in semitones, repetitions left out: a tune in whatever key."""
         notes = [frame[0] for frame in self.frames if frame[0] != REST]
-        differing = [note % 12 for i, note in enumerate(notes) if i == 0 or note != notes[i - 1]]
-        return " ".join(map(str, differing[:8]))
+        return tuple(to - note for note, to in itertools.pairwise(notes) if to != note)
 
 
 class _Note(NamedTuple):
@@ -51,16 +55,57 @@ class _Note(NamedTuple):
 
 @cache
 def chorales() -> tuple[Chorale, ...]:
-    """All that have four parts of single notes, by name; of pieces that are the same to the last frame the first.
+    """All that have four parts of single notes, by name; of settings that are the same for the most part the first.
 
     Files that reserve rights (`.krn`) are left out.
     """
-    found: dict[tuple[Frame, ...], str] = {}
+    kept: dict[Chorale, Windows] = {}
     for name, packed in sorted(read_members(ARCHIVE, FOLDER, ".mxl").items()):
-        frames = read_frames(_score(packed))
-        if frames:
-            found.setdefault(frames, name.removeprefix(FOLDER).removesuffix(".mxl"))
-    return tuple(Chorale(name, frames) for frames, name in found.items())
+        piece = Chorale(name.removeprefix(FOLDER).removesuffix(".mxl"), read_frames(_score(packed)))
+        windows = windows_of(piece.frames)
+        if piece.frames and not any(are_alike(windows, others) for others in kept.values()):
+            kept[piece] = windows
+    return tuple(kept)
+
+
+def windows_of(frames: tuple[Frame, ...]) -> Windows:
+    """Each stretch of some frames, in semitones from its first soprano note: how a tune is set, in whatever key."""
+    starts = range(max(1, len(frames) - WINDOW_FRAMES + 1))
+    return frozenset(_from_first_note(frames[start : start + WINDOW_FRAMES]) for start in starts if frames)
+
+
+def are_alike(windows: Windows, others: Windows) -> bool:
+    """Whether they share half of the shorter piece's."""
+    return 2 * len(windows & others) >= min(len(windows), len(others))
+
+
+def tunes(pieces: Sequence[Chorale]) -> dict[str, str]:
+    """By the name of each piece its tune: the first name of those that share one.
+
+    Two pieces do if they begin with the same eight notes, in whatever key and octave, or have any thirteen in common;
+    and with them all that share one with either.
+    """
+    first = {piece.name: piece.name for piece in pieces}
+
+    def tune_of(name: str) -> str:
+        while first[name] != name:
+            name = first[name]
+        return name
+
+    known: dict[tuple[object, ...], str] = {}
+    for piece in pieces:
+        intervals = piece.intervals
+        beginning = ("beginning", *(interval % 12 for interval in intervals[: BEGINNING - 1]))
+        starts = range(len(intervals) - STRETCH + 2)
+        for key in (beginning, *(intervals[start : start + STRETCH - 1] for start in starts)):
+            one, another = sorted((tune_of(piece.name), tune_of(known.setdefault(key, piece.name))))
+            first[another] = one
+    return {name: tune_of(name) for name in first}
+
+
+def _from_first_note(frames: tuple[Frame, ...]) -> tuple[tuple[int | None, ...], ...]:
+    root = frames[0][0]
+    return tuple(tuple(None if note == REST else note - root for note in frame) for frame in frames)
 
 
 def _score(packed: bytes) -> ElementTree.Element:

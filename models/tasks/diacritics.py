@@ -258,6 +258,9 @@ LIVE = replace(
         purpose=f"""\
 What a live stream can have in place of a backward pass: a forward network that answers about a character when it has
 read {LOOK_AHEAD} more. Behind the end of a text it reads line feeds.""",
-        training=f"{IN_TRAINING} {trained_again('92.38')}",
+        training=f"""\
+{IN_TRAINING} {trained_again("92.38")}
+The first time it was 0.45 points behind `diacritics`, the second 0.97: how much the rest of the sentence brings beyond
+five characters, one training each cannot tell.""",
     ),
 )

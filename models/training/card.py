@@ -143,6 +143,7 @@ def _settings(task: Task) -> str:
         "network is trained afresh on both and scored on the test part."
     )
     return (
-        "Settings, number of epochs among them, were chosen on parts of the training data held out; "
+        "But for what is said above, settings and the number of epochs were chosen on parts of the training data held "
+        "out; "
         f"{how} Settings: {settings}."
     )

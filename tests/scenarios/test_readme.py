@@ -88,3 +88,11 @@ def test_a_block_of_the_readme_runs_as_written(block: tuple[str, str], terminal:
 def test_the_containers_of_the_readme_come_up_as_written() -> None:
     (block,) = filter(is_compose, BLOCKS)
     Terminal(50051).run(*block)
+
+
+@pytest.mark.xdist_group("readme")
+def test_what_stands_behind_a_command_of_the_course_is_what_it_prints(terminal: Terminal) -> None:
+    ((command, printed),) = re.findall(
+        r"^(rnnserve predict .*?) +# (.+)$", (ROOT / "docs" / "course.md").read_text(), re.MULTILINE
+    )
+    assert printed in terminal.run("sh", command)

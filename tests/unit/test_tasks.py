@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
+import torch
 
 from models.tasks import TASKS, activity, japanese_vowels, shoulder_exercises, speaker
 from models.tasks.augment import rotation, stretch
 from models.tasks.japanese_vowels import parse_line
 from models.tasks.task import Run, Task
 from models.training.sequences import Recording
+from tests.support.answers import Saying
 
 RNG = np.random.default_rng(0)
+ALWAYS_0 = torch.eye(7)[0]
 needs_data = pytest.mark.data
 
 
@@ -68,6 +71,19 @@ def test_windows_lie_side_by_side_and_a_short_rest_is_dropped() -> None:
     values = np.arange(250, dtype=np.float32)[:, None]
     windows = activity.windows([Recording(values, 3)])
     assert [(w.numbers[0, 0], w.numbers[-1, 0], w.label) for w in windows] == [(0, 99, 3), (100, 199, 3)]
+
+
+def test_windows_count_one_by_one_but_a_recording_is_drawn_as_a_whole() -> None:
+    def windows(name: str, label: int, count: int) -> list[Recording]:
+        return [Recording(np.zeros((1, 6), dtype=np.float32), label, name)] * count
+
+    several = [*windows("left", 0, 30), *windows("left", 1, 10), *windows("right", 0, 20)]
+    (score,) = activity.measure(Saying([ALWAYS_0] * 60), several)
+    assert score.value == pytest.approx(100 * 50 / 60)
+    assert score.items == 60
+    assert (score.low, score.high) == (0, 100)  # only the second one, or any of the others
+    (alone,) = activity.measure(Saying([ALWAYS_0] * 30), several[:30])
+    assert (alone.low, alone.high) == (100, 100)
 
 
 def test_crops_have_about_as_many_steps_as_the_recordings_and_keep_their_labels() -> None:

@@ -1,36 +1,22 @@
 """The data of the models that read text, and what is made of it."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from models.tasks import chorale, diacritics, rated_texts, sentiment
-from models.tasks.chorales import chorales
-from models.tasks.rated_texts import normalised, rated_words
-from models.tasks.task import Recordings, Run, Split
+from models.tasks.chorales import Chorale, are_alike, tunes, windows_of
+from models.tasks.rated_texts import RatedText, normalised, rated_words
+from models.tasks.task import Run, Split
 from models.tasks.turkish_text import MARK, parse, sentences, without_marks
 from models.training.sequences import NO_LABEL, Recording
+from tests.support.answers import Saying
 
 needs_data = pytest.mark.data
-
-
-class Saying:
-    """Answers that are given beforehand."""
-
-    def __init__(self, outputs: list[Tensor]) -> None:
-        self.outputs = outputs
-
-    def about_all(self, _recordings: Recordings) -> Tensor:
-        return torch.stack(self.outputs)
-
-    def about_steps(self, _recordings: Recordings) -> list[Tensor]:
-        return self.outputs
-
-    def written(self, *_: object) -> list[tuple[int, ...]]:
-        raise NotImplementedError
 
 
 def test_each_capital_loses_its_own_mark_and_i_is_no_pair_of_dotless_i() -> None:
@@ -100,10 +86,23 @@ def test_the_nats_of_a_frame_are_those_of_its_four_notes() -> None:
     assert score.items == 2
 
 
+def group_of_rated(recording: Recording) -> str:
+    """The document of a product review; of others the words."""
+    (row,) = [row for row in rated_by_text()[str(recording.values)] if row.source == recording.name]
+    return row.group
+
+
+@cache
+def rated_by_text() -> dict[str, list[RatedText]]:
+    found = defaultdict[str, list[RatedText]](list)
+    for row in rated_texts.rated_texts():
+        found[row.text].append(row)
+    return found
+
+
 @needs_data
 @pytest.mark.parametrize(
-    ("split", "group_of"),
-    [(diacritics.split, lambda r: r.name), (rated_texts.split, lambda r: normalised(r.values))],
+    ("split", "group_of"), [(diacritics.split, lambda r: r.name), (rated_texts.split, group_of_rated)]
 )
 def test_no_group_is_on_two_sides(split: Callable[[Run], Split], group_of: Callable[[Recording], str]) -> None:
     train, validation, test = ({group_of(r) for r in part} for part in split(Run(0)))
@@ -124,14 +123,55 @@ def test_no_sentence_of_the_test_is_in_training() -> None:
     assert not {r.values for r in train} & {r.values for r in test}
 
 
+def piece(name: str, soprano: Sequence[int], *, bass: int = 48) -> Chorale:
+    return Chorale(name, tuple((note, 60, 55, bass) for note in soprano))
+
+
+SCALE = (60, 62, 64, 65, 67, 69, 71, 72, 74, 76, 77, 79, 81, 83)
+OTHER = (72, 71, 67, 69, 64, 65, 60, 59, 62, 57, 55, 60, 53, 52)
+
+
+def test_a_tune_is_the_same_in_another_key_and_in_the_midst_of_a_piece() -> None:
+    higher = [note + 5 for note in SCALE]
+    assert (
+        tunes(
+            [
+                piece("b", SCALE),
+                piece("c", [*higher[:9], 80, 70]),  # begins alike
+                piece("a", [70, 75, *higher[:-1], 60]),  # has thirteen of its notes
+                piece("d", [70, 60, *higher[2:]]),  # has twelve
+                piece("e", OTHER),
+            ]
+        )
+        == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e"}
+    )
+
+
+def test_a_piece_is_the_same_in_another_key_but_not_in_another_setting() -> None:
+    moved = tuple((s + 2, a + 2, t + 2, b + 2) for s, a, t, b in piece("a", SCALE).frames)
+    windows = windows_of(piece("a", SCALE).frames)
+    assert are_alike(windows, windows_of(moved))
+    assert are_alike(windows, windows_of(moved[:11] + piece("a", OTHER).frames))
+    assert not are_alike(windows, windows_of(moved[:9] + piece("a", OTHER).frames))
+    assert not are_alike(windows, windows_of(piece("a", SCALE, bass=47).frames))
+
+
 @needs_data
-def test_no_tune_is_on_two_sides_and_every_note_is_a_symbol() -> None:
-    beginnings = [{r.name for r in part} for part in chorale.split(Run(0))]
-    incipits = {piece.name: piece.incipit for piece in chorales()}
-    sides = [{incipits[name] for name in names} for names in beginnings]
-    assert not sides[0] & sides[2]
-    assert not sides[0] & sides[1]
-    assert not sides[1] & sides[2]
+def test_no_stretch_of_a_tune_is_on_two_sides_in_whatever_key() -> None:
+    def stretches(recording: Recording) -> set[tuple[int, ...]]:
+        notes = [soprano for soprano, *_ in chorale.frames_of(str(recording.values)) if soprano]
+        intervals = [int(step) for step in np.diff(notes) if step]
+        return {tuple(intervals[i : i + 12]) for i in range(len(intervals) - 11)}
+
+    train, validation, test = (set().union(*map(stretches, part)) for part in chorale.split(Run(0)))
+    assert min(len(train), len(validation), len(test)) > 900
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+
+
+@needs_data
+def test_every_note_of_a_moved_piece_is_a_symbol() -> None:
     low, high = np.random.default_rng(0), np.random.default_rng(1)
     for rng in (low, high):
         assert chorale.moved(chorale.split(Run(0)).train, rng)  # raises ValueError for a note that is none
