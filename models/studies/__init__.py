@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from models.studies import adding, cells, depth, directions, gradients, look_ahead
+from models.studies import adding, cells, depth, directions, ensemble, gradients, look_ahead
 
 STUDIES: dict[str, Callable[[Path, int], Path]] = {
     "adding": adding.compare,
     "cells": cells.compare,
     "depth": depth.compare,
     "directions": directions.compare,
+    "ensemble": ensemble.compare,
     "gradients": gradients.compare,
     "look-ahead": look_ahead.compare,
 }

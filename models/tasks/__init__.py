@@ -24,6 +24,3 @@ TASKS: dict[str, Task] = {
         pronunciation.PRONUNCIATION,
     )
 }
-
-LONGER: dict[str, Task] = {pronunciation.LONGER.name: pronunciation.LONGER}
-"""What more time brings; known by name alone: `all` does not train it, and no bundle of it is shipped."""

@@ -1,5 +1,6 @@
 """The studies measure what they say."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,14 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 from models.__main__ import app
+from models.beam import END
 from models.manifest import FeatureInput, TextInput
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
-from models.studies import adding, cells, depth, directions, gradients, look_ahead
+from models.seq2seq import EncoderDecoder
+from models.studies import adding, cells, depth, directions, ensemble, gradients, look_ahead
 from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, layer
 from models.studies.variants import Measured, Variants, spread_of, write_page
 from models.tasks.activity import ACTIVITY
+from models.tasks.pronouncing_dictionary import pronunciations
+from models.tasks.pronunciation import PRONUNCIATION, recording
 from models.tasks.speaker import SPEAKER
-from models.tasks.task import Run
+from models.tasks.task import Run, Split
 from models.training.card import parameters_of
 from models.training.runs import Job, run_once
 from models.training.sequences import Recording
@@ -159,3 +164,46 @@ def test_a_curve_over_the_share_heard_ends_at_what_was_measured_on_the_whole(tmp
     _, picture = directions.anytime(tmp_path / "directions.md", "small", {"one": measured})
     assert "directions-small-anytime.png" in picture
     assert (tmp_path / "directions-small-anytime.png").exists()
+
+
+def small_encoder_decoder(seed: int) -> EncoderDecoder:
+    torch.manual_seed(seed)
+    spec = PRONUNCIATION.network.model_copy(update={"hidden_size": 6, "embedding_size": 4})
+    return EncoderDecoder(spec).eval()
+
+
+@torch.no_grad()
+def test_networks_that_write_together_give_each_label_the_mean_of_their_probabilities() -> None:
+    networks = [small_encoder_decoder(seed) for seed in range(3)]
+    inputs, labels = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[7, 2, 9]])
+    taught = [network.teach(inputs, torch.tensor([5]), labels).softmax(dim=-1) for network in networks]
+    together = ensemble.Ensemble(networks)
+    memory = together.remember(inputs, torch.tensor([5]))
+    values = together.first_values(together.ends_of(memory[0]).unsqueeze(0))
+    for place, before in enumerate([END, 7, 2]):
+        values = together.step(torch.tensor([before]), values)
+        contexts, weights = together.attend(values[0].unsqueeze(1), memory, torch.ones(1, 5, dtype=torch.bool))
+        found = together.write(values[0], contexts.squeeze(1)).exp()
+        torch.testing.assert_close(found[0], torch.stack(taught)[:, 0, place].mean(dim=0))
+        assert weights.sum().item() == pytest.approx(1)
+
+
+def test_the_page_shows_networks_together_and_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [recording(word, pronunciations()[word][0]) for word in ("papa", "mama", "banana", "cocoa", "sees")]
+    task = replace(
+        PRONUNCIATION,
+        network=small_encoder_decoder(0).spec,
+        settings=replace(PRONUNCIATION.settings, epochs=1),
+        split=lambda _run: Split(words, words[:2], words[2:]),
+    )
+    monkeypatch.setattr(ensemble, "PRONUNCIATION", task)
+    monkeypatch.setattr(ensemble, "SIZES", (1, 2))
+    monkeypatch.setattr(ensemble, "run_all", lambda jobs: [run_once(job) for job in jobs])
+    page = ensemble.compare(tmp_path, 3)
+    text = page.read_text()
+    (first,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| the first | ")]
+    (alone,) = [line.split("; ") for line in text.splitlines() if line.startswith("Each alone: ")]
+    assert alone[0] == f"Each alone: {first[1].split()[0]} and {first[2].split()[0]}"
+    assert len(alone) == 2
+    assert "| 2 together | " in text
+    assert (tmp_path / "ensemble.png").exists()
