@@ -128,7 +128,7 @@ def describe(results: Sequence[Result], measured: Sequence[Together], seed: int)
         f"`python -m models compare ensemble --seed {seed}`: the network and the settings of the bundle "
         f"`pronunciation`, trained {len(results)} times from different beginnings. Alone they are about equally good, "
         "but they do not make the same mistakes. Together, where a label's probability is the mean of theirs and the "
-        f"beam search follows it, what goes away is what chance made of one training; what more of them do not take "
+        "beam search follows it, what goes away is what chance made of one training; what more of them do not take "
         "away is the network's and the data's. The price is the work of all of them for each word, so no such bundle "
         "is shipped.",
         "![errors against the number of networks](ensemble.png)",

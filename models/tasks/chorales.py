@@ -61,17 +61,17 @@ def chorales() -> tuple[Chorale, ...]:
     """
     kept: dict[Chorale, Windows] = {}
     for name, packed in sorted(read_members(ARCHIVE, FOLDER, ".mxl").items()):
-        piece = Chorale(name.removeprefix(FOLDER).removesuffix(".mxl"), read_frames(_score(packed)))
-        windows = windows_of(piece.frames)
-        if piece.frames and not any(are_alike(windows, others) for others in kept.values()):
-            kept[piece] = windows
+        if frames := read_frames(_score(packed)):
+            windows = windows_of(frames)
+            if not any(are_alike(windows, others) for others in kept.values()):
+                kept[Chorale(name.removeprefix(FOLDER).removesuffix(".mxl"), frames)] = windows
     return tuple(kept)
 
 
 def windows_of(frames: tuple[Frame, ...]) -> Windows:
     """Each stretch of some frames, in semitones from its first soprano note: how a tune is set, in whatever key."""
     starts = range(max(1, len(frames) - WINDOW_FRAMES + 1))
-    return frozenset(_from_first_note(frames[start : start + WINDOW_FRAMES]) for start in starts if frames)
+    return frozenset(_from_first_note(frames[start : start + WINDOW_FRAMES]) for start in starts)
 
 
 def are_alike(windows: Windows, others: Windows) -> bool:

@@ -19,4 +19,4 @@ class Saying:
         return self.outputs
 
     def written(self, *_: object) -> list[tuple[int, ...]]:
-        raise NotImplementedError
+        raise TypeError("only an encoder-decoder writes")
