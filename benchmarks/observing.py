@@ -2,7 +2,8 @@
 
 The same load on three servers in turns: one that counts nothing, one with its metrics, scraped every five seconds, and
 one that also sends spans of 1 % of the steps to a collector of OpenTelemetry. A ratio is that of the steps per second,
-the median over the turns; where a client is the bottleneck, that of the processor time says more.
+the median over the turns, with an interval: on a machine that others use, many short turns narrow it, few long ones do
+not. Where a client is the bottleneck, the ratio of the processor time says more.
 
     python -m benchmarks.observing --into docs/operations
 """
@@ -23,7 +24,7 @@ from rich.progress import track
 from benchmarks.network import weights_file, write_network
 from benchmarks.processes import pinned_server
 from benchmarks.report import machine, markdown
-from benchmarks.turns import Row, Server, client, ratio, turn
+from benchmarks.turns import Row, Server, client, ratio, ratio_interval, turn
 from tests.support.collector import Collector, start_collector
 from tests.support.server import RunningServer
 
@@ -74,17 +75,19 @@ def all_servers(repository: Path) -> Iterator[Mapping[str, Server]]:
 def measure(given: argparse.Namespace, collector: Collector) -> list[Row]:
     """The rows of all loads; the servers take turns."""
     loads = [*((n, 0) for n in given.streams), *((n, 2) for n in given.multiplexed)]
-    rows = [Row(name, n, ahead=ahead) for n, ahead in loads for name in (NOTHING, METRICS, SPANS)]
+    rows_of = [[Row(name, n, ahead=ahead) for name in (NOTHING, METRICS, SPANS)] for n, ahead in loads]
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder)
         write_network(repository)
         with all_servers(repository) as servers:
-            for _ in track(range(given.turns), "turns", console=Console(stderr=True)):
-                for row in rows:
-                    turn(servers[row.server], row, given.seconds)
+            for number in track(range(given.turns), "turns", console=Console(stderr=True)):
+                for rows in rows_of:
+                    first = number % len(rows)  # each server comes as often first
+                    for row in (*rows[first:], *rows[:first]):
+                        turn(servers[row.server], row, given.seconds)
     if not collector.spans:
         raise RuntimeError("no span was received")
-    return rows
+    return [row for rows in rows_of for row in rows]
 
 
 def report(given: argparse.Namespace, rows: list[Row], spans: int) -> str:
@@ -99,8 +102,8 @@ def report(given: argparse.Namespace, rows: list[Row], spans: int) -> str:
         sessions = f"{row.streams:,}, multiplexed" if row.ahead else f"{row.streams:,} streams"
         lines.append(
             [
-                sessions, row.server, row.text("steps_per_s"), f"{ratio(row, under):.3f}",
-                f"{row.median(cost):.1f}", f"{ratio(row, under, cost):.3f}", f"{row.median('p99_ms'):.2f}", client(row),
+                sessions, row.server, row.text("steps_per_s"), _to(row, under),
+                f"{row.median(cost):.1f}", _to(row, under, cost), f"{row.median('p99_ms'):.2f}", client(row),
             ]
         )  # fmt: skip
     return f"""\
@@ -110,10 +113,17 @@ def report(given: argparse.Namespace, rows: list[Row], spans: int) -> str:
 [results.md](../benchmarks/results.md) on three servers in turns. One counts nothing; one has its metrics, scraped every
 {SCRAPE_EVERY_S:g} s; one also sends spans of 1 % of the steps to a collector, which received {spans:,} of them. Figures
 are medians over the turns, with the least and the most; ratios, to the server in the line above, are medians
-of the ratios within a turn.
+of the ratios within a turn, with the interval of drawing the turns anew (95 %).
 
 {markdown(head, lines)}
 """
+
+
+def _to(row: Row, under: Row, name: str = "steps_per_s") -> str:
+    if row is under:
+        return "1"
+    low, high = ratio_interval(row, under, name)
+    return f"{ratio(row, under, name):.3f} ({low:.3f}–{high:.3f})"
 
 
 def main() -> None:
@@ -121,8 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 64])
     parser.add_argument("--multiplexed", type=int, nargs="*", default=[256])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in a turn")
+    parser.add_argument("--turns", type=int, default=45)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each load in a turn")
     parser.add_argument("--into", type=Path, help="folder of the page")
     given = parser.parse_args()
     with start_collector() as collector:

@@ -29,6 +29,8 @@ CLIENTS = (
 PERCENTILES = (50, 90, 99, 99.9)
 START_UP_S = 2.0
 """Of client processes that are to measure at the same time."""
+DRAWS = 10_000
+"""Of an interval."""
 MAX_EXTRA_S = 60.0
 """What a client may take besides its measurement."""
 
@@ -138,7 +140,22 @@ def figures_of(clients: Iterable[Streamed]) -> dict[str, float]:
 
 def ratio(over: Row, under: Row, name: str = "steps_per_s") -> float:
     """The median of the turns' ratios."""
-    return median(a[name] / b[name] for a, b in zip(over.turns, under.turns, strict=True))
+    return median(_ratios(over, under, name))
+
+
+def ratio_interval(over: Row, under: Row, name: str = "steps_per_s") -> tuple[float, float]:
+    """Where 95 % of the medians are of turns drawn anew from those that were, with replacement.
+
+    The percentile bootstrap: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
+    """
+    ratios = _ratios(over, under, name)
+    drawn = np.random.default_rng(0).choice(ratios, (DRAWS, len(ratios)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _ratios(over: Row, under: Row, name: str) -> list[float]:
+    return [a[name] / b[name] for a, b in zip(over.turns, under.turns, strict=True)]
 
 
 def client(row: Row) -> str:

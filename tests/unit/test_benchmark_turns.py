@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import turns
 from benchmarks.load import Streamed
-from benchmarks.turns import Row, Server, figures_of, last_line, ratio, turn
+from benchmarks.turns import Row, Server, figures_of, last_line, ratio, ratio_interval, turn
 
 
 def streamed(steps: list[int], *, latency_s: float, server_cpu_s: float = 1.0, client_cpu_s: float = 1.0) -> Streamed:
@@ -29,6 +29,23 @@ def test_a_ratio_is_that_of_turns_beside_each_other() -> None:
     over.turns = [{"steps_per_s": value} for value in (10.0, 100.0, 1000.0)]
     under.turns = [{"steps_per_s": value} for value in (20.0, 25.0, 500.0)]
     assert ratio(over, under) == 2
+
+
+def interval_of(ratios: list[float]) -> tuple[float, float]:
+    over, under = Row("one", 1), Row("other", 1)
+    over.turns = [{"steps_per_s": value} for value in ratios]
+    under.turns = [{"steps_per_s": 1.0} for _ in ratios]
+    return ratio_interval(over, under)
+
+
+def test_the_interval_of_a_ratio_is_what_its_turns_leave_open() -> None:
+    assert interval_of([0.9] * 5) == (0.9, 0.9)
+    assert interval_of([0.9] * 30 + [5.0]) == (0.9, 0.9), "one turn that was disturbed says nothing"
+    few_low, few_high = interval_of([0.8, 1.0, 1.2])
+    many_low, many_high = interval_of([0.8, 1.0, 1.2] * 20)
+    assert (few_low, few_high) == (0.8, 1.2)
+    assert 0.8 <= many_low <= 1.0 <= many_high <= 1.2
+    assert many_high - many_low < few_high - few_low
 
 
 @pytest.mark.parametrize(("said", "last"), [("Traceback\nValueError: no\n", "ValueError: no"), ("", "it said nothing")])
