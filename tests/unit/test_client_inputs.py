@@ -283,3 +283,16 @@ def test_an_encoder_decoders_hypotheses_are_a_line_each_and_an_object_each_for_s
             {"labels": [], "score": -1.5, "is_cut": True},
         ],
     }
+
+
+def test_attention_is_a_row_for_each_label_and_darker_where_a_step_was_looked_at_more() -> None:
+    weights = np.array([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]], np.float32)
+    hypothesis = Hypothesis(("F", "AH0"), -0.25, weights)
+    prediction = Prediction(np.zeros((0, 0), np.float32), ("F", "AH0"), None, (), (hypothesis,))
+    of_letters = prediction_text(prediction, TEXT, "gha")
+    assert of_letters.splitlines() == ["F AH0\t-0.250", "    g h a", "  F   ░ ▓", "AH0 █"]
+    of_words = prediction_text(prediction, WORDS, "no i do")
+    assert of_words.splitlines()[1:] == ["    no i do", "  F    ░ ▓▓", "AH0 ██"]
+    of_numbers = prediction_text(prediction, NUMERIC, np.zeros((3, 2), np.float32))
+    assert of_numbers.splitlines()[1] == "    0 1 2"
+    assert prediction_json(prediction, TEXT, "gha")["hypotheses"][0]["attention"] == weights.tolist()

@@ -153,11 +153,14 @@ def predict(
     length_penalty: Annotated[
         float, typer.Option(help="0 favours short ones, 1 compares them by the mean over their labels.", min=0, max=2)
     ] = 0.0,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Below each hypothesis, how much each label looked at each step.")
+    ] = False,
     threshold: Threshold = 0.0,
 ) -> None:
     """Predict whole sequences, of any length. An encoder-decoder's hypotheses are printed with their scores."""
     options = _options(context)
-    decoding = Decoding(beam_width, n_best, length_penalty)
+    decoding = Decoding(beam_width, n_best, length_penalty, attention=attention)
     with exit_codes(), options.client() as client:
         if not files and not texts:
             raise BadInput("name a FILE, or give a --text")

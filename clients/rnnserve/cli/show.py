@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rnnserve.models import Model, Sample
-from rnnserve.results import Answer, Notice, Prediction
+from rnnserve.results import Answer, Hypothesis, Notice, Prediction
 from rnnserve.session import Durability
 from rnnserve.sessions import SessionInfo
 from rnnserve.snapshots import Snapshot
@@ -20,6 +20,7 @@ from rnnserve.texts import text_steps
 NO_LABEL = "—"
 """Where the model is less sure than the threshold."""
 
+_SHADES = " ░▒▓█"
 _UNLIMITED = 10_000
 _SHOWN_SYMBOLS = 50
 
@@ -154,10 +155,13 @@ def prediction_json(prediction: Prediction, model: Model, value: Input) -> dict[
         "labels": list(prediction.labels),
         "outputs": prediction.outputs.tolist(),
         "probabilities": None if rows is None else [_by_label(row, model) for row in rows],
-        "hypotheses": [
-            {"labels": list(each.labels), "score": each.score, "is_cut": each.is_cut} for each in prediction.hypotheses
-        ],
+        "hypotheses": list(map(_hypothesis_json, prediction.hypotheses)),
     }
+
+
+def _hypothesis_json(hypothesis: Hypothesis) -> dict[str, Any]:
+    told = {"labels": list(hypothesis.labels), "score": hypothesis.score, "is_cut": hypothesis.is_cut}
+    return told if hypothesis.attention is None else told | {"attention": hypothesis.attention.tolist()}
 
 
 def rewritten(prediction: Prediction, model: Model, value: Input) -> str | None:
@@ -168,17 +172,38 @@ def rewritten(prediction: Prediction, model: Model, value: Input) -> str | None:
 def prediction_text(prediction: Prediction, model: Model, value: Input) -> str:
     """About the last step, or the only one; where there are more all labels, or the text that they make of this one.
 
-    A line for each hypothesis.
+    A line for each hypothesis, and below it its attention, if that was asked for.
     """
     text = rewritten(prediction, model, value)
     if text is not None:
         return text
     if prediction.hypotheses:
-        return "\n".join(f"{' '.join(each.labels)}\t{each.score:.3f}" for each in prediction.hypotheses)
+        return "\n".join(_hypothesis_text(each, model, value) for each in prediction.hypotheses)
     if len(prediction.labels) > 1:
         return " ".join(label or NO_LABEL for label in prediction.labels)
     probabilities = None if prediction.probabilities is None else prediction.probabilities[-1]
     return _said(prediction.label, prediction.output, probabilities)
+
+
+def _hypothesis_text(hypothesis: Hypothesis, model: Model, value: Input) -> str:
+    said = f"{' '.join(hypothesis.labels)}\t{hypothesis.score:.3f}"
+    if hypothesis.attention is None:
+        return said
+    numbers = map(str, range(hypothesis.attention.shape[1]))
+    steps = list(text_steps(value, model.unit) if isinstance(value, str) else numbers)
+    return f"{said}\n{_attention_text(hypothesis.labels, steps, hypothesis.attention)}"
+
+
+def _attention_text(labels: Sequence[str], steps: Sequence[str], attention: Array) -> str:
+    """A row for each label, a column for each step, the darker the more it was looked at."""
+    margin = max(map(len, labels), default=0)
+    rows = [" " * margin + "".join(f" {step}" for step in steps)]
+    for label, weights in zip(labels, attention, strict=True):
+        shades = (_SHADES[round(float(weight) * (len(_SHADES) - 1))] for weight in weights)
+        rows.append(
+            f"{label:>{margin}}" + "".join(f" {shade * len(step)}" for shade, step in zip(shades, steps, strict=True))
+        )
+    return "\n".join(row.rstrip() for row in rows)
 
 
 def _table(names: str, *headings: str) -> Table:
