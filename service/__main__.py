@@ -40,6 +40,8 @@ def main() -> int:
     """Exit code 0 once a signal has ended it, 2 if the service could not start."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until what runs here hears of them: imports take seconds
         signal.signal(number, lambda *_: os._exit(0))  # nothing has begun yet
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # until there is a log of which to change the level
     from service import logs
     from service.logs import LogSettings
     from service.settings import SettingsError, read_settings

@@ -106,7 +106,11 @@ class Service:
         self.catalog = catalog
         self._shares_port = lane is not None
         self.metrics = Metrics(settings.session_store)
-        self.metrics.settings(max_streams=settings.max_streams, checkpoint_interval_s=settings.checkpoint_interval_s)
+        self.metrics.settings(
+            max_streams=settings.max_streams,
+            max_sessions=settings.max_sessions,
+            checkpoint_interval_s=settings.checkpoint_interval_s,
+        )
         self.drain = Drain(RETRY_AMONG_OTHERS_S if self._shares_port else RETRY_ALONE_S)
         self.health = health.aio.HealthServicer()
         self._device = _device(settings)
@@ -253,6 +257,11 @@ class Service:
         self.generations.retire(model)
         self.engine.remove(model)
         await self._report_model(model)
+
+    def set_log_level(self, level: str) -> None:
+        """Of this process and of its lane."""
+        logs.set_level(level)
+        self.lane.set_log_level(level)
 
     def streams_of(self, model: ModelKey) -> int:
         """How many live ones there are, and outputs being written."""
@@ -424,13 +433,13 @@ async def serve(settings: Settings) -> None:
     """Build and run the service in this process, until SIGTERM or SIGINT. Raises StartError and CatalogError."""
     prepare_threads(settings)
     stop = stop_on_signals()
-    logs.change_level_on_signals(logs.set_level)
     spill_dir.check(settings.spill_dir)
     bfloat16 = Bfloat16(settings.bfloat16_models, settings.max_bfloat16_loss_points)
     catalog = load_catalog(settings.model_repository, bfloat16=bfloat16)
     with state_dir.locked(settings.state_dir):
         owner = uuid.uuid4().hex if settings.session_store == "redis" else ""
         service = Service(settings, catalog, owner=owner)
+        logs.change_level_on_signals(service.set_log_level)
         check_address(settings.host, settings.port)
         dead = state_dir.former_owners(settings.state_dir)
         if owner:

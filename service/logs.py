@@ -53,11 +53,12 @@ def configure(settings: LogSettings) -> None:
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=first, processors=processors))
     logging.root.handlers = [handler]
     logging.root.setLevel(settings.level.upper())
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_above_debug)  # which loop each of its objects is on
 
 
 def configured() -> LogSettings:
-    """For another process."""
-    return _settings
+    """For another process: with the level of now."""
+    return _settings._replace(level=logging.getLevelName(logging.root.level).lower())
 
 
 def set_level(level: str) -> None:
@@ -69,6 +70,10 @@ def change_level_on_signals(change: Callable[[str], None]) -> None:
     """SIGUSR1: all there is to be logged. SIGUSR2: as it was set again."""
     for number, level in ((signal.SIGUSR1, "debug"), (signal.SIGUSR2, _settings.level)):
         asyncio.get_running_loop().add_signal_handler(number, change, level)
+
+
+def _above_debug(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
 
 
 def _add_process(_logger: object, _method: str, event: EventDict) -> EventDict:

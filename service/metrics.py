@@ -13,6 +13,11 @@ from service.declarations import COUNT_BUCKETS, RESTARTS, Declarations
 from service.errors import reasons
 from service.sessions.limits import EVICTING
 
+OPERATIONS = (
+    *("write", "read", "erase", "probe", "take", "find", "want", "renew", "bury", "after"),
+    *("longest_parked", "parked_totals", "totals"),
+)
+"""Of session stores; the last ones are of those that several processes use."""
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
 MODEL = ("model", "version")
 
@@ -56,12 +61,20 @@ class Metrics:
             MODEL,
         )
         self._step_queue_s = d.tally_histogram(
-            "rnnserve_step_queue_seconds", "Of that: the wait for a tick, for each tick that a message takes.", MODEL
+            "rnnserve_step_queue_seconds",
+            "The wait for a tick, for each tick that a message takes; that of symbols being written, too.",
+            MODEL,
         )
-        self._tick_s = d.tally_histogram("rnnserve_tick_seconds", "Of that: computing, for each tick.", MODEL)
-        self._step_send_s = d.tally_histogram("rnnserve_step_send_seconds", "Of that: sending the answer.", MODEL)
+        self._tick_s = d.tally_histogram(
+            "rnnserve_tick_seconds",
+            "Computing a tick, whatever shares it: steps of streams, symbols being written.",
+            MODEL,
+        )
+        self._step_send_s = d.tally_histogram(
+            "rnnserve_step_send_seconds", "Of a message of steps: handing the answer to the transport.", MODEL
+        )
         self._tick_sessions = d.tally_histogram(
-            "rnnserve_tick_sessions", "Sessions that shared a tick.", MODEL, COUNT_BUCKETS
+            "rnnserve_tick_sessions", "Sessions, and outputs being written, that shared a tick.", MODEL, COUNT_BUCKETS
         )
         self._queued_steps = d.gauge("rnnserve_queued_steps", "Steps that wait for a tick, looked at once a second.")
         self._queue_age_s = d.gauge("rnnserve_step_queue_age_seconds", "How long the first of them has waited.")
@@ -78,7 +91,9 @@ class Metrics:
         self._parked_bytes = d.gauge(
             "rnnserve_parked_bytes", "Their states and answers, counted with them.", ("store",)
         )
-        self._session_limit = d.gauge("rnnserve_session_limit", "As many may have a stream: max_streams.")
+        self._session_limit = d.gauge(
+            "rnnserve_session_limit", "As many may have a stream: the lesser of max_streams and max_sessions."
+        )
         self._opened = d.counter("rnnserve_sessions_opened_total", "Sessions begun.", MODEL)
         self._resumed = d.counter("rnnserve_sessions_resumed_total", "Sessions given to another stream.", MODEL)
         self._streams_ended = d.counter(
@@ -100,7 +115,7 @@ class Metrics:
             "What it failed to do, and, but for writes, what it did not do in time.",
             ("operation",),
         )
-        for operation in ("write", "read", "erase", "take", "probe", "longest_parked", "parked_totals"):
+        for operation in OPERATIONS:
             self._store_errors.labels(operation)
         self._checkpoint_interval_s = d.gauge(
             "rnnserve_checkpoint_interval_seconds",
@@ -130,7 +145,9 @@ class Metrics:
             "rnnserve_batch_sequences", "Sequences that shared a tick.", MODEL, COUNT_BUCKETS
         )
         self._batch_s = d.histogram("rnnserve_batch_seconds", "Duration of such a tick.", MODEL)
-        self._batch_steps = d.counter("rnnserve_batch_steps_total", "Steps that such ticks have computed.", MODEL)
+        self._batch_steps = d.counter(
+            "rnnserve_batch_steps_total", "Steps that such ticks have computed, in each direction.", MODEL
+        )
         self._batch_padding = d.counter("rnnserve_batch_padding_total", "Of these, in vain: behind an end.", MODEL)
         self._abandoned = d.counter(
             "rnnserve_sequences_abandoned_total", "Sequences that were computed when their caller left.", MODEL
@@ -187,8 +204,8 @@ class Metrics:
         for gauge in (self._models, self._model_bytes, self._model_load_s):
             gauge.remove(*model)
 
-    def settings(self, *, max_streams: int, checkpoint_interval_s: float) -> None:
-        self._session_limit.set(max_streams)
+    def settings(self, *, max_streams: int, max_sessions: int, checkpoint_interval_s: float) -> None:
+        self._session_limit.set(min(max_streams, max_sessions))
         self._checkpoint_interval_s.set(checkpoint_interval_s)
 
     def session_opened(self, model: ModelKey) -> None:

@@ -18,9 +18,10 @@ them, and [runbook.md](runbook.md) says what to do when an alert made of them fi
 
 A label holds a model, a method, a limit or a reason of the contract, never anything that a client chose. Durations have
 buckets at powers of two from 8 µs on, which are bounds of native histograms, too. With `--workers` one page has the sum
-of what the processes count, and what one that died had counted stays in it. Of gauges it has the sum, too, but the
-largest of ages, lags and load times, and one of those that every process has for all: models, parked sessions, limits;
-of `process_*` one for each. Without `--workers` the lane, a process of its own all the same, has no `process_*`.
+of what the processes count. What one that died had counted stays in it, up to a second before its death; steps that its
+clients send again, since they were not durable, count again. Of gauges it has the sum, too, but the largest of ages,
+lags and load times, and one of those that every process has for all: models, parked sessions, limits; of `process_*`
+one for each. Without `--workers` the lane, a process of its own all the same, has no `process_*`.
 
 Calls have the names that gRPC servers use everywhere, so that dashboards made for those fit. `process_*` are those of
 the Prometheus client: memory, processor time, open files."""

@@ -95,7 +95,11 @@ class Settings(BaseSettings):
     )
 
     max_message_bytes: int = Field(
-        4 * 2**20, ge=2**10, le=64 * 2**20, description="bytes of one message; a larger one is MESSAGE_TOO_LARGE"
+        4 * 2**20,
+        ge=2**10,
+        le=64 * 2**20,
+        description="bytes of one message; a larger one is MESSAGE_TOO_LARGE, and one of 1 MiB more is refused by gRPC "
+        "itself, without a reason",
     )
     max_steps_per_message: int = Field(1_024, ge=1, le=100_000, description="steps in one message of a stream")
     max_outstanding_steps: int = Field(

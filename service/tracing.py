@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import NonRecordingSpan, Span, SpanKind, Tracer
+from opentelemetry.trace import NonRecordingSpan, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from models.manifest import ModelKey
@@ -46,7 +46,7 @@ class Tracing:
 
     @contextmanager
     def call(self, method: Method, metadata: Mapping[str, str | bytes]) -> Iterator[CallSpan]:
-        """Of a call, current within; a stream has one in any case. An error that comes through is recorded."""
+        """Of a call, current within; a stream has one in any case."""
         kind, service, name = method
         parent = PROPAGATOR.extract({key: value for key, value in metadata.items() if isinstance(value, str)})
         if self._tracer is None or not self._wanted(parent, is_stream=kind != "unary"):
@@ -54,7 +54,12 @@ class Tracing:
             return
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
         with self._tracer.start_as_current_span(
-            f"{service}/{name}", parent, SpanKind.SERVER, attributes, record_exception=False
+            f"{service}/{name}",
+            parent,
+            SpanKind.SERVER,
+            attributes,
+            record_exception=False,
+            set_status_on_exception=False,  # gRPC's own exception says nothing; `refused` does
         ) as span:
             yield span
 
@@ -68,6 +73,11 @@ class Tracing:
         """The call has a session."""
         if self._tracer is not None:
             trace.get_current_span().set_attributes({"rnnserve.session": session_id, **_about(model)})
+
+    def refused(self, reason: str) -> None:
+        """The call ends with an error."""
+        if self._tracer is not None:
+            trace.get_current_span().set_status(Status(StatusCode.ERROR, reason))
 
     def samples_steps(self) -> bool:
         """Whether the steps that were just answered shall have a span."""

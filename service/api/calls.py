@@ -98,7 +98,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 code = _number(context.code())
                 raise
             except (Exception, asyncio.CancelledError) as error:
-                refusal = self._refusal(error)
+                refused = self._why_refused(error)
+                refusal = self._refusals.status(refused)
+                self._tracing.refused(refused.reason)
                 code = refusal.code
                 await context.abort_with_status(rpc_status.to_status(refusal))
             finally:
@@ -110,16 +112,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _refusal(self, error: BaseException) -> status_pb2.Status:
-        """The status for what ended a call. Raises CancelledError again if the client itself has gone."""
+    def _why_refused(self, error: BaseException) -> ServingError:
+        """What ended a call. Raises CancelledError again if the client itself has gone."""
         if isinstance(error, ServingError):
-            return self._refusals.status(error)
+            return error
         if isinstance(error, asyncio.CancelledError):
             if not self._drain.ended:
                 raise error
-            return self._refusals.status(self._drain.refusal())
+            return self._drain.refusal()
         log.error("unexpected", exc_info=error)
-        return self._refusals.status(Internal("an unexpected error; the server's log has it"))
+        return Internal("an unexpected error; the server's log has it")
 
     async def _run(
         self, behaviour: Callable[..., Any], request: Any, context: grpc.aio.ServicerContext[Any, Any], method: Method

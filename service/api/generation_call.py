@@ -62,7 +62,7 @@ class GenerationCall(LiveCall):
 
     async def serve(self, request: pb.GenerateRequest) -> None:
         """Until the output is over. Raises ServingError."""
-        self._limits.check_size(request)
+        self._limits.check_size(request.ByteSize())
         manifest = self._catalog.find(request.model, request.version).manifest
         plan = plan_of(request, manifest, max_prompt_symbols=self._limits.max_steps_per_message)
         with self._generations.place(self, manifest.key):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from google.protobuf.message import Message
-
 from service.errors import MessageTooLarge
 
 
@@ -23,13 +21,11 @@ class Limits:
     max_bulk_sequences: int
     idle_timeout_s: float  # 0 = none
 
-    def check_size(self, message: Message) -> int:
-        """How many bytes it has. Raises MessageTooLarge."""
-        size_bytes = message.ByteSize()
+    def check_size(self, size_bytes: int) -> None:
+        """Of a message. Raises MessageTooLarge."""
         if size_bytes > self.max_message_bytes:
             raise MessageTooLarge(
                 f"the message has {size_bytes} bytes, more than {self.max_message_bytes}",
                 field="request",
                 limit=self.max_message_bytes,
             )
-        return size_bytes

@@ -13,11 +13,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.manifest import ModelKey
 from rnnserve.v1.real_time_service_pb2 import (
     NOTICE_REASON_DRAINING,
     CloseHandle,
@@ -70,6 +71,17 @@ RETRY_AFTER_S = 0.05  # a queue of steps is empty again by then
 
 Step = tuple[int, NDArray[np.generic] | ServingError, float]
 """The index that the client gave, the inputs (features,) or (), or why they are refused, and when it came."""
+
+
+class _Ticked(NamedTuple):
+    """A tick that steps of the stream shared, by time.perf_counter."""
+
+    model: ModelKey
+    sessions: int
+    came_s: float
+    waited_s: float  # for this tick, those of the same message before it among it
+    computed_s: float
+    ready_s: float
 
 
 class _Handle:
@@ -214,8 +226,9 @@ class MultiplexedStream(LiveCall):
 
     def _take(self, request: MultiplexStepsRequest) -> None:
         try:
-            size_bytes = self._limits.check_size(request)
+            size_bytes = request.ByteSize()
             self.received_bytes += size_bytes
+            self._limits.check_size(size_bytes)
             match request.WhichOneof("request"):
                 case "steps":
                     with within("steps"):
@@ -344,12 +357,19 @@ class MultiplexedStream(LiveCall):
     def _start(self, handles: Sequence[_Handle], inputs: NDArray[np.generic], came_s: float) -> None:
         """A step of each of these, of one model: inputs (handles, features) or (handles,); the first came at came_s."""
 
+        earlier_ticks_s = 0.0
+
         def applied(first: int, stepped: Stepped, steps: list[int], silent: list[int]) -> None:
+            nonlocal earlier_ticks_s
             if not job.left:
                 self._jobs.discard(job)
                 self._progressed()
             self._answer(handles[first : first + len(stepped.outputs)], stepped, steps, silent)
-            self._outbox.when_written(partial(self._measure, job, came_s, time.perf_counter()))
+            waited_s, tick_s = job.waited_s + earlier_ticks_s, job.computed_s - earlier_ticks_s
+            earlier_ticks_s = job.computed_s
+            if steps:  # else nothing is answered
+                ticked = _Ticked(job.model, len(steps), came_s, waited_s, tick_s, time.perf_counter())
+                self._outbox.when_written(partial(self._measure, ticked))
 
         sessions = [handle.session for handle in handles]
         job = self._sessions.step_together(sessions, handles, inputs, applied, self._fail)
@@ -528,13 +548,13 @@ class MultiplexedStream(LiveCall):
         self._progress.clear()
         await self._progress.wait()
 
-    def _measure(self, job: StepsTogether, came_s: float, ready_s: float) -> None:
-        """The answers of a job have been written."""
+    def _measure(self, ticked: _Ticked) -> None:
+        """The answers of a tick have been written."""
         sent_s = time.perf_counter()
-        self._metrics.steps_answered(job.model, sent_s - came_s, sent_s - ready_s)
+        self._metrics.steps_answered(ticked.model, sent_s - ticked.came_s, sent_s - ticked.ready_s)
         if self._tracing.samples_steps():
-            timing = Timing(came_s, job.waited_s, job.computed_s, sent_s)
-            self._tracing.steps(job.model, timing, sessions=len(job.inputs))
+            timing = Timing(ticked.came_s, ticked.waited_s, ticked.computed_s, sent_s)
+            self._tracing.steps(ticked.model, timing, sessions=ticked.sessions)
 
 
 def _by_options(handles: Sequence[_Handle], outputs: Floats) -> list[tuple[Sequence[_Handle], Floats]]:

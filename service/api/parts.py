@@ -99,7 +99,7 @@ class Parts:
             return
         self._passed_over.pop(part.id, None)
         try:
-            self._limits.check_size(request)
+            self._limits.check_size(request.ByteSize())
             if self._bundle.manifest.network.decoder is not None:
                 limit = self._limits.max_sequence_steps
                 message = f"an encoder-decoder takes whole sequences of up to {limit} steps, not parts of one"

@@ -60,7 +60,8 @@ class RealTimeService(RealTimeServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
-        size_bytes = self._limits.check_size(request)
+        size_bytes = request.ByteSize()
+        self._limits.check_size(size_bytes)
         stream = SessionStream(context, *self._parts)
         stream.received_bytes = size_bytes
         await self._run(stream, lambda: self._serve(stream, request, requests), context)

@@ -64,7 +64,7 @@ class SequenceService(SequenceServiceServicer):
         context: ServicerContext[PredictRequest, PredictResponse],  # noqa: ARG002
     ) -> PredictResponse:
         """All sequences of the request, or none."""
-        self._limits.check_size(request)
+        self._limits.check_size(request.ByteSize())
         bundle = self._find(request.model, request.version, request.options)
         self._check_count(len(request.sequences))
         inputs = [
@@ -89,7 +89,7 @@ class SequenceService(SequenceServiceServicer):
         request = await anext(requests, None)
         if request is None or request.WhichOneof("request") != "open":
             raise OpenMissing("the first message of a stream must be `open`", field="open")
-        self._limits.check_size(request)
+        self._limits.check_size(request.ByteSize())
         with within("open"):
             bundle = self._find(request.open.model, request.open.version, request.open.options)
         slots, writing = asyncio.Semaphore(self._limits.max_bulk_sequences), asyncio.Lock()
@@ -153,7 +153,7 @@ class SequenceService(SequenceServiceServicer):
         item: IdentifiedSequence = message.sequence
         start_s = time.perf_counter()
         try:
-            self._limits.check_size(message)
+            self._limits.check_size(message.ByteSize())
             match message.WhichOneof("request"):
                 case "open":
                     raise OpenRepeated("this stream is open already", field="open")

@@ -159,7 +159,9 @@ class SessionStream(LiveCall):
 
     async def _reply(self, opened: OpenedSession, request: StreamStepsRequest) -> StreamStepsResponse:
         try:
-            self.received_bytes += self._limits.check_size(request)
+            size_bytes = request.ByteSize()
+            self.received_bytes += size_bytes
+            self._limits.check_size(size_bytes)
             match request.WhichOneof("request"):
                 case "steps":
                     with within("steps"):

@@ -73,7 +73,7 @@ class SessionService(SessionServiceServicer):
         context: ServicerContext[pb.ImportSessionRequest, pb.ImportSessionResponse],  # noqa: ARG002
     ) -> pb.ImportSessionResponse:
         """Raises NotEnabled, SnapshotInvalid, BundleMismatch, SessionExists, SessionLimit, StoreUnavailable."""
-        self._limits.check_size(request)
+        self._limits.check_size(request.ByteSize())
         check_session_id(request.session_id)
         check_token(request.resume_token)
         copy = await self._copies.import_(request.snapshot, _key(request.session_id), request.resume_token)

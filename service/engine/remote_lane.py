@@ -131,6 +131,9 @@ class RemoteLane:
         finally:
             self._waiting -= count
 
+    def set_log_level(self, level: str) -> None:
+        """The supervisor tells the process itself."""
+
     async def run(self) -> None:
         while True:
             with suppress(OSError, asyncio.IncompleteReadError):

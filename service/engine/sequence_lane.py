@@ -26,7 +26,18 @@ from service.engine.executor import Floats
 from service.engine.lane_refusals import full, lost
 from service.engine.recordings import Recording, RecordingMetrics, Recordings
 from service.engine.sequence_engine import Answer, Ended
-from service.engine.sequence_worker import Abandon, Begin, Forget, Load, News, Obeyed, Order, Ticked, Worker
+from service.engine.sequence_worker import (
+    Abandon,
+    Begin,
+    Forget,
+    Load,
+    News,
+    Obeyed,
+    Order,
+    SetLogLevel,
+    Ticked,
+    Worker,
+)
 from service.engine.spilled import Told
 from service.errors import ExecutionFailed, ServingError
 
@@ -101,6 +112,10 @@ class Lane(Protocol):
         """
         ...
 
+    def set_log_level(self, level: str) -> None:
+        """Of the process that computes, if it is this service's own."""
+        ...
+
     async def run(self) -> None:
         """Until cancelled."""
         ...
@@ -169,6 +184,11 @@ class SequenceLane:
     async def forget(self, folder: Path) -> None:
         """As Lane has it."""
         await self._obey(Forget(folder))
+
+    def set_log_level(self, level: str) -> None:
+        """As Lane has it; a worker that begins later has that of this process."""
+        if self._worker is not None:
+            self._worker.send(SetLogLevel(level))
 
     async def _obey(self, order: Load | Forget) -> None:
         obeyed = asyncio.get_running_loop().create_future()

@@ -70,7 +70,13 @@ class Abandon(NamedTuple):
     number: int
 
 
-Order: TypeAlias = Load | Forget | Begin | Abandon | Ask
+class SetLogLevel(NamedTuple):
+    """Of the process that obeys."""
+
+    level: str
+
+
+Order: TypeAlias = Load | Forget | Begin | Abandon | Ask | SetLogLevel
 
 
 class Obeyed(NamedTuple):
@@ -276,6 +282,8 @@ def work(
                     recorder.abandon(number)
                 case Ask() as ask:
                     recorder.obey(ask)
+                case SetLogLevel(level):
+                    logs.set_level(level)
         ended = _tick(engine, recorder, ticks)
         if ended or not engine or time.monotonic() > told_s + QUIET_S:
             tell(Ticked(ticks, ended))

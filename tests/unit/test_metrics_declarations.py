@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from service.declarations import DURATION_BUCKETS_S
 from service.metrics import Metrics
 from service.metrics_page import page
@@ -28,6 +30,13 @@ def test_every_metric_of_a_process_is_on_the_page() -> None:
             if not family.name.startswith("process_"):
                 name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
                 assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize(("max_streams", "max_sessions"), [(3, 100), (100, 3)])
+def test_the_limit_of_live_sessions_is_the_one_that_is_met_first(max_streams: int, max_sessions: int) -> None:
+    metrics = Metrics()
+    metrics.settings(max_streams=max_streams, max_sessions=max_sessions, checkpoint_interval_s=1.0)
+    assert metrics.registry.get_sample_value("rnnserve_session_limit") == 3
 
 
 def test_labels_are_bounded() -> None:

@@ -20,6 +20,7 @@ from service.metrics import Metrics
 from service.sessions.limits import SessionLimits
 from service.sessions.record import SessionKey
 from service.sessions.registry import Opening, SessionRegistry
+from service.tracing import Timing
 from tests.support.bundles import features, manifest
 from tests.support.fakes import RAISES, TURNS_NAN, CountingMetrics, FakeExecutor, FakeStore, FakeStream
 from tests.support.multiplexed import Request, close_handle, open_handle, reset_handle, step_each
@@ -63,6 +64,7 @@ class Served:
 
     def __init__(self, manifest: Manifest = MANIFEST) -> None:
         self.manifest = manifest
+        self.timings: list[tuple[Timing, int]] = []  # and of how many sessions
         self.executor = FakeExecutor()
         self.engine = StepEngine({MODEL: self.executor}, max_tick_sessions=4, metrics=Metrics(), max_loop_tick_s=0)
         self.metrics = Metrics()
@@ -88,6 +90,9 @@ class Served:
     async def _serve(self) -> None:
         catalog: Any = SimpleNamespace(find=lambda *_: SimpleNamespace(manifest=self.manifest))
         context: Any = self.context
+        tracing: Any = SimpleNamespace(
+            samples_steps=lambda: True, steps=lambda _, timing, sessions: self.timings.append((timing, sessions))
+        )
         stream = MultiplexedStream(
             context,
             Openings(catalog, self.sessions, LIMITS),
@@ -95,6 +100,7 @@ class Served:
             LIMITS,
             Refusals(self.metrics),
             self.metrics,
+            tracing,
         )
         try:
             await stream.serve(self._each_request())
@@ -190,6 +196,33 @@ async def test_a_step_that_waits_for_the_one_before_it_is_timed_from_when_it_cam
     served.executor.gate.set()
     await served.answers(2)
     assert durations_s == [100.0, 90.0]
+
+
+async def test_a_step_that_is_not_answered_is_not_timed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = list[float]()
+    monkeypatch.setattr(served.metrics, "steps_answered", lambda _model, duration_s, _: timed.append(duration_s))
+    await served.open(0, 1)
+    await served.hold(0)
+    await served.sessions.open(Opening(SessionKey("", "s0"), TOKEN, resume=True), MANIFEST, FakeStream())
+    assert list((await served.read()).ended.handles) == [0]
+    served.executor.gate.set()
+    served.send(step_each({1: 0}, [[RAISES]]))
+    assert (await served.read()).HasField("refused")
+    served.send(step_each({1: 0}, [[1.0]]))
+    await served.answers(1)
+    assert len(timed) == 1
+
+
+async def test_each_tick_of_a_message_has_its_own_parts_and_waits_for_those_before_it(served: Served) -> None:
+    await served.open(0, 1, 2, 3, 4, 5)
+    served.send(step_each(dict.fromkeys(range(6), 0), [[1.0]] * 6))  # a tick has four
+    await served.answers(6)
+    (first, of_first), (second, of_second) = served.timings
+    assert (of_first, of_second) == (4, 2)
+    assert first.start_s == second.start_s
+    assert second.waited_s >= first.waited_s + first.computed_s
+    for timing in (first, second):
+        assert timing.start_s + timing.waited_s + timing.computed_s <= timing.sent_s
 
 
 async def test_one_more_step_than_may_be_outstanding_is_refused_and_those_are_answered(served: Served) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
+from models.recurrent import NetworkSpec
 from rnnserve import Client
 from rnnserve.v1 import model_service_pb2 as models_pb
 from rnnserve.v1.model_service_pb2_grpc import ModelServiceStub
 from rnnserve.v1.real_time_service_pb2_grpc import RealTimeServiceStub
+from tests.support.bundles import features, manifest, write_bundle
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import TIMEOUT_S, close, eventually, live_stream, open_, resume, steps
 
@@ -105,6 +107,20 @@ def test_a_stream_without_a_name_is_given_one(logging_server: RunningServer) -> 
     assert one != two
 
 
+def test_a_message_that_is_too_large_counts_among_those_received(repository: Path) -> None:
+    too_large = steps(0, [[1, 2, 3]] * 1_000)
+    with (
+        start_server(repository, log_format="json", max_message_bytes=1_024) as server,
+        grpc.insecure_channel(server.target) as channel,
+    ):
+        with live_stream(channel, open_("vanilla", "large")) as stream:
+            assert "MESSAGE_TOO_LARGE" in str(stream.ask(too_large).error)
+            stream.ask(close())
+        eventually(lambda: bool(ends_of(server, "large")))
+        (line,) = ends_of(server, "large")
+    assert line["received_bytes"] > too_large.ByteSize() > 1_024
+
+
 def test_neither_inputs_nor_tokens_are_in_the_log(logging_server: RunningServer) -> None:
     signal_level(logging_server, signal.SIGUSR1)
     opening = open_("text", "careful", token=TOKEN)
@@ -136,6 +152,22 @@ def test_signals_change_how_much_is_logged(logging_server: RunningServer) -> Non
         eventually(one_more_is_logged)
         signal_level(logging_server, signal.SIGUSR2)
         eventually(lambda: not one_more_is_logged())
+
+
+def test_the_lane_of_a_server_follows_the_signal(tmp_path: Path) -> None:
+    large = NetworkSpec(cell="lstm", features=3, hidden_size=384, outputs=2)  # the lane logs how it computes such a one
+    write_bundle(tmp_path, manifest("one", large, features(3)))
+    with start_server(tmp_path, log_format="json") as server, Client(server.target) as client:
+        assert not lane_lines(server)
+        signal_level(server, signal.SIGUSR1)
+        write_bundle(tmp_path, manifest("another", large, features(3)))
+        client.load_model("another")
+        eventually(lambda: bool(lane_lines(server)))
+
+
+def lane_lines(server: RunningServer) -> list[dict[str, Any]]:
+    parsed = [json.loads(line) for line in server.log().splitlines()]
+    return [line for line in parsed if line["logger"] == "service.engine.sequence_network"]
 
 
 def test_all_processes_of_a_service_follow_the_signal(repository: Path) -> None:

@@ -111,7 +111,7 @@ def test_whole_sequences_are_counted_by_sequence_and_batch(
     stub.Predict(predict("vanilla", [random_steps(3)] * 4, version=1), timeout=TIMEOUT_S)
     assert growth("rnnserve_sequences_total", **VANILLA) == 4
     assert growth("rnnserve_batch_sequences_sum", **VANILLA) == 4
-    assert growth("rnnserve_batch_seconds_count", **VANILLA) == 1
+    assert 1 <= growth("rnnserve_batch_seconds_count", **VANILLA) <= 4  # not all four need be there when it begins
     assert growth("rnnserve_batch_steps_total", **VANILLA) == 12
     assert growth("rnnserve_batch_padding_total", **VANILLA) == 0
     assert growth("rnnserve_sequence_queue_seconds_count", **VANILLA) == 4

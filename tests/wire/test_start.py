@@ -175,6 +175,22 @@ def starts_workers(process: subprocess.Popen[str]) -> bool:
     return any("service.worker" in command_of(pid) for pid in children(process.pid))
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_for_the_log_in_the_midst_of_the_start_changes_nothing(
+    repository: Path, tmp_path: Path, number: int
+) -> None:
+    command = [sys.executable, "-m", "service", "--port", "0", "--metrics-port", "0", "--state-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [*command, "--model-repository", str(repository)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        eventually(lambda: imports_torch(process))
+        process.send_signal(number)
+        eventually((tmp_path / "server.json").exists)
+        process.terminate()
+        process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("begun", "workers"), [(imports_torch, 1), (starts_the_lane, 1), (starts_the_lane_of_all, 2), (starts_workers, 2)]

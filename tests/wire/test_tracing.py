@@ -10,7 +10,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
-from rnnserve import Client
+from rnnserve import Client, RnnserveError
 from tests.support.collector import Collector, start_collector
 from tests.support.server import RunningServer, start_server
 from tests.support.wire import eventually, random_steps
@@ -86,6 +86,16 @@ def test_a_client_that_does_not_sample_is_heeded(repository: Path, collector: Co
     assert collector.named(PREDICT)
     assert not collector.named(STREAM)
     assert not collector.named("steps")
+
+
+def test_a_span_of_a_call_that_is_refused_says_why(repository: Path, collector: Collector) -> None:
+    with start_server(repository, trace_sample_ratio=1) as server, Client(server.target) as client:
+        with pytest.raises(RnnserveError):
+            client.predict("nobody", [random_steps(2)])
+        client.predict("vanilla", [random_steps(2)])
+    refused, fine = collector.named(PREDICT)
+    assert (refused.status.message, refused.status.code) == ("MODEL_NOT_FOUND", refused.status.STATUS_CODE_ERROR)
+    assert fine.status.code == fine.status.STATUS_CODE_UNSET
 
 
 def test_without_the_setting_nothing_is_sent(repository: Path, collector: Collector) -> None:
