@@ -1,7 +1,7 @@
 """`python -m benchmarks.switched`: the service, which counts nothing, counts, and counts and traces by turns.
 
 What it did in each turn is appended to the file that a variable names. All turns are those of one process under one
-load, half a second each, so what else the machine does meets them alike.
+load, a second each, so what else the machine does meets them alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.metrics import Metrics
 from service.tracing import Tracing
 
 FILE_VARIABLE = "BENCHMARK_TURNS_FILE"
-TURN_S = 0.5
+TURN_S = 1.0
 NOTHING, METRICS, SPANS = KINDS = "counts nothing", "metrics", "metrics and spans"
 
 
