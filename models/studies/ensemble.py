@@ -4,38 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional
 
-from models.beam import END
-from models.manifest import FeatureInput, TextInput
 from models.markdown import table
 from models.predictor import Predictor
 from models.recurrent import Values
 from models.seq2seq import EncoderDecoder
-from models.tasks.pronunciation import BEAM, PRONUNCIATION, rates
-from models.tasks.task import Recordings, Run, Split, Task
-from models.training.answers import Answers, PredictorAnswers
+from models.tasks.pronunciation import PRONUNCIATION
+from models.tasks.task import Run
+from models.training.answers import PredictorAnswers
 from models.training.runs import Job, Result, run_all
 from models.training.scores import Score
-from models.training.sequences import NO_LABEL, Recording, batches, encoded, pad
 
-SIZES = (1, 2, 4, 8)
-"""How many networks write together in one direction."""
-CANDIDATES = 8
-"""Outputs of those that write from the left, of which both directions choose."""
+WIDER = replace(
+    PRONUNCIATION,
+    name="pronunciation, wider",
+    network=PRONUNCIATION.network.model_copy(update={"hidden_size": 256}),
+    settings=replace(PRONUNCIATION.settings, epochs=14, learning_rate=3e-3, dropout=0.2, bfloat16_products=True),
+)
+"""Twice as wide as the network that is shipped, and trained for longer; in bfloat16, which halves the time."""
+SIZES, WIDER_SIZES = (1, 2, 4, 8), (1, 2)
+"""How many networks write together."""
 
 
 class Ensemble(EncoderDecoder):
-    """Encoder-decoders of one shape: a label's probability is the mean of theirs, and each attends for itself.
+    """Encoder-decoders: a label's probability is the mean of theirs, and each attends for itself.
 
     Hansen and Salamon, "Neural network ensembles", 1990. Memories and values are those of all networks, side by side.
     """
@@ -44,9 +42,7 @@ class Ensemble(EncoderDecoder):
         nn.Module.__init__(self)  # it has no weights of its own
         self.spec, self.combine = networks[0].spec, networks[0].combine
         self.networks = networks
-
-    def teach(self, inputs: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-        return _mean([network.teach(inputs, lengths, labels) for network in self.networks])
+        self._widths = [network.spec.hidden_size * network.spec.directions for network in networks]
 
     def remember(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([network.remember(inputs, lengths) for network in self.networks], dim=-1)
@@ -70,77 +66,23 @@ class Ensemble(EncoderDecoder):
 
     def write(self, states: Tensor, contexts: Tensor) -> Tensor:
         own = zip(self.networks, self._of_each(states), self._of_each(contexts), strict=True)
-        return _mean([network.write(of_it, its) for network, of_it, its in own])
+        probabilities = [network.write(of_it, its).softmax(dim=-1) for network, of_it, its in own]
+        return torch.stack(probabilities).mean(dim=0).log()
 
     def _of_each(self, values: Tensor) -> tuple[Tensor, ...]:
-        return values.chunk(len(self.networks), dim=-1)
-
-
-def _mean(logits: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of the probabilities."""
-    return torch.stack([of_one.softmax(dim=-1) for of_one in logits]).mean(dim=0).log()
+        parts: tuple[Tensor, ...] = values.split(self._widths, dim=-1)
+        return parts
 
 
 def _side_by_side(values: Sequence[Values]) -> Values:
     return tuple(torch.cat(of_all, dim=-1) for of_all in zip(*values, strict=True))
 
 
-def agreed(from_left: PredictorAnswers, from_right: EncoderDecoder, words: Recordings) -> list[tuple[int, ...]]:
-    """Of what is written from the left for each word the output with the greatest product of both probabilities.
-
-    Liu, Utiyama, Finch and Sumita, "Agreement on Target-bidirectional Neural Machine Translation", 2016.
-    """
-    found = from_left.hypotheses(words, replace(BEAM, beam_width=CANDIDATES, n_best=CANDIDATES))
-    turned = [
-        Recording(word.values, np.array([*reversed(one.labels), END]))
-        for word, some in zip(words, found, strict=True)
-        for one in some
-    ]
-    from_there = _log_probabilities(from_right, turned, from_left.predictor.input_spec)
-    return [max(some, key=lambda one: one.score + next(from_there)).labels for some in found]
-
-
-@torch.no_grad()
-def _log_probabilities(
-    network: EncoderDecoder, recordings: Recordings, input_spec: FeatureInput | TextInput
-) -> Iterator[float]:
-    """Of the output of each recording, by the network."""
-    for group in batches(encoded(recordings, input_spec), 512):
-        batch = pad(group)
-        outputs = network.teach(batch.values, batch.lengths, batch.targets.clamp(min=END)).transpose(1, 2)
-        losses = functional.cross_entropy(outputs, batch.targets, reduction="none", ignore_index=NO_LABEL)
-        yield from (-losses.sum(dim=1)).tolist()
-
-
-def backwards(task: Task) -> Task:
-    """The same for a network that writes from the right, trained with bfloat16 products to be done sooner."""
-    return replace(
-        task,
-        name=f"{task.name}, backwards",
-        split=partial(_turned_split, task),
-        measure=_measure_turned,
-        settings=replace(task.settings, bfloat16_products=True),
-    )
-
-
-def _turned_split(task: Task, run: Run) -> Split:
-    split = task.split(run)
-    return Split(*map(_turned, (split.train, split.validation, split.test)))
-
-
-def _turned(recordings: Recordings) -> Recordings:
-    return [replace(one, target=np.array([*np.asarray(one.target)[-2::-1], END])) for one in recordings]
-
-
-def _measure_turned(answers: Answers, words: Recordings) -> tuple[Score, ...]:
-    return rates([labels[::-1] for labels in answers.written(words, BEAM)], words)
-
-
 class Together(NamedTuple):
-    """The errors in sounds and in words of so many networks."""
+    """The errors in sounds and in words of some networks."""
 
+    who: str
     networks: int
-    both_ends: bool  # half of them write from the right
     sounds: Score
     words: Score
 
@@ -148,79 +90,70 @@ class Together(NamedTuple):
 def compare(folder: Path, seed: int) -> Path:
     """Train, and write ensemble.md and ensemble.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    most = max(SIZES)
-    tasks = (PRONUNCIATION, backwards(PRONUNCIATION))
-    results = run_all([Job(task, Run(seed + i)) for task in tasks for i in range(most)])
-    return write(folder, results[:most], results[most:], seed)
+    kinds = (PRONUNCIATION, max(SIZES)), (WIDER, max(WIDER_SIZES))
+    results = run_all([Job(task, Run(seed + i)) for task, networks in kinds for i in range(networks)])
+    return write(folder, results[: max(SIZES)], results[max(SIZES) :], seed)
 
 
-def write(folder: Path, from_left: Sequence[Result], from_right: Sequence[Result], seed: int) -> Path:
-    """The page and the picture of what came of the trainings."""
-    measured = [
-        *(together(from_left[:networks]) for networks in SIZES),
-        *(together(from_left[:networks], from_right[:networks]) for networks in SIZES),
-    ]
+def write(folder: Path, shipped: Sequence[Result], wider: Sequence[Result], seed: int) -> Path:
+    """The page and its picture, of networks as the one that is shipped and of wider ones."""
+    measured = [together(who, results) for who, results in _groups(shipped, wider)]
     draw(folder / "ensemble.png", measured)
     page = folder / "ensemble.md"
-    page.write_text(describe(from_left, from_right, measured, seed))
+    page.write_text(describe(shipped, wider, measured, seed))
     return page
 
 
-def together(from_left: Sequence[Result], from_right: Sequence[Result] = ()) -> Together:
+def _groups(shipped: Sequence[Result], wider: Sequence[Result]) -> Iterator[tuple[str, Sequence[Result]]]:
+    for sizes, results, kind in ((SIZES, shipped, "as shipped"), (WIDER_SIZES, wider, "wider")):
+        yield from ((f"{networks} {kind}", results[:networks]) for networks in sizes)
+    yield f"all {len(shipped) + len(wider)}", [*shipped, *wider]
+
+
+def together(who: str, results: Sequence[Result]) -> Together:
     """What the networks of these trainings write together for the words of the test."""
-    test = PRONUNCIATION.split(Run(0)).test
-    answers = PredictorAnswers(Predictor(_ensemble(from_left), from_left[0].input_spec))
-    written = agreed(answers, _ensemble(from_right), test) if from_right else answers.written(test, BEAM)
-    return Together(len(from_left) + len(from_right), bool(from_right), *rates(written, test))
-
-
-def _ensemble(results: Sequence[Result]) -> Ensemble:
-    return Ensemble([result.network for result in results if isinstance(result.network, EncoderDecoder)])
+    networks = [result.network for result in results if isinstance(result.network, EncoderDecoder)]
+    answers = PredictorAnswers(Predictor(Ensemble(networks), results[0].input_spec))
+    sounds, words = PRONUNCIATION.measure(answers, PRONUNCIATION.split(Run(0)).test)
+    return Together(who, len(results), sounds, words)
 
 
 def draw(path: Path, measured: Sequence[Together]) -> None:
-    """Errors in sounds and in words against the number of networks, with their intervals."""
+    """Errors in sounds and in words, with their intervals."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    for axes, scores_of in zip(figure.subplots(1, 2), (attrgetter("sounds"), attrgetter("words")), strict=True):
-        for both_ends, label in ((False, "all from the left"), (True, "half from the right")):
-            own = [one for one in measured if one.both_ends == both_ends]
-            values = [scores_of(one).value for one in own]
-            below = [scores_of(one).value - scores_of(one).low for one in own]
-            above = [scores_of(one).high - scores_of(one).value for one in own]
-            axes.errorbar([one.networks for one in own], values, (below, above), marker="o", capsize=3, label=label)
-        axes.set(
-            xlabel="networks", ylabel=scores_of(measured[0]).metric, xticks=sorted({one.networks for one in measured})
-        )
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("sounds", "words"), strict=True):
+        scores: list[Score] = [getattr(one, name) for one in measured]
+        values = [score.value for score in scores]
+        below = [score.value - score.low for score in scores]
+        above = [score.high - score.value for score in scores]
+        axes.errorbar(values, [one.who for one in measured], xerr=(below, above), fmt="o", capsize=3)
+        axes.set(xlabel=scores[0].metric)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    axes.invert_yaxis()
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def describe(from_left: Sequence[Result], from_right: Sequence[Result], measured: Sequence[Together], seed: int) -> str:
+def describe(shipped: Sequence[Result], wider: Sequence[Result], measured: Sequence[Together], seed: int) -> str:
     """The page in Markdown."""
-    header = ["networks", "that write", "sounds, percent wrong", "words, percent wrong"]
     rows = [
-        [
-            str(one.networks),
-            "half from the right" if one.both_ends else "from the left",
-            *(f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in (one.sounds, one.words)),
-        ]
+        [one.who, *(f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in (one.sounds, one.words))]
         for one in measured
     ]
+    width, settings = WIDER.network.hidden_size, WIDER.settings
     parts = (
         "# Ensemble: how much of an error is chance?",
         f"`python -m models compare ensemble --seed {seed}`: the network and the settings of the bundle "
-        f"`pronunciation`, trained {len(from_left)} times from different beginnings, and as often to write the sounds "
-        "from the last to the first. Alone they are about equally good, but they do not make the same mistakes. "
-        "Together, where a label's probability is the mean of theirs and the beam search follows it, what goes away "
-        "is what chance made of one training. Those that write from the right are given the "
-        f"{CANDIDATES} best outputs of those that write from the left, and the two probabilities of an output are "
-        "multiplied: a network that has written a wrong sound believes it from there on, and one that comes from the "
-        "other end does not. The price is the work of all of them for each word, so no such bundle is shipped.",
-        "![errors against the number of networks](ensemble.png)",
-        table(header, rows),
-        f"Each alone, from the left: {_alone(from_left)}. From the right: {_alone(from_right)}.",
+        f"`pronunciation`, trained {len(shipped)} times from different beginnings, and {len(wider)} wider ones "
+        f"({width} units for {PRONUNCIATION.network.hidden_size}, {settings.epochs} epochs for "
+        f"{PRONUNCIATION.settings.epochs}, dropout {settings.dropout:g}). Alone those of a kind are about equally "
+        "good, but they do not make the same mistakes. Together, where a label's probability is the mean of theirs and "
+        "the beam search follows it, what goes away is what chance made of one training; what more of them do not take "
+        "away is the network's and the data's. The price is the work of all of them for each word, so no such bundle "
+        "is shipped.",
+        "![errors of networks that write together](ensemble.png)",
+        table(["networks together", "sounds, percent wrong", "words, percent wrong"], rows),
+        f"Each alone: {_alone(shipped)}. The wider ones: {_alone(wider)}.",
         "The interval is that of drawing the words of the test anew.",
     )
     return "\n\n".join(parts) + "\n"

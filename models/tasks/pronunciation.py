@@ -44,13 +44,8 @@ def recording(word: str, spoken: Pronunciation) -> Recording:
 
 
 def measure(answers: Answers, recordings: Recordings) -> tuple[Score, ...]:
-    """Errors in what is written by beam search."""
-    return rates(answers.written(recordings, BEAM), recordings)
-
-
-def rates(written: Sequence[Pronunciation], words: Recordings) -> tuple[Score, ...]:
-    """Of errors in the sounds and in whole words, against the closest way to say each word."""
-    pairs = [(w, closest(w, word.name)) for w, word in zip(written, words, strict=True)]
+    """Errors in the sounds and in whole words, by beam search, against the closest way to say a word."""
+    pairs = [(w, closest(w, word.name)) for w, word in _written(answers, recordings)]
     distances, lengths = [edit_distance(*pair) for pair in pairs], [len(meant) for _, meant in pairs]
     return (
         ratio("phoneme error rate, percent", distances, lengths, 100),
@@ -82,8 +77,7 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
 
 def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
     """Which sounds it takes for which, and words that it says wrongly, evenly from the list."""
-    written = zip(answers.written(recordings, BEAM), recordings, strict=True)
-    wrong = [(word.name, w) for w, word in written if closest(w, word.name) != w]
+    wrong = [(word.name, w) for w, word in _written(answers, recordings) if closest(w, word.name) != w]
     sounds = Counter(pair for word, said in wrong for pair in mistaken(said, closest(said, word)))
     rows = [[LABELS[meant], LABELS[said], f"{times:,}"] for (meant, said), times in sounds.most_common(10)]
     lines = [
@@ -95,6 +89,10 @@ def errors(answers: Answers, recordings: Recordings, _output: Output) -> str:
         f"{table(['meant', 'written', 'times'], rows)}\n\nSome of the words, evenly from the list:\n\n"
         + "\n".join(lines)
     )
+
+
+def _written(answers: Answers, recordings: Recordings) -> list[tuple[Pronunciation, Recording]]:
+    return list(zip(answers.written(recordings, BEAM), recordings, strict=True))
 
 
 def _in_words(spoken: Pronunciation) -> str:

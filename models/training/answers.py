@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.beam import Decoding, Hypothesis
+from models.beam import Decoding
 from models.predictor import Predictor
 from models.seq2seq import EncoderDecoder, Writing, begin_writing, write_on
 from models.training.sequences import Batch, Recording, batches, encoded, pad
@@ -62,21 +62,17 @@ class PredictorAnswers:
         steps = values.shape[1]
         return self.predictor.run(values.expand(steps, *values.shape[1:]), torch.arange(1, steps + 1))
 
-    def written(self, recordings: Sequence[Recording], decoding: Decoding) -> list[tuple[int, ...]]:
-        return [best.labels for best, *_ in self.hypotheses(recordings, decoding)]
-
     @torch.no_grad()
-    def hypotheses(self, recordings: Sequence[Recording], decoding: Decoding) -> list[list[Hypothesis]]:
-        """For each recording the `n_best` outputs of an encoder-decoder, the best first."""
+    def written(self, recordings: Sequence[Recording], decoding: Decoding) -> list[tuple[int, ...]]:
         network = self.predictor.network
         if not isinstance(network, EncoderDecoder):
             raise TypeError("only an encoder-decoder writes")
-        found: list[list[Hypothesis]] = []
+        best: list[tuple[int, ...]] = []
         for batch in self._of(recordings):
             writings = _begin(network, batch, decoding)
             write_on(network, writings, decoding.max_labels)
-            found += [writing.beam.hypotheses() for writing in writings]
-        return found
+            best += [writing.beam.hypotheses()[0].labels for writing in writings]
+        return best
 
     def _of(self, recordings: Sequence[Recording]) -> Iterator[Batch]:
         for group in batches(encoded(recordings, self.predictor.input_spec), 128):

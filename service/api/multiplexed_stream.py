@@ -79,7 +79,7 @@ class _Ticked(NamedTuple):
     model: ModelKey
     sessions: int
     came_s: float
-    waited_s: float  # for this tick, those of the same message before it among it
+    waited_s: float  # until it began, with the ticks of the same message before it
     computed_s: float
     ready_s: float
 

@@ -1,7 +1,6 @@
 """The studies measure what they say."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from models.__main__ import app
-from models.beam import END, Decoding, Hypothesis
+from models.beam import END
 from models.manifest import FeatureInput, TextInput
-from models.predictor import Predictor
 from models.recurrent import CELL_STEPS, RecurrentStack, Values
 from models.seq2seq import EncoderDecoder
 from models.studies import adding, cells, depth, directions, ensemble, gradients, look_ahead
@@ -21,13 +19,12 @@ from models.studies.gradients import SEQUENCES, STARTS, UNITS, gradient_norms, l
 from models.studies.variants import Measured, Variants, spread_of, write_page
 from models.tasks.activity import ACTIVITY
 from models.tasks.pronouncing_dictionary import pronunciations
-from models.tasks.pronunciation import MAX_PHONES, PRONUNCIATION, recording
+from models.tasks.pronunciation import PRONUNCIATION, recording
 from models.tasks.speaker import SPEAKER
-from models.tasks.task import Recordings, Run, Split
-from models.training.answers import PredictorAnswers
+from models.tasks.task import Run, Split
 from models.training.card import parameters_of
 from models.training.runs import Job, run_once
-from models.training.sequences import Recording, encoded
+from models.training.sequences import Recording
 from tests.support.tasks import small_task
 
 STEPS = 7
@@ -169,15 +166,15 @@ def test_a_curve_over_the_share_heard_ends_at_what_was_measured_on_the_whole(tmp
     assert (tmp_path / "directions-small-anytime.png").exists()
 
 
-def small_encoder_decoder(seed: int) -> EncoderDecoder:
+def small_encoder_decoder(seed: int, hidden_size: int = 6) -> EncoderDecoder:
     torch.manual_seed(seed)
-    spec = PRONUNCIATION.network.model_copy(update={"hidden_size": 6, "embedding_size": 4})
+    spec = PRONUNCIATION.network.model_copy(update={"hidden_size": hidden_size, "embedding_size": 4})
     return EncoderDecoder(spec).eval()
 
 
 @torch.no_grad()
 def test_networks_that_write_together_give_each_label_the_mean_of_their_probabilities() -> None:
-    networks = [small_encoder_decoder(seed) for seed in range(3)]
+    networks = [small_encoder_decoder(0), small_encoder_decoder(1), small_encoder_decoder(2, hidden_size=9)]
     inputs, labels = torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[7, 2, 9]])
     taught = [network.teach(inputs, torch.tensor([5]), labels).softmax(dim=-1) for network in networks]
     together = ensemble.Ensemble(networks)
@@ -191,49 +188,6 @@ def test_networks_that_write_together_give_each_label_the_mean_of_their_probabil
         assert weights.sum().item() == pytest.approx(1)
 
 
-@torch.no_grad()
-def test_networks_that_write_together_teach_as_they_write() -> None:
-    networks = [small_encoder_decoder(seed) for seed in (1, 2)]
-    inputs, lengths, labels = torch.tensor([[3, 1, 2]]), torch.tensor([3]), torch.tensor([[7, 2, END]])
-    taught = [network.teach(inputs, lengths, labels).softmax(dim=-1) for network in networks]
-    together = ensemble.Ensemble(networks).teach(inputs, lengths, labels).exp()
-    torch.testing.assert_close(together, (taught[0] + taught[1]) / 2)
-
-
-@torch.no_grad()
-def test_what_is_written_from_the_left_is_chosen_by_both_directions() -> None:
-    words = [recording(word, pronunciations()[word][0]) for word in ("papa", "banana", "sees")]
-    from_left, from_right = (small_encoder_decoder(seed) for seed in (1, 2))
-    answers = PredictorAnswers(Predictor(from_left, PRONUNCIATION.input(words)))
-    found = answers.hypotheses(words, Decoding(max_labels=MAX_PHONES, beam_width=8, n_best=8))
-
-    def product(word: Recording, one: Hypothesis) -> float:
-        turned = torch.tensor([[*reversed(one.labels), END]])
-        (encoded_word,) = encoded([word], PRONUNCIATION.input(words))
-        letters = torch.tensor(np.array([encoded_word.values]))
-        of_labels = from_right.teach(letters, torch.tensor([letters.shape[1]]), turned).log_softmax(dim=-1)[0]
-        return one.score + sum(of_labels[place, label].item() for place, label in enumerate(turned[0]))
-
-    best = [max(some, key=partial(product, word)).labels for word, some in zip(words, found, strict=True)]
-    assert ensemble.agreed(answers, from_right, words) == best
-    assert best != [some[0].labels for some in found], "the second direction has a say"
-
-
-def test_a_network_that_writes_from_the_right_is_scored_as_it_is_read() -> None:
-    word = recording("banana", pronunciations()["banana"][0])
-    task = ensemble.backwards(replace(PRONUNCIATION, split=lambda _run: Split([word], [], [word])))
-    (turned,) = task.split(Run(0)).train
-    *sounds, end = np.asarray(turned.target).tolist()
-    assert (tuple(reversed(sounds)), end) == (pronunciations()["banana"][0], END)
-
-    class WritesFromTheRight(PredictorAnswers):
-        def written(self, recordings: Recordings, decoding: Decoding) -> list[tuple[int, ...]]:
-            return [tuple(sounds) for _ in recordings]
-
-    answers = WritesFromTheRight(Predictor(small_encoder_decoder(0), task.input([word])))
-    assert [score.value for score in task.measure(answers, [turned])] == [0, 0]
-
-
 def test_the_page_shows_networks_together_and_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [recording(word, pronunciations()[word][0]) for word in ("papa", "mama", "banana", "cocoa", "sees")]
     task = replace(
@@ -242,15 +196,17 @@ def test_the_page_shows_networks_together_and_each_alone(tmp_path: Path, monkeyp
         settings=replace(PRONUNCIATION.settings, epochs=1),
         split=lambda _run: Split(words, words[:2], words[2:]),
     )
+    wider = replace(task, network=task.network.model_copy(update={"hidden_size": 8}))
     monkeypatch.setattr(ensemble, "PRONUNCIATION", task)
+    monkeypatch.setattr(ensemble, "WIDER", wider)
     monkeypatch.setattr(ensemble, "SIZES", (1, 2))
+    monkeypatch.setattr(ensemble, "WIDER_SIZES", (1,))
     monkeypatch.setattr(ensemble, "run_all", lambda jobs: [run_once(job) for job in jobs])
     page = ensemble.compare(tmp_path, 3)
     text = page.read_text()
-    (first,) = [line.split(" | ") for line in text.splitlines() if line.startswith("| 1 | from the left | ")]
-    (alone,) = [line.split("; ") for line in text.splitlines() if line.startswith("Each alone, from the left: ")]
-    assert alone[0] == f"Each alone, from the left: {first[2].split()[0]} and {first[3].split()[0]}"
-    assert len(alone) == 3, "two and two networks"
-    for networks, writes in ((2, "from the left"), (2, "half from the right"), (4, "half from the right")):
-        assert f"| {networks} | {writes} | " in text
+    for who, alone in (("1 as shipped", "Each alone: "), ("1 wider", "The wider ones: ")):
+        (row,) = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {who} | ")]
+        assert f"{alone}{row[1].split()[0]} and {row[2].split()[0]}" in text
+    assert "| 2 as shipped | " in text
+    assert "| all 3 | " in text
     assert (tmp_path / "ensemble.png").exists()
