@@ -138,7 +138,7 @@ SOURCE = DataSource(
 )
 
 DATA_IN_WORDS = """\
-Sentences from film reviews (10,603), tweets (4,046) and reviews of products (3,685), each with the mean rating of some
+Sentences from film reviews (10,603), tweets (4,045) and reviews of products (3,685), each with the mean rating of some
 15 to 20 people between -4 and 4; sentences with the same words as another were dropped. The part of each is decided by
 the hash of its words, for products by that of the document: 15 % test, 7 % validation. Eleven of the 2,689 test
 sentences, three of them from film reviews, have most of their stretches of four words in training. Beside them the
@@ -148,8 +148,8 @@ archive holds too, were left out: many of them are about neutral, and whose they
 
 REFERENCES = """\
 - VADER's rules (the package that the data comes from) on the same test sentences: 0.371 and 62.4 % on film reviews,
-  0.846 and 93.9 % on tweets, 0.595 and 70.4 % on products. On tweets, for which they were made, the rules are better
-  than this network."""
+  0.846 and 93.9 % on tweets (with the HTML marks that some have), 0.595 and 70.4 % on products. On tweets, for which
+  they were made, the rules are better than this network."""
 
 LIMITS = """\
 It reads what is said, not what is meant: irony, and praise of what a film might have been, escape it. Words beyond the
