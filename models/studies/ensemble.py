@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +20,12 @@ from models.training.answers import PredictorAnswers
 from models.training.runs import Job, Result, run_all
 from models.training.scores import Score
 
-WIDER = replace(
-    PRONUNCIATION,
-    name="pronunciation, wider",
-    network=PRONUNCIATION.network.model_copy(update={"hidden_size": 256}),
-    settings=replace(PRONUNCIATION.settings, epochs=14, learning_rate=3e-3, dropout=0.2, bfloat16_products=True),
-)
-"""Twice as wide as the network that is shipped, and trained for longer; in bfloat16, which halves the time."""
-SIZES, WIDER_SIZES = (1, 2, 4, 8), (1, 2)
+SIZES = (1, 2, 4, 8)
 """How many networks write together."""
 
 
 class Ensemble(EncoderDecoder):
-    """Encoder-decoders: a label's probability is the mean of theirs, and each attends for itself.
+    """Encoder-decoders of one shape: a label's probability is the mean of theirs, and each attends for itself.
 
     Hansen and Salamon, "Neural network ensembles", 1990. Memories and values are those of all networks, side by side.
     """
@@ -42,7 +34,6 @@ class Ensemble(EncoderDecoder):
         nn.Module.__init__(self)  # it has no weights of its own
         self.spec, self.combine = networks[0].spec, networks[0].combine
         self.networks = networks
-        self._widths = [network.spec.hidden_size * network.spec.directions for network in networks]
 
     def remember(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         return torch.cat([network.remember(inputs, lengths) for network in self.networks], dim=-1)
@@ -70,8 +61,7 @@ class Ensemble(EncoderDecoder):
         return torch.stack(probabilities).mean(dim=0).log()
 
     def _of_each(self, values: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = values.split(self._widths, dim=-1)
-        return parts
+        return values.chunk(len(self.networks), dim=-1)
 
 
 def _side_by_side(values: Sequence[Values]) -> Values:
@@ -79,9 +69,8 @@ def _side_by_side(values: Sequence[Values]) -> Values:
 
 
 class Together(NamedTuple):
-    """The errors in sounds and in words of some networks."""
+    """The errors in sounds and in words of so many networks."""
 
-    who: str
     networks: int
     sounds: Score
     words: Score
@@ -90,75 +79,62 @@ class Together(NamedTuple):
 def compare(folder: Path, seed: int) -> Path:
     """Train, and write ensemble.md and ensemble.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = (PRONUNCIATION, max(SIZES)), (WIDER, max(WIDER_SIZES))
-    results = run_all([Job(task, Run(seed + i)) for task, networks in kinds for i in range(networks)])
-    return write(folder, results[: max(SIZES)], results[max(SIZES) :], seed)
-
-
-def write(folder: Path, shipped: Sequence[Result], wider: Sequence[Result], seed: int) -> Path:
-    """The page and its picture, of networks as the one that is shipped and of wider ones."""
-    measured = [together(who, results) for who, results in _groups(shipped, wider)]
+    results = run_all([Job(PRONUNCIATION, Run(seed + i)) for i in range(max(SIZES))])
+    measured = [together(results[:networks]) for networks in SIZES]
     draw(folder / "ensemble.png", measured)
     page = folder / "ensemble.md"
-    page.write_text(describe(shipped, wider, measured, seed))
+    page.write_text(describe(results, measured, seed))
     return page
 
 
-def _groups(shipped: Sequence[Result], wider: Sequence[Result]) -> Iterator[tuple[str, Sequence[Result]]]:
-    for sizes, results, kind in ((SIZES, shipped, "as shipped"), (WIDER_SIZES, wider, "wider")):
-        yield from ((f"{networks} {kind}", results[:networks]) for networks in sizes)
-    yield f"all {len(shipped) + len(wider)}", [*shipped, *wider]
-
-
-def together(who: str, results: Sequence[Result]) -> Together:
+def together(results: Sequence[Result]) -> Together:
     """What the networks of these trainings write together for the words of the test."""
     networks = [result.network for result in results if isinstance(result.network, EncoderDecoder)]
     answers = PredictorAnswers(Predictor(Ensemble(networks), results[0].input_spec))
     sounds, words = PRONUNCIATION.measure(answers, PRONUNCIATION.split(Run(0)).test)
-    return Together(who, len(results), sounds, words)
+    return Together(len(results), sounds, words)
 
 
 def draw(path: Path, measured: Sequence[Together]) -> None:
-    """Errors in sounds and in words, with their intervals."""
+    """Errors in sounds and in words against the number of networks, with their intervals."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("sounds", "words"), strict=True):
-        scores: list[Score] = [getattr(one, name) for one in measured]
+    numbers = [one.networks for one in measured]
+    for axes, scores in zip(
+        figure.subplots(1, 2), ([one.sounds for one in measured], [one.words for one in measured]), strict=True
+    ):
         values = [score.value for score in scores]
         below = [score.value - score.low for score in scores]
         above = [score.high - score.value for score in scores]
-        axes.errorbar(values, [one.who for one in measured], xerr=(below, above), fmt="o", capsize=3)
-        axes.set(xlabel=scores[0].metric)
+        axes.errorbar(numbers, values, (below, above), marker="o", capsize=3)
+        axes.set(xlabel="networks", ylabel=scores[0].metric, xticks=numbers)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def describe(shipped: Sequence[Result], wider: Sequence[Result], measured: Sequence[Together], seed: int) -> str:
+def describe(results: Sequence[Result], measured: Sequence[Together], seed: int) -> str:
     """The page in Markdown."""
+    header = ["", "sounds, percent wrong", "words, percent wrong"]
     rows = [
-        [one.who, *(f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in (one.sounds, one.words))]
+        [
+            f"{one.networks} together" if one.networks > 1 else "the first",
+            *(f"{score.value:.2f} ({score.low:.2f} to {score.high:.2f})" for score in (one.sounds, one.words)),
+        ]
         for one in measured
     ]
-    width, settings = WIDER.network.hidden_size, WIDER.settings
+    alone = [[f"{score.value:.2f}" for score in result.scores] for result in results]
     parts = (
         "# Ensemble: how much of an error is chance?",
         f"`python -m models compare ensemble --seed {seed}`: the network and the settings of the bundle "
-        f"`pronunciation`, trained {len(shipped)} times from different beginnings, and {len(wider)} wider ones "
-        f"({width} units for {PRONUNCIATION.network.hidden_size}, {settings.epochs} epochs for "
-        f"{PRONUNCIATION.settings.epochs}, dropout {settings.dropout:g}). Alone those of a kind are about equally "
-        "good, but they do not make the same mistakes. Together, where a label's probability is the mean of theirs and "
-        "the beam search follows it, what goes away is what chance made of one training; what more of them do not take "
+        f"`pronunciation`, trained {len(results)} times from different beginnings. Alone they are about equally good, "
+        "but they do not make the same mistakes. Together, where a label's probability is the mean of theirs and the "
+        "beam search follows it, what goes away is what chance made of one training; what more of them do not take "
         "away is the network's and the data's. The price is the work of all of them for each word, so no such bundle "
         "is shipped.",
-        "![errors of networks that write together](ensemble.png)",
-        table(["networks together", "sounds, percent wrong", "words, percent wrong"], rows),
-        f"Each alone: {_alone(shipped)}. The wider ones: {_alone(wider)}.",
-        "The interval is that of drawing the words of the test anew.",
+        "![errors against the number of networks](ensemble.png)",
+        table(header, rows),
+        "Each alone: " + "; ".join(f"{sounds} and {words}" for sounds, words in alone) + ".",
+        "The interval is that of drawing the words of the test anew. How many networks there would be was decided "
+        "before the first look at the test.",
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _alone(results: Sequence[Result]) -> str:
-    scores = [[f"{score.value:.2f}" for score in result.scores] for result in results]
-    return "; ".join(f"{sounds} and {words}" for sounds, words in scores)

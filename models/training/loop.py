@@ -40,7 +40,6 @@ class Settings:
     input_noise: float = 0.0  # standard deviation, in units of the feature's own
     label_smoothing: float = 0.0
     average_decay: float = 0.0  # the weights kept are an exponential moving average; 0 = the last ones
-    bfloat16_products: bool = False  # of matrices; faster where the processor has them, far slower elsewhere
 
 
 class Epoch(NamedTuple):
@@ -158,9 +157,7 @@ class Trainer:
         state: Tensor | None = None
         while rest is not None:
             piece, rest, remains = rest.cut(self._settings.truncate_steps or rest.values.shape[1])
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bfloat16_products):
-                smoothing = self._settings.label_smoothing
-                loss, count, after = loss_of(self._network, piece, state, label_smoothing=smoothing)
+            loss, count, after = loss_of(self._network, piece, state, label_smoothing=self._settings.label_smoothing)
             if rest is not None:
                 state = after.detach()[remains]
             self._update(loss / count)
