@@ -7,6 +7,7 @@ import os
 import signal
 import tomllib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,16 +146,16 @@ def test_prometheus_scrapes_the_service_and_no_alert_fires(compose: Compose, pro
     until(is_scraped)
     until(lambda: all(rule["health"] != "unknown" for rule in rules(prometheus)))
     assert [rule for rule in rules(prometheus) if rule["health"] != "ok"] == []
-    until(lambda: alerts(prometheus) == [])
+    until(lambda: {alert["labels"]["alertname"] for alert in alerts(prometheus)} <= {"RnnserveStartsAgain"})  # it has
 
 
 def rules(prometheus: str) -> list[dict[str, str]]:
     return [rule for group in told_by_prometheus(prometheus, "rules")["groups"] for rule in group["rules"]]
 
 
-def alerts(prometheus: str) -> list[dict[str, str]]:
+def alerts(prometheus: str) -> list[dict[str, Any]]:
     """That fire, or are about to."""
-    found: list[dict[str, str]] = told_by_prometheus(prometheus, "alerts")["alerts"]
+    found: list[dict[str, Any]] = told_by_prometheus(prometheus, "alerts")["alerts"]
     return found
 
 
