@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from models.manifest import ModelKey
 from service.__main__ import main
@@ -24,6 +24,10 @@ from service.tracing import Tracing
 FILE_VARIABLE = "BENCHMARK_TURNS_FILE"
 TURN_S = 1.0
 NOTHING, METRICS, SPANS = KINDS = "counts nothing", "metrics", "metrics and spans"
+
+SAMPLES_STEPS = Tracing, "samples_steps"
+Methods: TypeAlias = dict[tuple[type, str], Callable[..., Any]]
+"""By their classes and names."""
 
 
 class Usage(NamedTuple):
@@ -39,11 +43,7 @@ class Switch:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._counting: dict[str, Callable[..., Any]] = {
-            name: method for name, method in vars(Metrics).items() if callable(method) and not name.startswith("_")
-        }
-        self._samples_steps = Tracing.samples_steps
-        count = self._counting["steps"]
+        count, sample = Metrics.steps, Tracing.samples_steps
 
         def steps(metrics: Metrics, model: ModelKey, applied: int) -> None:
             self._steps += applied
@@ -52,15 +52,22 @@ class Switch:
         def only_steps(_metrics: Metrics, _model: ModelKey, applied: int) -> None:
             self._steps += applied
 
-        self._counting["steps"] = steps
-        self._nothing = dict.fromkeys(self._counting, _nothing) | {"steps": only_steps}
+        counting: Methods = {
+            (Metrics, name): method
+            for name, method in vars(Metrics).items()
+            if callable(method) and not name.startswith("_")
+        }
+        counting[Metrics, "steps"] = steps
+        self._methods: dict[str, Methods] = {
+            NOTHING: dict.fromkeys(counting, _nothing) | {(Metrics, "steps"): only_steps, SAMPLES_STEPS: _never},
+            METRICS: counting | {SAMPLES_STEPS: _never},
+            SPANS: counting | {SAMPLES_STEPS: sample},
+        }
 
     def put(self, kind: str) -> None:
         """From now on."""
-        for name, method in (self._nothing if kind == NOTHING else self._counting).items():
-            setattr(Metrics, name, method)
-        samples_steps = self._samples_steps if kind == SPANS else _never
-        Tracing.samples_steps = samples_steps  # type: ignore[method-assign,assignment]
+        for (owner, name), method in self._methods[kind].items():
+            setattr(owner, name, method)
 
     def usage(self) -> Usage:
         return Usage(self._steps, time.perf_counter(), time.process_time())

@@ -14,10 +14,10 @@ from service.errors import reasons
 from service.sessions.limits import EVICTING
 
 OPERATIONS = (
-    *("write", "read", "erase", "probe", "take", "find", "want", "renew", "bury", "after"),
-    *("longest_parked", "parked_totals", "totals"),
+    *("write", "read", "erase", "probe"),
+    *("take", "find", "want", "renew", "bury", "after", "longest_parked", "parked_totals", "totals"),
 )
-"""Of session stores; the last ones are of those that several processes use."""
+"""Of session stores; all but the first four only of those that several processes use."""
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
 MODEL = ("model", "version")
 
